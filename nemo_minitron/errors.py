@@ -1,0 +1,20 @@
+"""The one kind of error that a user is meant to read, and near-miss suggestions for names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MinitronError(Exception):
+    """Bad input, said in one message that names the key or file, what was expected and what was found.
+
+    The command line prints the message alone and exits with status 2; any other exception is a defect of ours and
+    keeps its traceback.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``known`` to ``name``, or ``""`` where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

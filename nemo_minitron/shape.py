@@ -1,0 +1,141 @@
+"""The shape of a Llama-type decoder: what every other module asks for a size.
+
+Legend used throughout the package: ``L`` layers, ``H`` hidden_size, ``F`` ffn_hidden_size, ``A`` attention heads,
+``G`` query groups (KV heads), ``d`` kv_channels (head_dim), ``V`` true vocabulary, ``Vp`` padded vocabulary,
+``s`` sequence, ``b`` micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from nemo_minitron.errors import MinitronError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1 RoPE scaling: the four numbers of HF's ``rope_scaling: {rope_type: llama3}``.
+
+    For an inverse frequency f of wavelength w = 2*pi/f and c = ``original_max_position_embeddings``:
+    f is kept if w < c/high, divided by ``factor`` if w > c/low, and interpolated in between
+    (upstream: transformers ``_compute_llama3_parameters``, NeMo ``apply_rope_scaling``).
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Architecture of one model, independent of precision and of any parallel grid.
+
+    ``kv_channels`` (head_dim) is explicit: a width-pruned model has ``kv_channels != hidden_size / heads``.
+    ``vocab_size`` is the tokenizer's true vocabulary V, ``padded_vocab_size`` the rows of the embedding table Vp;
+    counts of parameters use V, counts of memory use Vp.
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    padded_vocab_size: int
+    share_embeddings_and_output_weights: bool = False
+    rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    layernorm_epsilon: float = 1e-5
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MinitronError(f"{name} must be a positive integer, found {value!r}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise MinitronError(
+                f"num_query_groups ({self.num_query_groups}) must divide "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.padded_vocab_size < self.vocab_size:
+            raise MinitronError(
+                f"padded_vocab_size ({self.padded_vocab_size}) must be at least vocab_size ({self.vocab_size})"
+            )
+        if self.kv_channels % 2:
+            raise MinitronError(f"kv_channels ({self.kv_channels}) must be even for rotary embeddings")
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head: r = A/G."""
+        return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def qkv_rows(self) -> int:
+        """Rows of the fused ``linear_qkv``: (A + 2G) * d."""
+        return (self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels
+
+    @property
+    def proj_columns(self) -> int:
+        """Columns of ``linear_proj``: A * d."""
+        return self.num_attention_heads * self.kv_channels
+
+    def replace(self, **changes: object) -> ModelShape:
+        """Return a checked copy with ``changes`` applied."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def check_parallel(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+        """Refuse a grid that cannot hold this shape, naming both numbers.
+
+        TP must divide groups (QKV is split by group), heads, ffn and the padded vocabulary; PP must divide layers
+        (NeMo 2.4 requires it on load).
+        """
+        for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+            if getattr(self, name) % tensor_parallel:
+                raise MinitronError(
+                    f"model.tensor_model_parallel_size ({tensor_parallel}) must divide {name} ({getattr(self, name)})"
+                )
+        if self.num_layers % pipeline_parallel:
+            usable = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+            raise MinitronError(
+                f"model.pipeline_model_parallel_size ({pipeline_parallel}) must divide num_layers "
+                f"({self.num_layers}); usable sizes: {usable}"
+            )
+
+    def num_parameters(self, padded: bool = False) -> int:
+        """Parameters, each shared tensor counted once; the vocabulary is the true one unless ``padded``."""
+        vocab = self.padded_vocab_size if padded else self.vocab_size
+        tables = 1 if self.share_embeddings_and_output_weights else 2
+        return tables * vocab * self.hidden_size + self.hidden_size + self.num_layers * self.parameters_per_layer()
+
+    def parameters_per_layer(self) -> int:
+        """Parameters of one decoder layer: QKV (and its bias), projection, gate/up/down, two norms."""
+        attention = self.hidden_size * (self.qkv_rows + self.proj_columns) + (self.qkv_rows if self.qkv_bias else 0)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+
+    def forward_flops_per_token(self, seq_length: int) -> float:
+        """Multiply-adds counted as 2, dense causal attention averaged over positions, head included."""
+        matmul = self.hidden_size * (self.qkv_rows + self.proj_columns + 3 * self.ffn_hidden_size)
+        attention = seq_length * self.proj_columns  # QK^T and AV, each s/2 keys on average
+        return 2.0 * (self.num_layers * (matmul + attention) + self.hidden_size * self.padded_vocab_size)
+
+    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Keys and values of every layer for one token."""
+        return 2 * self.num_layers * self.num_query_groups * self.kv_channels * bytes_per_value
+
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "max_position_embeddings",
+)
