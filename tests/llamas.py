@@ -1,0 +1,42 @@
+"""Small Llamas that cover the supported shapes, shared by the tests."""
+
+from __future__ import annotations
+
+import torch
+
+from nemo_minitron.shape import ModelShape, RopeScaling
+
+GQA = ModelShape(
+    num_layers=3,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=320,
+    padded_vocab_size=320,
+    max_position_embeddings=128,
+)
+
+SHAPES: dict[str, ModelShape] = {
+    "mha": GQA.replace(num_query_groups=8),
+    "gqa": GQA,
+    "tied": GQA.replace(share_embeddings_and_output_weights=True),
+    "head_dim": GQA.replace(hidden_size=48),  # 48 / 8 heads would be 6, it is 8
+    "llama3_rope": GQA.replace(
+        rotary_base=500000.0,
+        rope_scaling=RopeScaling(
+            factor=13.5, low_freq_factor=1.25, high_freq_factor=3.75, original_max_position_embeddings=48
+        ),
+    ),
+    "padded": GQA.replace(vocab_size=250, padded_vocab_size=250, share_embeddings_and_output_weights=True),
+    "bf16": GQA.replace(num_query_groups=2),
+    "fp16": GQA.replace(layernorm_epsilon=1e-6, share_embeddings_and_output_weights=True),
+}
+"""Named shapes for ``pytest.mark.parametrize``; V = Vp, as an HF folder has them."""
+
+DTYPES: dict[str, torch.dtype] = {name: torch.float32 for name in SHAPES} | {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Storage dtype of each named shape."""

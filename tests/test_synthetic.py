@@ -1,0 +1,41 @@
+import filecmp
+
+import pytest
+import torch
+
+from nemo_minitron.synthetic import EOS, make_llama
+from tests.llamas import DTYPES, GQA, SHAPES
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_transformers_loads_it_whole(name, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shape = SHAPES[name]
+    folder = make_llama(tmp_path / "m", shape, dtype=DTYPES[name])
+    model, info = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.dtype == DTYPES[name]
+    assert model.num_parameters() == shape.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == shape.vocab_size
+    assert tokenizer.eos_token == EOS and tokenizer.eos_token_id == model.config.eos_token_id
+    ids = tokenizer("The assert statement.", return_tensors="pt").input_ids
+    logits = model.float()(ids).logits
+    assert torch.isfinite(logits).all() and 0.2 < logits.std() < 10
+    assert tokenizer.decode(ids[0]) == "The assert statement."
+
+
+def test_same_seed_same_bytes(tmp_path):
+    a, b = make_llama(tmp_path / "a", GQA, seed=3), make_llama(tmp_path / "b", GQA, seed=3)
+    c = make_llama(tmp_path / "c", GQA, seed=4)
+    names = sorted(p.name for p in a.iterdir())
+    assert filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
+    assert not filecmp.cmp(a / "model.safetensors", c / "model.safetensors", shallow=False)
+
+
+def test_few_texts_still_fill_the_vocabulary(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = make_llama(tmp_path / "m", GQA, tokenizer_texts=["abc abc"])
+    assert len(AutoTokenizer.from_pretrained(folder)) == GQA.vocab_size
