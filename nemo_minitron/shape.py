@@ -8,7 +8,9 @@ Legend used throughout the package: ``L`` layers, ``H`` hidden_size, ``F`` ffn_h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_minitron.errors import MinitronError
 
@@ -87,6 +89,13 @@ class ModelShape:
     def replace(self, **changes: object) -> ModelShape:
         """Return a checked copy with ``changes`` applied."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
+        """Inverse of ``dataclasses.asdict``; an unknown or missing name is a ``TypeError``."""
+        values = dict(values)
+        scaling = values.pop("rope_scaling", None)
+        return cls(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
 
     def check_parallel(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
         """Refuse a grid that cannot hold this shape, naming both numbers.
