@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_minitron import layout
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import Parameter
-from nemo_minitron.plan import Plan, format_ranges
+from nemo_minitron.plan import Plan
 from nemo_minitron.shape import ModelShape
 
 
@@ -134,22 +134,6 @@ def prune_checkpoint(reader: TensorReader, plan: Plan, writer: TensorWriter) -> 
                 raise MinitronError(f"{_named(parameter, layer)}: holds NaN or infinite values")
             at = None if layer is None else plan.position(layer)
             writer.write(parameter, rewrite(plan, parameter, layer, tensor), at)
-
-
-def removed(plan: Plan) -> list[tuple[str, str, str]]:
-    """Rows (what, before, after) of what a plan changes, for people."""
-    source, target = plan.source, plan.target
-    rows = [
-        (name, f"{getattr(source, name):,}", f"{getattr(target, name):,}")
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-    ]
-    rows.append(("parameters", f"{source.num_parameters():,}", f"{target.num_parameters():,}"))
-    return rows
-
-
-def dropped_layers(plan: Plan) -> str:
-    """Dropped layers as users count them, from 1: ``"17-32"``; ``""`` where none is."""
-    return format_ranges(sorted(set(range(1, plan.source.num_layers + 1)) - {layer + 1 for layer in plan.layers}))
 
 
 def _cells(cells: Tensor, width: int) -> Tensor:
