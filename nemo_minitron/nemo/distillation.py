@@ -1,0 +1,112 @@
+"""The two-model distillation step on NeMo's training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_minitron.distill.losses import TokenLosses, distillation_losses
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.nemo.model import MinitronGPTModel
+from nemo_minitron.nemo.restore import load_model
+from nemo_minitron.nemo.trainer import autocast
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+_SHARED_WITH_STUDENT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "sequence_parallel",
+    "micro_batch_size",
+    "global_batch_size",
+    "encoder_seq_length",
+    "precision",
+    "megatron_amp_O2",
+    "transformer_engine",
+    "seed",
+    "optim",
+    "data",
+)
+
+
+class MinitronDistillModel(MinitronGPTModel):
+    """Student that learns from a frozen teacher on the same grid.
+
+    The teacher runs with the RoPE scaling, norms and epsilon of its own checkpoint; it has no gradients, no optimizer
+    state and no DDP buffers, and is not a submodule, so neither checkpoints nor ``.to()`` of the student see it.
+    Sizes may differ in every dimension but the true vocabulary. Pipeline parallelism is refused for now.
+    """
+
+    loss_names = ("loss", "kd_loss", "lm_loss", "top1_agreement")
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
+        super().__init__(cfg, trainer)
+        self._teacher: list[GPTModel] = []
+        self.distill: dict[str, Any] = {}
+
+    def set_teacher(self, path: str | Path, distill: DictConfig | dict[str, Any]) -> None:
+        """Load the teacher and check that it can teach this student.
+
+        Raises:
+            MinitronError: vocabularies or tokenizers differ, or the grid has pipeline stages.
+        """
+        if (self.cfg.get("pipeline_model_parallel_size", 1) or 1) > 1:
+            raise MinitronError(
+                f"model.pipeline_model_parallel_size={self.cfg.pipeline_model_parallel_size}: "
+                "distillation runs at 1 pipeline stage for now; use tensor_model_parallel_size or data parallelism"
+            )
+        run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg}
+        teacher = load_model(path, self.trainer, run)
+        if teacher.true_vocab_size != self.true_vocab_size:
+            raise MinitronError(
+                f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher.true_vocab_size} tokens, "
+                f"the student's {self.true_vocab_size}; distillation compares them token by token"
+            )
+        if teacher.tokenizer is not None and self.tokenizer is not None:
+            _check_tokenizers(teacher.tokenizer, self.tokenizer)
+        self._teacher_vocab_start = teacher.vocab_start
+        self._teacher = teacher.get_model_module_list()
+        for module in self._teacher:
+            module.requires_grad_(False).eval()
+        self.distill = dict(distill)
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """Teacher's logits ``[b, s, Vp_t/tp]`` for a micro-batch, on this tensor-parallel rank."""
+        with autocast(self.cfg.precision):
+            (teacher,) = self._teacher
+            return teacher(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+
+    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
+        """KL to the teacher mixed with cross entropy, per token."""
+        return distillation_losses(
+            logits,
+            self.teacher_logits(batch),
+            batch["labels"],
+            temperature=float(self.distill.get("temperature", 1.0)),
+            kd_weight=float(self.distill.get("kd_weight", 1.0)),
+            lm_weight=float(self.distill.get("lm_weight", 0.0)),
+            vocab_size=self.true_vocab_size,
+            vocab_start=self.vocab_start,
+            group=self.tensor_parallel_group,
+        )
+
+
+def _check_tokenizers(teacher: Any, student: Any) -> None:
+    """Same vocabulary, token for token: equal sizes alone would let a permuted vocabulary through."""
+    ours, theirs = (getattr(t, "tokenizer", None) for t in (student, teacher))
+    if not hasattr(ours, "get_vocab") or not hasattr(theirs, "get_vocab"):
+        return
+    ours, theirs = ours.get_vocab(), theirs.get_vocab()
+    if ours != theirs:
+        token = next(iter(sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))))
+        raise MinitronError(
+            f"teacher and student tokenizers differ: token {token!r} is {theirs.get(token)} for the teacher and "
+            f"{ours.get(token)} for the student"
+        )

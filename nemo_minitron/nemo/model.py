@@ -1,0 +1,275 @@
+"""NeMo's ``MegatronGPTModel`` for Llama-type checkpoints, without Apex, Transformer Engine or CUDA where they lack.
+
+Differences from the parent, each for a reason stated at its place: layer specs are chosen lazily; the loss is one
+mean over all unmasked tokens of the global batch; padded vocabulary rows never enter a softmax; several named losses
+are logged.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel, mcore_model_customize
+from nemo.collections.nlp.modules.common.megatron import build_model as nemo_build_model
+from nemo.collections.nlp.modules.common.megatron import utils as nemo_utils
+from omegaconf import DictConfig
+from torch import Tensor
+
+from nemo_minitron import parallel, runtime
+from nemo_minitron.distill.losses import TokenLosses, cross_entropy_losses
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
+
+
+class _NoSuchNorm(torch.nn.Module):
+    """Stands for Apex's fused norms in ``isinstance`` tests when Apex is absent."""
+
+
+def _name_what_apex_would() -> None:
+    """Give NeMo the Megatron-Core equivalents of the Apex symbols that it uses without importing."""
+    runtime.fill_missing(
+        nemo_build_model,
+        set_defaults_if_not_set_tensor_model_parallel_attributes=(
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes
+        ),
+    )
+    runtime.fill_missing(nemo_utils, listify_model=lambda model: model if isinstance(model, list) else [model])
+
+
+class MinitronGPTModel(MegatronGPTModel):
+    """A Llama in NeMo: builds on any device, trains with one global token mean.
+
+    Construct it after :func:`runtime.init_distributed`. Grids: any TP x PP (PP must divide the layers), sequence
+    parallel, data parallel; ``context_parallel_size > 1`` is refused without Transformer Engine.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
+        _name_what_apex_would()
+        super().__init__(cfg, trainer=trainer)
+        self._validation_terms: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._step_tokens: Tensor = torch.zeros(())
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> GPTModel:
+        """Build this stage's GPTModel; the parent builds every known layer spec, which fails without TE.
+
+        RoPE scaling of the checkpoint is applied by NeMo's ``mcore_model_customize`` for teacher and student alike
+        (NeMo's own distillation script forgets it for the student).
+        """
+        use_te = bool(self.cfg.get("transformer_engine", False)) and has_transformer_engine()
+        spec = layer_spec(use_te)
+        if not use_te:
+            layers = get_num_layers_to_build(self.transformer_config)
+            spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
+        model = GPTModel(
+            config=self.transformer_config,
+            transformer_layer_spec=spec,
+            vocab_size=self.padded_vocab_size,
+            max_sequence_length=self.cfg.encoder_seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=self.cfg.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_percent=self.cfg.get("rotary_percentage", 1.0),
+            seq_len_interpolation_factor=self.cfg.get("seq_len_interpolation_factor", None),
+            rotary_base=self.cfg.get("rotary_base", 10000),
+        )
+        mcore_model_customize(self.cfg, model)
+        return model
+
+    def _build_vocab(self) -> None:
+        """Pad the checkpoint's true vocabulary V, not the tokenizer's: a table may have rows no token uses."""
+        known = self.cfg.get("minitron", {}).get("vocab_size")
+        self.true_vocab_size = int(known or self.cfg.get("override_vocab_size") or self.tokenizer.vocab_size)
+        if self.tokenizer is not None and self.tokenizer.vocab_size > self.true_vocab_size:
+            raise MinitronError(
+                f"model.tokenizer.type: the tokenizer has {self.tokenizer.vocab_size} tokens, "
+                f"the checkpoint's vocabulary only {self.true_vocab_size}"
+            )
+        self.padded_vocab_size = self._vocab_size_with_padding(
+            orig_vocab_size=self.true_vocab_size,
+            make_vocab_size_divisible_by=self.cfg.get("make_vocab_size_divisible_by", 128),
+            tensor_model_parallel_size=self.cfg.get("tensor_model_parallel_size", 1),
+        )
+
+    def setup_transformer_engine_cp_groups(self) -> None:
+        """Context-parallel streams exist only on CUDA."""
+        if runtime.has_cuda():
+            super().setup_transformer_engine_cp_groups()
+
+    # ---- one training or validation step --------------------------------------------------------------------------
+
+    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
+        """Named losses per token from this micro-batch's logits ``[b, s, Vp/tp]`` (last pipeline stage only)."""
+        return cross_entropy_losses(
+            logits,
+            batch["labels"],
+            vocab_size=self.true_vocab_size,
+            vocab_start=self.vocab_start,
+            group=self.tensor_parallel_group,
+        )
+
+    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
+        """Hook for distillation: called with the micro-batches of a step before the student's schedule runs."""
+
+    @property
+    def tensor_parallel_group(self) -> torch.distributed.ProcessGroup | None:
+        """The tensor-parallel group, or None when it has one member."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        return group if torch.distributed.get_world_size(group) > 1 else None
+
+    @property
+    def vocab_start(self) -> int:
+        """First vocabulary row of this tensor-parallel rank."""
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        return parallel_state.get_tensor_model_parallel_rank() * (self.padded_vocab_size // size)
+
+    def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None) -> Tensor:
+        """Run Megatron's schedule over one global batch; return its mean loss on every rank.
+
+        One normalisation: the sum over all unmasked tokens of the global batch divided by their number, across
+        micro-batches and data-parallel ranks. The schedule divides by the number of micro-batches and the gradient
+        reduction by the data-parallel size, so the local sum is scaled by both before backward. The parent averages
+        micro-batch means, which weights short sequences wrongly.
+        """
+        batches = [self._on_device(self.get_batch(dataloader_iter, False)) for _ in range(get_num_microbatches())]
+        data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        tokens = torch.stack([b["loss_mask"].float().sum() for b in batches]).sum()
+        tokens = parallel.all_reduce(tokens, data_group)
+        scale = len(batches) * torch.distributed.get_world_size(data_group) / tokens.clamp(min=1.0)
+        self.teacher_outputs(batches)
+
+        for module in self.get_model_module_list():
+            module.config.no_sync_func = module.config.grad_sync_func = module.config.param_sync_func = None
+            if self.use_mcore_dist_optim:
+                from megatron.core.distributed import finalize_model_grads
+
+                module.config.finalize_model_grads_func = finalize_model_grads
+
+        def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+            output = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+
+            def reduce(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                found = self.losses(logits, batch)
+                mask = batch["loss_mask"].float()
+                sums = {name: (value.detach() * mask).sum() for name, value in found.terms.items()}
+                return (found.loss * mask).sum() * scale, sums
+
+            return output, reduce
+
+        per_batch = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=self.model,
+            num_microbatches=len(batches),
+            forward_only=forward_only,
+            seq_length=batches[0]["tokens"].shape[1],
+            micro_batch_size=batches[0]["tokens"].shape[0],
+        )
+        terms = self._reduce_terms(per_batch, data_group)
+        if forward_only:
+            self._validation_terms.append((terms, tokens))
+        else:
+            for name, value in terms.items():
+                self._log_finite(f"train_{name}", value / tokens.clamp(min=1.0))
+            self._consumed_tokens = getattr(self, "_consumed_tokens", 0) + int(tokens.item())
+            self.log("tokens", float(self._consumed_tokens), rank_zero_only=True, batch_size=1)
+        return (terms["loss"] / tokens.clamp(min=1.0)).to(torch.float32)
+
+    loss_names: tuple[str, ...] = ("loss", "lm_loss")
+    """Names of :meth:`losses`' terms, in order; all ranks need them, only the last pipeline stage computes them."""
+
+    def _reduce_terms(self, per_batch: list[dict[str, Tensor]], data_group: Any) -> dict[str, Tensor]:
+        """Sum terms over micro-batches and data-parallel ranks, and give them to every pipeline stage."""
+        sums = torch.zeros(len(self.loss_names), device=runtime.device())
+        for terms in per_batch or []:
+            sums += torch.stack([terms[name].float() for name in self.loss_names])
+        sums = parallel.all_reduce(sums, data_group)
+        sums = parallel.all_reduce(sums, parallel_state.get_pipeline_model_parallel_group())
+        return dict(zip(self.loss_names, sums.unbind(), strict=True))
+
+    def _log_finite(self, name: str, value: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise MinitronError(f"{name} is {value.item()} at step {self.trainer.global_step}: training stopped")
+        self.log(name, value, prog_bar=True, rank_zero_only=True, batch_size=1)
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.to(runtime.device(), non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+
+    def on_validation_epoch_end(self) -> Tensor:
+        """Log each named loss as ``val_…``: one mean over all validation tokens; ``val_loss`` is next-token CE."""
+        tokens = sum(t for _, t in self._validation_terms)
+        means = {
+            name: sum(terms[name] for terms, _ in self._validation_terms) / max(float(tokens), 1.0)
+            for name in self.loss_names
+        }
+        self._validation_terms.clear()
+        self.validation_step_outputs.clear()
+        for name, value in means.items():
+            if name != "loss":
+                self._log_finite(f"val_{name}", value)
+        self._log_finite("val_loss", means["lm_loss"])
+        return means["lm_loss"]
+
+    # ---- what the parent does with Apex ---------------------------------------------------------------------------
+
+    def setup_optimizer_param_groups(self) -> None:
+        """Two groups: matrices with weight decay, norms and biases without (the parent asks Apex for norm classes)."""
+        decay: list[Tensor] = []
+        plain: list[Tensor] = []
+        for parameter in self.parameters():
+            (decay if parameter.dim() > 1 else plain).append(parameter)
+        self._optimizer_param_groups = (
+            {"params": decay, "is_expert": False},
+            {"params": plain, "weight_decay": 0.0, "is_expert": False},
+        )
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip by the global norm over TP and PP ranks in plain torch where Apex' kernels are missing."""
+        clip = float(self.trainer.gradient_clip_val or 0.0)
+        if clip <= 0.0 or self.with_distributed_adam or self.megatron_amp_O2:
+            super().configure_gradient_clipping(*args, **kwargs)
+            return
+        norm = clip_gradients(self.parameters(), clip)
+        self.log("grad_norm", norm, rank_zero_only=True, batch_size=1)
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """Parameters of the student alone, whatever else hangs on this module."""
+        modules = self.model if isinstance(self.model, list) else [self.model]
+        return itertools.chain.from_iterable(module.parameters() for module in modules)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterator[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their global L2 norm is at most ``max_norm``; return the norm before.
+
+    Each parameter is counted once: duplicates over the tensor-parallel group (norms, biases) on its rank 0 only, the
+    tied output embedding (``shared``) on the first pipeline stage only. Same rule as Megatron's
+    ``clip_grad_norm_fp32``.
+    """
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
+
+    found = [p for p in parameters if p.grad is not None]
+    total = torch.zeros((), device=runtime.device(), dtype=torch.float64)
+    for p in found:
+        if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p):
+            total += p.grad.double().norm() ** 2
+    norm = parallel.all_reduce(total, parallel_state.get_model_parallel_group()).sqrt()
+    factor = float(max_norm / (norm + 1e-6))
+    if factor < 1.0:
+        for p in found:
+            p.grad.mul_(factor)
+    return norm.float()

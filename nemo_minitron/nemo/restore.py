@@ -1,0 +1,169 @@
+"""From a ``.nemo`` and a run's settings to a built NeMo model: the architecture always comes from the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron import runtime
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.errors import MinitronError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+    "normalization",
+    "layernorm_epsilon",
+    "bias",
+    "qkv_bias",
+    "activation",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percentage",
+    "scale_positional_embedding",
+    "scale_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "old_context_len",
+    "share_embeddings_and_output_weights",
+    "make_vocab_size_divisible_by",
+    "override_vocab_size",
+)
+"""Keys of ``model`` that describe the network. A run may restate them, but not change them."""
+
+_ANY_RUN = ("tokenizer", "minitron", "target", "nemo_version", "precision")
+_FUSIONS = (
+    "persist_layer_norm",
+    "masked_softmax_fusion",
+    "gradient_accumulation_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_add_fusion",
+    "apply_rope_fusion",
+)
+
+
+def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], path: Path) -> DictConfig:
+    """Checkpoint's ``model`` section with the run's settings laid over it.
+
+    Upstream, every key of the YAML's ``model:`` overrides the checkpoint, so that a forgotten ``num_layers`` trains
+    another network; here an architecture key that disagrees is an error, one that agrees is redundant.
+
+    Raises:
+        MinitronError: an architecture key disagrees; names key, asked and found.
+    """
+    run = OmegaConf.to_container(run, resolve=True) if isinstance(run, DictConfig) else dict(run)
+    merged = dict(checkpoint)
+    for key, value in run.items():
+        if key in ARCHITECTURE and value is not None:
+            found = checkpoint.get(key)
+            if not _same(value, found):
+                raise MinitronError(
+                    f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "
+                    "the architecture always comes from the checkpoint: leave the key out"
+                )
+        elif key == "encoder_seq_length" or key in ARCHITECTURE:
+            continue
+        elif key == "tokenizer" and (not value or not value.get("library")):
+            continue
+        else:
+            merged[key] = value
+    cfg = OmegaConf.create(merged)
+    _check_seq_length(cfg, run)
+    if not runtime.has_cuda():
+        cfg.use_cpu_initialization = True
+        cfg.megatron_amp_O2 = False
+        cfg.transformer_engine = False
+    from nemo_minitron.nemo.spec import has_transformer_engine
+
+    if not (runtime.has_cuda() and has_transformer_engine()):
+        cfg.transformer_engine = False
+        for key in _FUSIONS:
+            cfg[key] = False
+    return cfg
+
+
+def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
+    """``encoder_seq_length`` and ``data.seq_length`` of a run are one number (NeMo's tutorial has 8192 and 4096)."""
+    asked = run.get("encoder_seq_length")
+    data = run.get("data") or {}
+    length = data.get("seq_length")
+    if asked is not None and length is not None and asked != length:
+        raise MinitronError(
+            f"model.encoder_seq_length={asked} and model.data.seq_length={length} disagree: training would use "
+            f"{length}; set one, or both alike"
+        )
+    length = length or asked
+    if length is not None:
+        if length > cfg.max_position_embeddings:
+            raise MinitronError(
+                f"model.data.seq_length={length} is longer than the checkpoint's "
+                f"max_position_embeddings={cfg.max_position_embeddings}"
+            )
+        cfg.encoder_seq_length = length
+
+
+def _same(asked: Any, found: Any) -> bool:
+    if isinstance(asked, str) and isinstance(found, str):
+        return asked.lower() == found.lower()
+    if isinstance(asked, (int, float)) and isinstance(found, (int, float)):
+        return float(asked) == float(found)
+    return asked == found or (not asked and not found)
+
+
+def load_model(
+    path: str | Path,
+    trainer: Trainer,
+    run: DictConfig | dict[str, Any] | None = None,
+    cls: type[MinitronGPTModel] | None = None,
+) -> MinitronGPTModel:
+    """Build the model of a ``.nemo`` on this process's grid and load its weights.
+
+    Args:
+        path: ``.nemo`` file or folder, written at any grid.
+        trainer: Lightning trainer with our strategy (:mod:`nemo_minitron.nemo.trainer`).
+        run: the run's ``model`` section: parallel sizes, batch sizes, data, optim, precision.
+        cls: model class, :class:`MinitronGPTModel` by default.
+
+    Raises:
+        MinitronError: unreadable checkpoint, architecture override, or a grid that does not fit (before any weight
+            is read).
+    """
+    runtime.prepare()
+    path = Path(path)
+    with NemoReader(path) as reader:
+        cfg = merge_config(reader.config, run or {}, path)
+        grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
+        multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
+        padded = -(-reader.shape.vocab_size // multiple) * multiple
+        reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
+        if cfg.get("context_parallel_size", 1) not in (None, 1):
+            raise MinitronError(
+                f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "
+                "statistics here are not defined over split sequences"
+            )
+        folder = reader.tokenizer_folder()
+        if folder is not None:
+            cfg.tokenizer.type = str(folder)
+        runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
+        from nemo_minitron.nemo.model import MinitronGPTModel
+
+        model = (cls or MinitronGPTModel)(cfg, trainer)
+        model.shape = reader.shape
+        model.storage_dtype = reader.dtype
+        model.tokenizer_folder = folder
+        from nemo_minitron.nemo import weights
+
+        weights.load(model, reader)
+    return model

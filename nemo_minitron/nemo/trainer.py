@@ -1,0 +1,94 @@
+"""Lightning trainers for NeMo models, with or without Apex and CUDA."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
+from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_minitron import runtime
+
+
+class MinitronDDPStrategy(NLPDDPStrategy):
+    """NeMo's strategy without its demand for Apex, over gloo where there is no CUDA.
+
+    Distributed checkpoints, model-parallel groups and the rest are the parent's.
+    """
+
+    def __init__(
+        self,
+        no_ddp_communication_hook: bool = True,
+        nccl_communicator_config_path: str | None = None,
+        sharp: bool = False,
+        dist_ckpt_parallel_save: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("process_group_backend", runtime.backend())
+        kwargs.setdefault("timeout", timedelta(minutes=30))
+        DDPStrategy.__init__(self, **kwargs)
+        self.no_ddp_communication_hook = no_ddp_communication_hook
+        self.nccl_communicator_config_path = nccl_communicator_config_path
+        self.sharp = sharp
+        self._dist_ckpt_parallel_save = dist_ckpt_parallel_save
+
+    def _fix_tensors_device(self, ckpt: dict) -> dict:
+        return super()._fix_tensors_device(ckpt) if runtime.has_cuda() else ckpt
+
+
+class MinitronTrainerBuilder(MegatronTrainerBuilder):
+    """NeMo's trainer builder with our strategy; all its keys under ``trainer`` and ``model`` keep their meaning."""
+
+    def _training_strategy(self) -> MinitronDDPStrategy:
+        model = self.cfg.model
+        return MinitronDDPStrategy(
+            no_ddp_communication_hook=True,
+            gradient_as_bucket_view=model.get("gradient_as_bucket_view", True),
+            find_unused_parameters=False,
+            nccl_communicator_config_path=model.get("nccl_communicator_config_path", None),
+            sharp=model.get("sharp", False),
+            dist_ckpt_parallel_save=model.get("dist_ckpt_parallel_dist_opt", True),
+        )
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
+    """Trainer of a training command from its full config (``trainer``, ``model``, ``exp_manager``)."""
+    runtime.prepare()
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    with open_dict(cfg):
+        cfg.trainer.logger = False
+        cfg.trainer.enable_checkpointing = False  # exp_manager makes both
+        cfg.trainer.use_distributed_sampler = False
+        cfg.trainer.accelerator = "gpu" if runtime.has_cuda() else "cpu"
+        cfg.model.mcore_gpt = True
+        cfg.exp_manager = {**(cfg.get("exp_manager") or {}), "log_tflops_per_sec_per_gpu": False}
+    return MinitronTrainerBuilder(cfg).create_trainer(callbacks=callbacks)
+
+
+def inference_trainer(precision: str | int = 32, devices: int = 1, num_nodes: int = 1) -> Trainer:
+    """A trainer for commands that only run a model forward; it fits nothing and writes nothing."""
+    runtime.prepare()
+    return Trainer(
+        devices=devices,
+        num_nodes=num_nodes,
+        accelerator="gpu" if runtime.has_cuda() else "cpu",
+        strategy=MinitronDDPStrategy(),
+        precision="bf16-mixed" if str(precision) in ("bf16", "bf16-mixed") else 32,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def autocast(precision: str | int) -> torch.autocast:
+    """Autocast context of a forward pass outside of Megatron's schedules."""
+    bf16 = str(precision) in ("bf16", "bf16-mixed")
+    return torch.autocast(runtime.device().type, dtype=torch.bfloat16, enabled=bf16)

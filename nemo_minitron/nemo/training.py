@@ -1,0 +1,119 @@
+"""One training run: trainer, experiment manager, model, best and last ``.nemo``; teacher fine-tuning and distillation
+differ in the model class alone."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_minitron import runtime
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.nemo import weights
+from nemo_minitron.nemo.restore import load_model
+from nemo_minitron.nemo.trainer import build_trainer
+
+if TYPE_CHECKING:
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+
+class KeepBest(Callback):
+    """Save the best model so far after each validation, and the last one when training ends.
+
+    ``path`` receives the best by ``monitor`` (lower is better), ``NAME.last.nemo`` beside it the last; both in the
+    dtype of the checkpoint that the run started from. A run without validation has its last model in both.
+    """
+
+    def __init__(self, path: Path, monitor: str = "val_loss") -> None:
+        self.path, self.monitor, self.best = path, monitor, math.inf
+
+    @property
+    def last_path(self) -> Path:
+        return self.path.with_name(self.path.name.removesuffix(".nemo") + ".last.nemo")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.global_step == 0:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise MinitronError(
+                f"distill.monitor={self.monitor!r} is not logged; known: {sorted(trainer.callback_metrics)}"
+            )
+        value = float(trainer.callback_metrics[self.monitor])
+        if value < self.best:
+            self.best = value
+            self._save(module, self.path)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(module, self.last_path)
+        if math.isinf(self.best) and trainer.is_global_zero:
+            shutil.copyfile(self.last_path, self.path)
+
+    @staticmethod
+    def _save(module: LightningModule, path: Path) -> None:
+        weights.save(module, path, module.storage_dtype)  # type: ignore[arg-type]
+
+
+def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss") -> MinitronGPTModel:
+    """Run one training from a command's full config and return the trained model.
+
+    Logs every named loss to TensorBoard and CSV under the experiment's folder. A run is resumed from its last
+    checkpoint with ``exp_manager.resume_if_exists=true`` (weights, optimizer, schedule, data position).
+
+    Raises:
+        MinitronError: a key is missing or contradicts the checkpoint, data are missing, or a loss is not finite.
+    """
+    runtime.prepare()
+    _quiet()
+    source = required(cfg, "model.restore_from_path")
+    path = Path(required(cfg, "model.nemo_path"))
+    model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    with open_dict(model_cfg):
+        model_cfg.seed = cfg.get("seed", 1234)
+        model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
+        model_cfg.precision = cfg.trainer.get("precision", 32)
+    keep = KeepBest(path, monitor)
+    trainer = build_trainer(cfg, [keep])
+    folder = exp_manager(trainer, cfg.get("exp_manager"))
+    if folder is not None:
+        trainer.loggers = [*trainer.loggers, CSVLogger(str(folder), name="", version="csv")]
+    model = load_model(source, trainer, model_cfg, cls)
+    if hasattr(model, "set_teacher"):
+        model.set_teacher(required(cfg, "model.kd_teacher_restore_from_path"), cfg.get("distill", {}))
+    trainer.fit(model)
+    return model
+
+
+def required(cfg: DictConfig, key: str) -> str:
+    """A value that must be given, or an error that names its key."""
+    value = OmegaConf.select(cfg, key)
+    if value in (None, "", "???"):
+        raise MinitronError(f"{key} is required: expected a path, found nothing")
+    return str(value)
+
+
+def split_data(data_prefix: Any) -> Any:
+    """Check ``model.data.data_prefix`` and complete it: without a test split NeMo asks for one, validation serves."""
+    from nemo_minitron.data.blocks import split_lists
+
+    lists = split_lists(data_prefix)
+    if isinstance(lists, dict) and not lists.get("test"):
+        lists = {**lists, "test": lists["validation"]}
+    return lists
+
+
+def _quiet() -> None:
+    """NeMo announces each absent config key and each default; errors and our own lines are enough."""
+    logging.setLevel(logging.ERROR)

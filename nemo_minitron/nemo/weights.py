@@ -1,0 +1,159 @@
+"""Weights between a ``.nemo`` and a NeMo model on any tensor x pipeline grid.
+
+Reading goes straight from the archive, one canonical tensor at a time, cut for this rank; nothing is extracted and
+nothing unpickled. Writing joins the shards of one tensor at a time, so peak memory beyond the model is one tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from nemo_minitron import layout, parallel
+from nemo_minitron.checkpoint import NemoReader, NemoWriter
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.shape import ModelShape
+
+if TYPE_CHECKING:
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+
+def split(parameter: layout.Parameter, tensor: Tensor, rank: int, size: int) -> Tensor:
+    """This tensor-parallel rank's part of a canonical tensor.
+
+    ``gate_up`` is split within each half, so that a rank holds ``[gate_t; up_t]``; QKV splits by group because it is
+    group-major.
+    """
+    if size == 1 or parameter.tp_dim is None:
+        return tensor
+    if parameter.axes[parameter.tp_dim] == layout.GATE_UP:
+        return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
+    return tensor.chunk(size, dim=parameter.tp_dim)[rank]
+
+
+def join(parameter: layout.Parameter, part: Tensor, group: parallel.Group) -> Tensor:
+    """Inverse of :func:`split` over the tensor-parallel group; every rank receives the canonical tensor."""
+    size = parallel.size(group)
+    if size == 1 or parameter.tp_dim is None:
+        return part
+    whole = parallel.all_gather(part, group, dim=parameter.tp_dim)
+    if parameter.axes[parameter.tp_dim] == layout.GATE_UP:
+        pieces = whole.chunk(2 * size)
+        whole = torch.cat([*pieces[0::2], *pieces[1::2]])
+    return whole
+
+
+def pad_vocab(parameter: layout.Parameter, tensor: Tensor, rows: int) -> Tensor:
+    """Bring a vocabulary table to ``rows`` rows: zero rows are added, surplus padding is cut."""
+    if parameter.axes[0] != layout.VOCAB or tensor.shape[0] == rows:
+        return tensor
+    if tensor.shape[0] > rows:
+        return tensor[:rows]
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+@torch.no_grad()
+def load(model: MinitronGPTModel, reader: NemoReader) -> None:
+    """Copy the checkpoint's weights into ``model`` (this rank's stages and shards), in the parameters' dtype.
+
+    Raises:
+        MinitronError: a tensor of the checkpoint holds NaN or infinity, or does not fit.
+    """
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def copy(parameter: layout.Parameter, layer: int | None, target: Tensor) -> None:
+        whole = pad_vocab(parameter, reader.tensor(parameter, layer), model.padded_vocab_size)
+        where = f"{reader.path}: {parameter.key}" + ("" if layer is None else f" of layer {layer}")
+        if not torch.isfinite(whole).all():
+            raise MinitronError(f"{where} holds NaN or infinity")
+        part = split(parameter, whole, tp_rank, tp_size)
+        if part.shape != target.shape:
+            raise MinitronError(f"{where}: expected {tuple(target.shape)}, found {tuple(part.shape)}")
+        target.copy_(part)
+
+    _visit(model, reader.shape, copy)
+
+
+@torch.no_grad()
+def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
+    """Write ``model`` as a ``.nemo`` at ``path`` (atomically, from rank 0) in ``dtype``; all ranks must call it."""
+    shape = model.shape
+    group = parallel_state.get_tensor_model_parallel_group()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel.size(pipeline)
+    held: dict[tuple[str, int | None], Tensor] = {}
+    _visit(model, shape, lambda p, layer, t: held.__setitem__((p.key, layer), t))
+    names = [(p, layer) for p in layout.parameters(shape) for layer in (range(shape.num_layers) if p.per_layer else [None])]
+    writer = None
+    if torch.distributed.get_rank() == 0:
+        config = OmegaConf.to_container(model.cfg, resolve=True)
+        tokenizer = Path(model.tokenizer_folder) if model.tokenizer_folder else None
+        writer = NemoWriter(path, _portable(config), shape, dtype, tokenizer=tokenizer)
+        writer.__enter__()
+    try:
+        for parameter, layer in names:
+            part = held.get((parameter.key, layer))
+            owners = torch.tensor([stage if part is not None else stages])
+            owner = int(parallel.all_reduce(owners, pipeline, op="min")) if stages > 1 else 0
+            size = (dataclasses.replace(shape, padded_vocab_size=model.padded_vocab_size), parameter)
+            if part is not None and owner == stage:
+                whole = join(parameter, part.detach(), group)
+            else:
+                whole = torch.empty(size[1].size(size[0]), device=next(model.parameters()).device)
+            if stages > 1:
+                whole = parallel.broadcast(whole.float().contiguous(), owner, pipeline)
+            if writer is not None:
+                writer.write(parameter, pad_vocab(parameter, whole, shape.padded_vocab_size).to("cpu", dtype), layer)
+    except BaseException as error:
+        if writer is not None:
+            writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    if writer is not None:
+        writer.__exit__(None, None, None)
+    parallel.barrier()
+
+
+def _visit(
+    model: MinitronGPTModel, shape: ModelShape, action: Callable[[layout.Parameter, int | None, Tensor], None]
+) -> None:
+    """Call ``action`` on every parameter that this rank holds, with its canonical row and global layer number."""
+    (module,) = model.get_model_module_list()
+    local = dict(module.named_parameters())
+    first = module.decoder.layers[0].layer_number - 1 if len(module.decoder.layers) else 0
+    tied_copy = shape.share_embeddings_and_output_weights and not module.pre_process
+    for parameter in layout.parameters(shape):
+        layers: list[int | None] = [None]
+        if parameter.per_layer:
+            layers = [first + i for i in range(len(module.decoder.layers))]
+        for layer in layers:
+            index = None if layer is None else layer - first
+            name = next(
+                (n for n in (parameter.memory_name(index, local=f) for f in (True, False)) if n in local), None
+            )
+            if parameter is layout.EMBEDDING and name is None and tied_copy and module.post_process:
+                name = layout.OUTPUT.key  # the last stage's copy of the tied table
+            if name is not None:
+                action(parameter, layer, local[name])
+            elif parameter.per_layer:
+                raise MinitronError(f"the model has no parameter {parameter.memory_name(index)}")
+
+
+def _portable(config: dict) -> dict:
+    """Config of a saved model: what belonged to the run (its grid, data paths, restore paths) is left out."""
+    run_only = ("restore_from_path", "restore_from_ckpt", "kd_teacher_restore_from_path", "nemo_path")
+    config = {k: v for k, v in config.items() if k not in run_only}
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        config[key] = 1
+    config["sequence_parallel"] = False
+    config["target"] = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+    if isinstance(config.get("data"), dict):
+        config["data"] = {**config["data"], "data_prefix": [], "index_mapping_dir": None}
+    return config

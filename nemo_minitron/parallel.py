@@ -1,0 +1,50 @@
+"""The only module that issues collectives. Groups are always arguments; ``None`` or a group of one is the identity."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+def size(group: Group) -> int:
+    """Members of ``group``; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
+    """Reduce ``tensor`` (any shape, not changed in place) over ``group`` by ``sum``, ``max`` or ``min``.
+
+    Every rank receives the same bits. No gradient flows through.
+    """
+    if size(group) == 1:
+        return tensor
+    result = tensor.detach().clone().contiguous()
+    dist.all_reduce(result, op=_OPS[op], group=group)
+    return result
+
+
+def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
+    """Concatenate each rank's equally sized ``tensor`` along ``dim``, in rank order of ``group``."""
+    if size(group) == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size(group))]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def broadcast(tensor: Tensor, source: int, group: Group) -> Tensor:
+    """Give every rank of ``group`` the tensor of the rank at position ``source`` in it; overwrites ``tensor``."""
+    if size(group) > 1:
+        dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)  # type: ignore[arg-type]
+    return tensor
+
+
+def barrier(group: Group = None) -> None:
+    """Wait for every rank of ``group`` (None: of the job, if there is one)."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.barrier(group)

@@ -1,0 +1,187 @@
+"""Where a run takes place: device, process groups, and Megatron-Core on machines without CUDA.
+
+This is the only module that patches another library, and it does so by explicit call, never when CUDA is present.
+Megatron-Core 0.13 and NeMo 2.4 name the CUDA device in some sixty places (``torch.cuda.current_device()``,
+``Tensor.cuda()``, ``device="cuda"``, CUDA random state); :func:`install_cpu` sends these to the CPU, which is enough
+for NeMo's own ``MegatronGPTModel`` to build, train, validate, save and restore over gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import socket
+from typing import Any
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nemo_minitron.errors import MinitronError
+
+_CPU = torch.device("cpu")
+_installed: list[TorchFunctionMode] = []
+
+
+def has_cuda() -> bool:
+    """Whether this process sees a CUDA device."""
+    return torch.cuda.is_available() and torch.cuda.device_count() > 0
+
+
+def device() -> torch.device:
+    """Device that models of this process live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def backend() -> str:
+    """Collective backend for :func:`device`."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def prepare() -> None:
+    """Make Megatron-Core and NeMo usable here; call once, before importing either.
+
+    Sets the two environment variables that they read without a default, and redirects CUDA to the CPU where there
+    is none. Idempotent.
+    """
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.09")  # NeMo matches a pattern against it, None crashes
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asks for it under TP and SP
+    os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
+    if not has_cuda():
+        install_cpu()
+
+
+def _is_cuda(value: Any) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Rewrite every CUDA device argument to the CPU; ``Tensor.cuda()`` returns the tensor itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
+            args = tuple(_CPU if _is_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+class _Autocast(torch.autocast):
+    """``torch.autocast`` with "cuda" read as "cpu" (Megatron-Core's schedules spell the device out)."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+
+def install_cpu() -> None:
+    """Redirect CUDA to the CPU for the rest of this process.
+
+    Raises:
+        MinitronError: if a CUDA device is present; nothing is patched then.
+    """
+    if has_cuda():
+        raise MinitronError("install_cpu: expected a machine without CUDA, found a CUDA device")
+    if _installed:
+        return
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.set_device = lambda *a, **k: None
+    cuda.synchronize = lambda *a, **k: None
+    cuda.empty_cache = lambda *a, **k: None
+    cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    torch.autocast = _Autocast  # type: ignore[misc]
+    mode = _CudaToCpu()
+    mode.__enter__()
+    _installed.append(mode)
+
+    import megatron.core.tensor_parallel.random as mcore_random
+
+    mcore_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+
+
+def rank() -> int:
+    """Global rank of this process, as torchrun or Slurm gives it; 0 when alone."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def world_size() -> int:
+    """Processes in this job, as torchrun or Slurm gives it; 1 when alone."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234) -> None:
+    """Initialise torch.distributed (NCCL or gloo) and Megatron's groups, before any model is built.
+
+    Megatron-Core 0.13's local modules look up real process groups while they are built, earlier than NeMo's
+    strategy would create them. Data parallelism takes what is left: DP = world / (TP x PP).
+
+    Raises:
+        MinitronError: if the world size is not a multiple of TP x PP, or groups of another grid already exist.
+    """
+    prepare()
+    from megatron.core import parallel_state, tensor_parallel as tp
+
+    size = world_size()
+    if size % (tensor_parallel * pipeline_parallel):
+        raise MinitronError(
+            f"world size ({size}) must be a multiple of model.tensor_model_parallel_size ({tensor_parallel}) x "
+            f"model.pipeline_model_parallel_size ({pipeline_parallel}); start as many processes with trainer.devices"
+        )
+    if not torch.distributed.is_initialized():
+        if size == 1:
+            # another single-process run may hold the usual port on this machine
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if has_cuda():
+            torch.cuda.set_device(local_rank)
+        torch.distributed.init_process_group(backend(), rank=rank(), world_size=size)
+    if parallel_state.model_parallel_is_initialized():
+        found = (
+            torch.distributed.get_world_size(parallel_state.get_tensor_model_parallel_group()),
+            torch.distributed.get_world_size(parallel_state.get_pipeline_model_parallel_group()),
+        )
+        if found != (tensor_parallel, pipeline_parallel):
+            raise MinitronError(
+                f"expected a TP x PP grid of {(tensor_parallel, pipeline_parallel)}, this process has groups of {found}"
+            )
+    else:
+        parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+    seed_everything(seed)
+    tp.random.initialize_rng_tracker(force_reset=True)
+    tp.model_parallel_cuda_manual_seed(seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process in bytes: of the allocator on CUDA, resident set size otherwise."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def fill_missing(module: Any, **names: Any) -> None:
+    """Define ``names`` in ``module`` where it lacks them: what NeMo leaves undefined when Apex is not installed."""
+    for name, value in names.items():
+        if not hasattr(module, name):
+            setattr(module, name, value)

@@ -1,0 +1,47 @@
+"""``minitron evaluate``: held-out loss, perplexity, size, speed and memory of a ``.nemo``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_minitron.errors import MinitronError
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Evaluate ``model.restore_from_path`` on ``evaluate.data_prefix``; write and return its metrics."""
+    from nemo_minitron.data.blocks import token_blocks
+    from nemo_minitron.evaluate import evaluate
+    from nemo_minitron.nemo.restore import load_model
+    from nemo_minitron.nemo.trainer import inference_trainer
+    from nemo_minitron.nemo.training import required
+
+    source, prefix = required(cfg, "model.restore_from_path"), required(cfg, "evaluate.data_prefix")
+    options = cfg.evaluate
+    blocks = token_blocks(
+        Path(prefix), int(options.seq_length), num_samples=options.get("num_samples"), seed=int(cfg.get("seed", 1234))
+    )
+    trainer = inference_trainer(cfg.trainer.get("precision", 32), cfg.trainer.get("devices", 1))
+    model = load_model(source, trainer, {**cfg.model, "precision": cfg.trainer.get("precision", 32)})
+    metrics = evaluate(model, blocks, micro_batch_size=int(options.get("micro_batch_size", 1)))
+    import torch
+
+    if torch.distributed.get_rank() == 0:
+        print("  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items()))
+        if cfg.get("output_path"):
+            write_json(Path(cfg.output_path), metrics)
+    return metrics
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON beside its destination and rename."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(content, indent=2) + "\n")
+        part.replace(path)
+    except OSError as error:
+        raise MinitronError(f"output_path {path} cannot be written: {error.strerror}") from error

@@ -1,0 +1,13 @@
+"""``minitron finetune``: teacher correction, next-token training of a ``.nemo`` on the distillation data."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+
+def run(cfg: DictConfig) -> None:
+    """Fine-tune ``model.restore_from_path`` into ``model.nemo_path`` (Minitron, arXiv 2408.11796, section 3.1)."""
+    from nemo_minitron.nemo.model import MinitronGPTModel
+    from nemo_minitron.nemo.training import train
+
+    train(cfg, MinitronGPTModel)
