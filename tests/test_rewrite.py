@@ -72,7 +72,7 @@ def logits(model, eps=1e-5, embedding_scale=None):
         )
     )
     for module in [reference.model, *reference.model.layers]:  # transformers' own norm rounds to float32
-        for name, child in list(module.named_children()):
+        for name in [name for name, _ in module.named_children()]:
             if name.endswith("norm"):
                 setattr(module, name, torch.nn.RMSNorm(shape.hidden_size, eps=eps))
     reference.to(torch.float64)

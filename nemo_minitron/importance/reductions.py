@@ -1,0 +1,87 @@
+"""Pure, additive reductions of activations to one number per channel.
+
+Each activation is reduced over the sequence, per sample, then over the batch (arXiv 2407.14679, section 2.2: agg_S,
+then agg_B). Everything that is kept between micro-batches is a plain float64 sum: micro-batches may come in any order
+and any split, and ranks are combined by adding. Padding tokens and samples without any token do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.errors import MinitronError
+
+HOW = ("mean", "l2", "var")
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """How activations x become a score.
+
+    Attributes:
+        sequence: y of one sample: ``mean`` of \\|x\\|, ``l2`` norm of x, or population ``var`` of x, over its tokens.
+        batch: score: ``mean`` of y, ``l2`` norm of y, or population ``var`` of y, over the samples.
+
+    The default, mean then l2, is what the paper settles on and what NVIDIA Model-Optimizer computes.
+    """
+
+    sequence: str = "mean"
+    batch: str = "l2"
+
+    def __post_init__(self) -> None:
+        for name in ("sequence", "batch"):
+            if getattr(self, name) not in HOW:
+                raise MinitronError(f"calibration.{name}: expected one of {HOW}, found '{getattr(self, name)}'")
+
+
+def sequence_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Sums over tokens of \\|x\\|, x and x² per sample.
+
+    Args:
+        x: ``[s, b, C]``, any float dtype. mask: ``[s, b]``, True for tokens that count (None: all).
+
+    Returns:
+        ``[3, b, C]`` float64; parts of a split sequence may be added.
+    """
+    x = x.detach().float()
+    if mask is not None:
+        x = x.masked_fill(~mask[..., None], 0.0)
+    return torch.stack([part.sum(dim=0, dtype=torch.float64) for part in (x.abs(), x, x.square())])
+
+
+def sequence_statistic(sums: Tensor, tokens: Tensor, how: str) -> Tensor:
+    """y per sample and channel, from :func:`sequence_sums` ``[..., 3, b, C]`` and ``tokens [b]`` → ``[..., b, C]``."""
+    absolute, plain, square = sums.unbind(-3)
+    count = tokens.to(sums).clamp_min(1)[:, None]
+    if how == "mean":
+        return absolute / count
+    if how == "l2":
+        return square.sqrt()
+    return (square / count - (plain / count).square()).clamp_min(0.0)
+
+
+def batch_sums(y: Tensor) -> Tensor:
+    """Sums over samples of y and y²: ``[..., b, C]`` → ``[..., 2, C]``, additive over micro-batches and ranks."""
+    return torch.stack((y.sum(dim=-2), y.square().sum(dim=-2)), dim=-2)
+
+
+def batch_statistic(sums: Tensor, samples: int, how: str) -> Tensor:
+    """Score per channel from added :func:`batch_sums` ``[..., 2, C]`` over ``samples`` → ``[..., C]``."""
+    plain, square = sums.unbind(-2)
+    if how == "mean":
+        return plain / samples
+    if how == "l2":
+        return square.sqrt()
+    return (square / samples - (plain / samples).square()).clamp_min(0.0)
+
+
+def units(channels: Tensor, width: int) -> Tensor:
+    """L2 norm over each run of ``width`` channels: ``[..., U*width]`` → ``[..., U]``.
+
+    A head's score is this over its d channels of ``linear_proj``'s input, a query group's over its r·d, both
+    group-major, as in Model-Optimizer (whose group ranking reads the axis in the other order, see the tests).
+    """
+    return channels.unflatten(-1, (-1, width)).square().sum(dim=-1).sqrt()
