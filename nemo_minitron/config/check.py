@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, STRAY, keys, tree_of
+from nemo_minitron.config.schema import COMMANDS, STRAY, Recipe, Stage, keys, tree_of
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
@@ -19,6 +19,22 @@ def known_keys(command: str) -> Tree:
     """Nested names that ``command`` knows, strays of NeMo's files included."""
     tree = tree_of(COMMANDS[command])
     return tree if command == "run" else STRAY | tree
+
+
+def recipe_tree(recipe: DictConfig) -> Tree:
+    """Names that this recipe knows: its own settings, and below each stage the keys of the stage's command."""
+    tree = tree_of(Recipe)
+    tree["settings"] = _tree_in(recipe._get_node("settings"))
+    stages = recipe._get_node("stages")
+    if isinstance(stages, DictConfig) and _has_keys(stages):
+        tree["stages"] = {}
+        for name, stage in stages.items():
+            command = stage.get("command") if isinstance(stage, DictConfig) else None
+            if command not in COMMANDS:
+                hint = did_you_mean(str(command), COMMANDS)
+                raise MinitronError(f"recipe.stages.{name}.command: no command '{command}'.{hint}")
+            tree["stages"][str(name)] = tree_of(Stage) | {"config": known_keys(command)}
+    return tree
 
 
 def refuse_unknown(cfg: Any, tree: Tree | None, prefix: str = "", where: str = "") -> None:
@@ -85,8 +101,10 @@ def resolve(cfg: DictConfig) -> None:
     try:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
-        if isinstance(error.__cause__, MinitronError):
-            raise error.__cause__ from None
+        cause: BaseException | None = error
+        while (cause := cause.__cause__ or cause.__context__) is not None:
+            if isinstance(cause, MinitronError):
+                raise cause from None
         name = f"{error.full_key}: " if error.full_key else ""
         raise MinitronError(name + first_lines(error)) from None
 
@@ -95,6 +113,12 @@ def first_lines(error: Exception) -> str:
     """The first line of another library's message, which is the one for users."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _tree_in(cfg: Any) -> Tree | None:
+    if isinstance(cfg, DictConfig) and _has_keys(cfg):
+        return {str(name): _tree_in(cfg._get_node(name)) for name in cfg}
+    return None
 
 
 def _has_keys(cfg: DictConfig) -> bool:

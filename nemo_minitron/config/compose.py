@@ -89,6 +89,8 @@ def compose(
     for override in groups:
         check.refuse_unknown_path(override.key_or_group, tree, cfg)
         cfg = _merge(cfg, _load_group(override, source))
+    if command == "run" and isinstance(cfg._get_node("recipe"), DictConfig):
+        tree = tree | {"recipe": check.recipe_tree(cfg.recipe)}
     for override in values:
         _apply(cfg, override, tree)
     check.refuse_unknown(cfg, tree)
@@ -98,7 +100,8 @@ def compose(
         plain[name] = node
     if complete:
         if missing := check.missing(plain):
-            raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}")
+            options = "".join(f"; {name} is one of {', '.join(o)}" for name in missing if (o := group_options(name)))
+            raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
         check.resolve(plain)
     return plain
 

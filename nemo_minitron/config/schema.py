@@ -42,15 +42,15 @@ def _nemo() -> Any:
 @dataclass
 class Tokenizer:
     library: str = key("huggingface", "tokenizer family, as NeMo names it", ("huggingface", "sentencepiece"))
-    type: str | None = key(None, "HF tokenizer folder or name, or a .nemo or HF model folder that holds one")
+    type: str | None = key(None, "HF tokenizer: its name, a folder, or a .nemo that holds one")
     model: str | None = key(None, "SentencePiece tokenizer.model file")
 
 
 @dataclass
 class Dataset:
-    name: str | None = key(None, "configuration-bearing HF dataset name, when it differs from `input`")
-    config: str | None = key(None, "configuration of the HF dataset, for instance wikitext-103-v1")
-    split: str = key("train", "split to read: of an HF dataset, or of a built-in source (train, validation)")
+    name: str | None = key(None, "data set, where `input` does not say it: pydoc_topics, brown, or a name on HF's hub")
+    config: str | None = key(None, "its configuration, for instance wikitext-103-v1; a subfolder of a local folder")
+    split: str | None = key(None, "split to read where there are splits; train when null")
 
 
 @dataclass
@@ -94,17 +94,15 @@ class Distill:
     kd_weight: float = key(1.0, "weight of the distillation term")
     lm_weight: float = key(0.0, "weight of the next-token cross-entropy")
     loss: str = key("forward_kl", "distillation term", ("forward_kl",))
+    monitor: str = key("val_loss", "logged value by which the best student is kept")
 
 
 @dataclass
 class Evaluate:
-    data_prefix: Any = key(None, "held-out .bin/.idx prefix; every token is predicted once")
-    seq_length: int | None = key(None, "tokens per block; the model's own length when null")
+    data_prefix: str = key(REQUIRED, "held-out .bin/.idx prefix")
+    seq_length: int = key(2048, "tokens per block")
     num_samples: int | None = key(None, "blocks to read; all of them when null")
     micro_batch_size: int = key(1, "blocks per forward pass")
-    perplexity: bool = key(True, "measure val_loss (nats/token) and perplexity")
-    throughput: bool = key(True, "measure tokens per second and peak memory")
-    name: str | None = key(None, "name of this model in the output")
 
 
 @dataclass
@@ -122,15 +120,15 @@ class ConvertConfig:
 class PreprocessConfig:
     """Text to token files (.bin/.idx) that Megatron and NeMo read."""
 
-    input: Any = key(REQUIRED, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
+    input: str | None = key(None, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
     json_keys: list[str] = key(["text"], "fields of a record that hold text")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
     dataset: Dataset = section(Dataset, "which part of a data set")
-    document: str = key("article", "what becomes one document", ("article", "line", "file"))
+    document: str | None = key(None, "one document is; by the kind of input when null", ("article", "line", "file"))
     append_eod: bool = key(True, "end every document with the end-of-text token")
-    heldout_every: int | None = key(None, "set every n-th document apart")
-    heldout_part: str = key("train", "which side of heldout_every to write", ("train", "heldout"))
+    heldout_every: int | None = key(None, "hold every n-th document out")
+    heldout_part: str = key("train", "which side of it to write", ("train", "heldout"))
     workers: int = key(1, "tokenizing processes")
     apply_ftfy: bool = key(False, "repair broken unicode first")
 

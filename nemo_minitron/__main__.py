@@ -1,0 +1,8 @@
+"""``python -m nemo_minitron COMMAND …``, the same as ``minitron COMMAND …``."""
+
+import sys
+
+from nemo_minitron.cli import main
+
+if __name__ == "__main__":  # guarded: saving a checkpoint spawns a process that imports this module again
+    sys.exit(main())

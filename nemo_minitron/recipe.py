@@ -1,0 +1,280 @@
+"""``minitron run``: walk a recipe's stages, skip what is done and unchanged, and compare the models at the end.
+
+A stage is one of our commands with its configuration, run in a process of its own so that its memory is returned.
+It is up to date when the fingerprint of all that decides its result equals the recorded one: its resolved
+configuration, the content of its inputs, the version of this package; and its outputs are still those it wrote.
+Contents are compared, never dates (dates only spare hashing a file again that was not touched).
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron import __version__
+from nemo_minitron.errors import MinitronError, did_you_mean
+
+Compose = Callable[..., DictConfig]
+"""``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""
+
+ROLES = ("teacher", "pruned", "distilled")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe, its configuration resolved.
+
+    Attributes:
+        inputs: files, folders or glob patterns whose content decides the result.
+        outputs: files or folders that the stage writes.
+        work: folder of its own for checkpoints; emptied before a start that is not a resumption.
+    """
+
+    name: str
+    command: str
+    config: DictConfig
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    work: Path | None
+
+
+def run(cfg: DictConfig, compose: Compose) -> None:
+    """Run the recipe of a composed ``run`` config: ``recipe``, ``run_dir``, ``stages``, ``force``.
+
+    Every stage's configuration is checked before the first one starts. Writes, in ``run_dir``,
+    ``.stages/NAME.yaml`` (the configuration that ran, usable by hand), ``.stages/NAME.json`` (its record) and
+    ``metrics.json``.
+
+    Raises:
+        MinitronError: a stage's configuration is wrong, an input is absent, a stage failed or did not write what
+            it declares. Names the stage; the next call resumes there.
+    """
+    stages = load_stages(cfg, compose)
+    chosen = list(cfg.stages) if cfg.stages is not None else list(stages)
+    for name in chosen:
+        if name not in stages:
+            raise MinitronError(f"stages: the recipe has no stage '{name}'." + did_you_mean(name, stages))
+    run_dir = Path(cfg.run_dir)
+    records = Records(run_dir / ".stages")
+    print(f"recipe {cfg.recipe.name}: {len(chosen)} stages in {run_dir}", flush=True)
+    started = time.monotonic()
+    for number, name in enumerate(chosen, start=1):
+        _run_stage(stages[name], records, f"[{number}/{len(chosen)}] {name}", force=cfg.force)
+    report(cfg.recipe.get("roles") or {}, stages, run_dir)
+    print(f"recipe {cfg.recipe.name}: done in {_minutes(time.monotonic() - started)}", flush=True)
+
+
+def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
+    """The recipe's stages in order, each configuration composed and checked."""
+    recipe = cfg.recipe
+    if not isinstance(recipe, DictConfig) or not recipe.get("stages"):
+        raise MinitronError(f"recipe: expected recipe=NAME of a file with stages, found {recipe!r}")
+    stages = {}
+    for name, node in recipe.stages.items():
+        if not node.get("command"):
+            raise MinitronError(f"recipe.stages.{name}.command is missing")
+        try:
+            config = compose(node.command, node.get("overrides") or (), config=node.get("config"))
+        except MinitronError as error:
+            raise MinitronError(f"stage '{name}': {error}") from None
+        work = Path(node.work) if node.get("work") else None
+        if work is not None and not _is_inside(work, Path(cfg.run_dir)):
+            raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")
+        lists = [tuple(node.get(key) or ()) for key in ("inputs", "outputs")]
+        stages[str(name)] = Stage(str(name), node.command, config, *lists, work)
+    for role, path in (recipe.get("roles") or {}).items():
+        if role not in ROLES:
+            raise MinitronError(f"recipe.roles: expected {', '.join(ROLES)}, found '{role}' ({path})")
+    return stages
+
+
+class Records:
+    """What is known of the stages of one run folder: ``FOLDER/NAME.json``, and digests of files already read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MinitronError(f"run_dir {folder.parent} cannot be written: {error.strerror}") from None
+        self._digests: dict[str, list] = _read_json(folder / "digests.json")
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The record of a stage, empty when there is none."""
+        return _read_json(self.folder / f"{name}.json")
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Replace the record of a stage."""
+        write_atomically(self.folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+
+    def fingerprint(self, stage: Stage) -> str:
+        """sha256 over the command, its resolved config, its inputs' content and this package's version.
+
+        Raises:
+            MinitronError: an input is absent.
+        """
+        inputs = {}
+        for pattern in stage.inputs:
+            paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+            if not paths or not all(os.path.exists(path) for path in paths):
+                raise MinitronError(f"stage '{stage.name}': input {pattern} does not exist")
+            inputs |= {path: self.content(path) for path in paths}
+        what = [stage.command, OmegaConf.to_container(stage.config), inputs, __version__]
+        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+    def outputs(self, stage: Stage) -> dict[str, str] | None:
+        """Content of each declared output, or None when one is absent."""
+        if not all(os.path.exists(path) for path in stage.outputs):
+            return None
+        return {path: self.content(path) for path in stage.outputs}
+
+    def content(self, path: str) -> str:
+        """sha256 of a file, or of the names and contents in a folder."""
+        root = Path(path)
+        if root.is_file():
+            digest = self._file(root)
+        else:
+            files = sorted(file for file in root.rglob("*") if file.is_file())
+            lines = (f"{file.relative_to(root)} {self._file(file)}\n" for file in files)
+            digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+        write_atomically(self.folder / "digests.json", json.dumps(self._digests))
+        return digest
+
+    def _file(self, file: Path) -> str:
+        stat = file.stat()
+        name = str(file.resolve())
+        known = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        if self._digests.get(name, [])[:3] == known:
+            return self._digests[name][3]
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        self._digests[name] = [*known, digest.hexdigest()]
+        return digest.hexdigest()
+
+
+def _run_stage(stage: Stage, records: Records, title: str, force: bool) -> None:
+    fingerprint = records.fingerprint(stage)
+    record = records.read(stage.name)
+    same = record.get("fingerprint") == fingerprint
+    done = same and record.get("state") == "done"
+    if done and not force and stage.outputs and records.outputs(stage) == record.get("outputs"):
+        print(f"{title}: up to date, skipped (took {_minutes(record['seconds'])})", flush=True)
+        return
+    resume = same and not done and not force
+    if stage.work is not None and not resume and stage.work.exists():
+        shutil.rmtree(stage.work)  # checkpoints of another configuration must not be resumed
+    print(f"{title}: {'resuming' if resume and record else 'running'} minitron {stage.command}", flush=True)
+    records.write(stage.name, {"state": "started", "fingerprint": fingerprint})
+    write_atomically(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
+    started = time.monotonic()
+    flags = ["--config-path", str(records.folder), "--config-name", f"{stage.name}.yaml"]
+    code = subprocess.run([sys.executable, "-m", "nemo_minitron", stage.command, *flags], check=False).returncode
+    seconds = time.monotonic() - started
+    outputs = records.outputs(stage)
+    if code:
+        raise MinitronError(
+            f"stage '{stage.name}' failed (minitron {stage.command}, exit status {code}, after {_minutes(seconds)}); "
+            "the same command starts again from this stage"
+        )
+    if outputs is None:
+        absent = [path for path in stage.outputs if not os.path.exists(path)]
+        raise MinitronError(f"stage '{stage.name}' ended well but did not write {', '.join(absent)}")
+    done_record = {"state": "done", "fingerprint": fingerprint, "seconds": round(seconds, 3), "outputs": outputs}
+    records.write(stage.name, done_record)
+    print(f"{title}: done in {_minutes(seconds)}", flush=True)
+
+
+def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path) -> None:
+    """Gather the roles' evaluations into ``run_dir/metrics.json`` and print them; roles not yet there are left out."""
+    metrics = {role: _read_json(Path(roles[role])) for role in ROLES if role in roles and Path(roles[role]).is_file()}
+    if not metrics:
+        return
+    write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    print(f"\n{table(metrics)}")
+    closed = gap_closed(metrics)
+    if closed is not None:
+        tokens = sum(_training_tokens(stage.config) for stage in stages.values() if stage.command == "distill")
+        print(f"distillation on {tokens:,} tokens closed {closed:.1%} of the loss that pruning cost")
+    print(f"written: {run_dir / 'metrics.json'}", flush=True)
+
+
+def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """One row per model, as text."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "parameters": lambda m: f"{m['num_parameters'] / 1e6:,.1f}M",
+        "layers": lambda m: str(m["num_layers"]),
+        "hidden": lambda m: str(m["hidden_size"]),
+        "ffn": lambda m: str(m["ffn_hidden_size"]),
+        "heads/groups": lambda m: f"{m['num_attention_heads']}/{m['num_query_groups']}",
+        "val_loss": lambda m: f"{m['val_loss']:.4f}",
+        "perplexity": lambda m: f"{m['perplexity']:,.2f}",
+        "tokens/s": lambda m: f"{m['tokens_per_second']:,.0f}",
+        "peak memory": lambda m: f"{m['peak_memory_bytes'] / 2**30:.2f} GiB",
+    }
+    rows = [["", *columns]]
+    for role, values in metrics.items():
+        try:
+            rows.append([role, *(show(values) for show in columns.values())])
+        except KeyError as error:
+            raise MinitronError(f"the evaluation of '{role}' lacks {error}") from None
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """(pruned − distilled) / (pruned − teacher) in val_loss; None without all three, or where pruning cost nothing."""
+    if not all(role in metrics for role in ROLES):
+        return None
+    teacher, pruned, distilled = (metrics[role]["val_loss"] for role in ROLES)
+    return (pruned - distilled) / (pruned - teacher) if pruned > teacher else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the destination and rename."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise MinitronError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _training_tokens(config: DictConfig) -> int:
+    return int(config.trainer.max_steps) * int(config.model.global_batch_size) * int(config.model.data.seq_length)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return {}  # a record cut short is no record
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    path, folder = path.resolve(), folder.resolve()
+    return path != folder and path.is_relative_to(folder)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

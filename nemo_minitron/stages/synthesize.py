@@ -1,0 +1,58 @@
+"""``minitron synthesize``: a random Llama with a tokenizer, as an HF folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.shape import ModelShape, RopeScaling
+
+
+def run(cfg: DictConfig) -> None:
+    """Write a random model of the shape in ``model`` to the folder ``output_path``, replacing one made before."""
+    from nemo_minitron.synthetic import make_llama
+
+    shape = shape_of(cfg.model)
+    folder = Path(cfg.output_path)
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        make_llama(part, shape, seed=int(cfg.seed))
+        if folder.exists():
+            if not (folder / "config.json").is_file():
+                raise MinitronError(f"output_path {folder} exists and is not a model folder")
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except OSError as error:
+        raise MinitronError(f"output_path {folder} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{folder}: {shape.num_parameters():,} parameters")
+
+
+def shape_of(model: DictConfig) -> ModelShape:
+    """:class:`ModelShape` from NeMo's keys, for instance those of ``conf/model/*.yaml``.
+
+    Raises:
+        MinitronError: a size is missing or does not fit the others.
+    """
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+    if missing := [f"model.{name}" for name in needed if model.get(name) is None]:
+        raise MinitronError(f"{', '.join(missing)}: needed for the shape; choose one with model=NAME")
+    values = {item.name: model.get(item.name) for item in dataclasses.fields(ModelShape) if item.name != "rope_scaling"}
+    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
+    values["kv_channels"] = values["kv_channels"] or model.hidden_size // model.num_attention_heads
+    values["padded_vocab_size"] = values["padded_vocab_size"] or values["vocab_size"]
+    if model.get("scale_positional_embedding"):
+        values["rope_scaling"] = RopeScaling(
+            model.get("scale_factor", 8.0),
+            model.get("low_freq_factor", 1.0),
+            model.get("high_freq_factor", 4.0),
+            model.get("old_context_len", 8192),
+        )
+    return ModelShape(**{name: value for name, value in values.items() if value is not None})
