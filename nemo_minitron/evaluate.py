@@ -63,9 +63,11 @@ def evaluate(model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = 1)
             seq_length=block.shape[1] - 1,
             micro_batch_size=block.shape[0],
         )
-        total += torch.stack([sum(sums, torch.zeros((), dtype=torch.float64)).cpu(), torch.tensor(float(positions.numel()))])
-    total[0] = parallel.all_reduce(total[:1].to(runtime.device()), parallel_state.get_pipeline_model_parallel_group())[0]
-    total = parallel.all_reduce(total.to(runtime.device()), data).cpu()
+        total[0] += sum(float(part) for part in sums)  # the last stage's; others have none
+        total[1] += positions.numel()
+    total = total.to(runtime.device())
+    total[0] = parallel.all_reduce(total[0], parallel_state.get_pipeline_model_parallel_group())
+    total = parallel.all_reduce(total, data).cpu()
     seconds = time.perf_counter() - start
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):

@@ -124,6 +124,13 @@ def layer_parameters(shape: ModelShape) -> Iterator[Parameter]:
     yield from (PROJ_WEIGHT, FC1_NORM, FC1_WEIGHT, FC2_WEIGHT)
 
 
+def slots(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
+    """Every tensor of a model as (row, layer); the layer is None outside the decoder layers."""
+    for parameter in parameters(shape):
+        for layer in range(shape.num_layers) if parameter.per_layer else (None,):
+            yield parameter, layer
+
+
 def axis_size(axis: str, shape: ModelShape) -> int:
     """Length of an axis for ``shape``."""
     try:

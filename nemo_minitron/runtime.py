@@ -47,6 +47,7 @@ def prepare() -> None:
     """
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.09")  # NeMo matches a pattern against it, None crashes
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asks for it under TP and SP
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoint saving forks after tokenizing
     os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
     if not has_cuda():
         install_cpu()
@@ -106,6 +107,13 @@ def install_cpu() -> None:
     mcore_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
+    # these were decorated with device_type="cuda" on import; under CPU autocast their backward would run without it
+    from megatron.core.tensor_parallel import layers
+
+    for function in (layers.LinearWithGradAccumulationAndAsyncCommunication, layers.LinearWithFrozenWeight):
+        function.forward = staticmethod(torch.amp.custom_fwd(function.forward.__wrapped__, device_type="cpu"))
+        function.backward = staticmethod(torch.amp.custom_bwd(function.backward.__wrapped__, device_type="cpu"))
+
 
 def rank() -> int:
     """Global rank of this process, as torchrun or Slurm gives it; 0 when alone."""
@@ -127,7 +135,8 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
         MinitronError: if the world size is not a multiple of TP x PP, or groups of another grid already exist.
     """
     prepare()
-    from megatron.core import parallel_state, tensor_parallel as tp
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as tp
 
     size = world_size()
     if size % (tensor_parallel * pipeline_parallel):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -40,27 +43,23 @@ class MinitronDistillModel(MinitronGPTModel):
 
     The teacher runs with the RoPE scaling, norms and epsilon of its own checkpoint; it has no gradients, no optimizer
     state and no DDP buffers, and is not a submodule, so neither checkpoints nor ``.to()`` of the student see it.
-    Sizes may differ in every dimension but the true vocabulary. Pipeline parallelism is refused for now.
+    Sizes may differ in every dimension but the true vocabulary.
     """
 
     loss_names = ("loss", "kd_loss", "lm_loss", "top1_agreement")
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         super().__init__(cfg, trainer)
-        self._teacher: list[GPTModel] = []
+        self._teacher: list[GPTModel] = []  # in a list, so that it is no submodule
+        self._teacher_hidden: deque[Tensor] = deque()
         self.distill: dict[str, Any] = {}
 
     def set_teacher(self, path: str | Path, distill: DictConfig | dict[str, Any]) -> None:
         """Load the teacher and check that it can teach this student.
 
         Raises:
-            MinitronError: vocabularies or tokenizers differ, or the grid has pipeline stages.
+            MinitronError: vocabularies or tokenizers differ.
         """
-        if (self.cfg.get("pipeline_model_parallel_size", 1) or 1) > 1:
-            raise MinitronError(
-                f"model.pipeline_model_parallel_size={self.cfg.pipeline_model_parallel_size}: "
-                "distillation runs at 1 pipeline stage for now; use tensor_model_parallel_size or data parallelism"
-            )
         run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg}
         teacher = load_model(path, self.trainer, run)
         if teacher.true_vocab_size != self.true_vocab_size:
@@ -70,24 +69,54 @@ class MinitronDistillModel(MinitronGPTModel):
             )
         if teacher.tokenizer is not None and self.tokenizer is not None:
             _check_tokenizers(teacher.tokenizer, self.tokenizer)
-        self._teacher_vocab_start = teacher.vocab_start
         self._teacher = teacher.get_model_module_list()
         for module in self._teacher:
             module.requires_grad_(False).eval()
+            module.post_process = False  # its forward then ends with the final norm; the head runs with the loss
         self.distill = dict(distill)
 
     @torch.no_grad()
-    def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:
-        """Teacher's logits ``[b, s, Vp_t/tp]`` for a micro-batch, on this tensor-parallel rank."""
+    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
+        """Run the teacher forward over the step's micro-batches and keep its final hidden states.
+
+        Megatron's own schedule, forward only: under pipeline parallelism the last stage ends up with one
+        ``[s, b, H_t]`` per micro-batch (``[s/tp, b, H_t]`` with sequence parallel), never with logits, and the
+        student's schedule then runs as it always does.
+        """
+        (teacher,) = self._teacher
+
+        def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
+            batch = next(iterator)
+            hidden = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+            return hidden, lambda output, non_loss_data: output
+
+        self._teacher_hidden = deque(
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=teacher,
+                num_microbatches=len(batches),
+                seq_length=batches[0]["tokens"].shape[1],
+                micro_batch_size=batches[0]["tokens"].shape[0],
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        )
+
+    @torch.no_grad()
+    def _teacher_logits(self) -> Tensor:
+        """Logits ``[b, s, Vp/tp]`` of the next micro-batch from the kept hidden states (last stage)."""
+        (teacher,) = self._teacher
+        weight = teacher.shared_embedding_or_output_weight() if teacher.share_embeddings_and_output_weights else None
         with autocast(self.cfg.precision):
-            (teacher,) = self._teacher
-            return teacher(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+            logits, _ = teacher.output_layer(self._teacher_hidden.popleft(), weight=weight)
+        return logits.transpose(0, 1)
 
     def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
         """KL to the teacher mixed with cross entropy, per token."""
         return distillation_losses(
             logits,
-            self.teacher_logits(batch),
+            self._teacher_logits(),
             batch["labels"],
             temperature=float(self.distill.get("temperature", 1.0)),
             kd_weight=float(self.distill.get("kd_weight", 1.0)),

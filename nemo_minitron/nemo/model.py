@@ -56,7 +56,7 @@ class MinitronGPTModel(MegatronGPTModel):
         _name_what_apex_would()
         super().__init__(cfg, trainer=trainer)
         self._validation_terms: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._step_tokens: Tensor = torch.zeros(())
+        self.consumed_tokens = 0
 
     # ---- construction -------------------------------------------------------------------------------------------
 
@@ -183,9 +183,10 @@ class MinitronGPTModel(MegatronGPTModel):
             self._validation_terms.append((terms, tokens))
         else:
             for name, value in terms.items():
-                self._log_finite(f"train_{name}", value / tokens.clamp(min=1.0))
-            self._consumed_tokens = getattr(self, "_consumed_tokens", 0) + int(tokens.item())
-            self.log("tokens", float(self._consumed_tokens), rank_zero_only=True, batch_size=1)
+                if name != "loss":  # the parent logs the sum as reduced_train_loss
+                    self._log_finite(f"train_{name}", value / tokens.clamp(min=1.0))
+            self.consumed_tokens += int(tokens)
+            self.log("tokens", float(self.consumed_tokens), rank_zero_only=True, batch_size=1)
         return (terms["loss"] / tokens.clamp(min=1.0)).to(torch.float32)
 
     loss_names: tuple[str, ...] = ("loss", "lm_loss")
@@ -222,6 +223,14 @@ class MinitronGPTModel(MegatronGPTModel):
                 self._log_finite(f"val_{name}", value)
         self._log_finite("val_loss", means["lm_loss"])
         return means["lm_loss"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["consumed_tokens"] = self.consumed_tokens
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.consumed_tokens = checkpoint.get("consumed_tokens", 0)
+        super().on_load_checkpoint(checkpoint)
 
     # ---- what the parent does with Apex ---------------------------------------------------------------------------
 

@@ -43,7 +43,6 @@ ARCHITECTURE = (
 )
 """Keys of ``model`` that describe the network. A run may restate them, but not change them."""
 
-_ANY_RUN = ("tokenizer", "minitron", "target", "nemo_version", "precision")
 _FUSIONS = (
     "persist_layer_norm",
     "masked_softmax_fusion",
@@ -73,11 +72,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
                     f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "
                     "the architecture always comes from the checkpoint: leave the key out"
                 )
-        elif key == "encoder_seq_length" or key in ARCHITECTURE:
-            continue
-        elif key == "tokenizer" and (not value or not value.get("library")):
-            continue
-        else:
+        elif key not in (*ARCHITECTURE, "encoder_seq_length") and (key != "tokenizer" or (value or {}).get("library")):
             merged[key] = value
     cfg = OmegaConf.create(merged)
     _check_seq_length(cfg, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from nemo.collections.nlp.parts import nlp_overrides
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,10 +36,45 @@ class MinitronDDPStrategy(NLPDDPStrategy):
         kwargs.setdefault("process_group_backend", runtime.backend())
         kwargs.setdefault("timeout", timedelta(minutes=30))
         DDPStrategy.__init__(self, **kwargs)
+        # imported by NeMo in one block with Apex's, so they are missing together
+        runtime.fill_missing(
+            nlp_overrides,
+            McoreDistributedOptimizer=DistributedOptimizer,
+            MegatronDistributedFusedAdam=type("MegatronDistributedFusedAdam", (), {}),
+        )
         self.no_ddp_communication_hook = no_ddp_communication_hook
         self.nccl_communicator_config_path = nccl_communicator_config_path
         self.sharp = sharp
         self._dist_ckpt_parallel_save = dist_ckpt_parallel_save
+
+    def optimizer_sharded_state_dict(self, unsharded_optim_state: Any = None, is_loading: bool = False) -> dict:
+        """The parent's, with torch Adam's step counter moved from each parameter to its group.
+
+        The parent shards every state tensor like its parameter, as Apex' FusedAdam has it; torch keeps a scalar
+        ``step`` beside each parameter, which no shard describes.
+        """
+        optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
+        steps = {}
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if "step" in optimizer.state.get(p, {}):
+                        steps[p] = optimizer.state[p].pop("step")
+                        group["step"] = float(steps[p])
+        try:
+            return super().optimizer_sharded_state_dict(unsharded_optim_state, is_loading)
+        finally:
+            for p, step in steps.items():
+                optimizer.state[p]["step"] = step
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give torch's Adam its step counters back, then load."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+                for group in saved["param_groups"]:
+                    for index in group["params"]:
+                        saved["state"][index]["step"] = torch.tensor(group["step"], dtype=torch.float32)
+        super().load_optimizer_state_dict(checkpoint)
 
     def _fix_tensors_device(self, ckpt: dict) -> dict:
         return super()._fix_tensors_device(ckpt) if runtime.has_cuda() else ckpt

@@ -6,7 +6,6 @@ nothing unpickled. Writing joins the shards of one tensor at a time, so peak mem
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_minitron import layout, parallel
+from nemo_minitron import layout, parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape
@@ -91,7 +90,7 @@ def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
     stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel.size(pipeline)
     held: dict[tuple[str, int | None], Tensor] = {}
     _visit(model, shape, lambda p, layer, t: held.__setitem__((p.key, layer), t))
-    names = [(p, layer) for p in layout.parameters(shape) for layer in (range(shape.num_layers) if p.per_layer else [None])]
+    padded = shape.replace(padded_vocab_size=model.padded_vocab_size)
     writer = None
     if torch.distributed.get_rank() == 0:
         config = OmegaConf.to_container(model.cfg, resolve=True)
@@ -99,15 +98,14 @@ def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
         writer = NemoWriter(path, _portable(config), shape, dtype, tokenizer=tokenizer)
         writer.__enter__()
     try:
-        for parameter, layer in names:
+        for parameter, layer in layout.slots(shape):
             part = held.get((parameter.key, layer))
-            owners = torch.tensor([stage if part is not None else stages])
+            owners = torch.tensor([stage if part is not None else stages], device=runtime.device())
             owner = int(parallel.all_reduce(owners, pipeline, op="min")) if stages > 1 else 0
-            size = (dataclasses.replace(shape, padded_vocab_size=model.padded_vocab_size), parameter)
             if part is not None and owner == stage:
                 whole = join(parameter, part.detach(), group)
             else:
-                whole = torch.empty(size[1].size(size[0]), device=next(model.parameters()).device)
+                whole = torch.empty(parameter.size(padded), device=runtime.device())
             if stages > 1:
                 whole = parallel.broadcast(whole.float().contiguous(), owner, pipeline)
             if writer is not None:
@@ -135,9 +133,7 @@ def _visit(
             layers = [first + i for i in range(len(module.decoder.layers))]
         for layer in layers:
             index = None if layer is None else layer - first
-            name = next(
-                (n for n in (parameter.memory_name(index, local=f) for f in (True, False)) if n in local), None
-            )
+            name = next((n for n in (parameter.memory_name(index, local=f) for f in (True, False)) if n in local), None)
             if parameter is layout.EMBEDDING and name is None and tied_copy and module.post_process:
                 name = layout.OUTPUT.key  # the last stage's copy of the tied table
             if name is not None:
