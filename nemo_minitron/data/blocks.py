@@ -1,0 +1,219 @@
+"""The reading side of ``.bin/.idx``: token blocks for calibration and evaluation, and which data a run is to take."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nemo_minitron.errors import MinitronError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+
+
+def token_blocks(
+    prefix: str | Path,
+    seq_length: int,
+    *,
+    num_samples: int | None = None,
+    seed: int = 1234,
+    shuffle: bool = True,
+    vocab_size: int | None = None,
+) -> torch.Tensor:
+    """Non-overlapping, unpadded blocks of consecutive tokens: inputs and their next-token labels.
+
+    The documents of ``prefix`` are one stream, as Megatron's GPTDataset has it: concatenated in file order, each with
+    the EOD that preprocessing appended. Block i is tokens ``[i * (s+1), (i+1) * (s+1))``; a remainder is dropped.
+
+    Args:
+        seq_length: s; blocks have one token more, so that every position has a label.
+        num_samples: how many blocks; all when None.
+        seed: of the shuffle: the same seed, data and length give the same blocks in the same order.
+        shuffle: draw from the whole stream; False takes the first blocks.
+        vocab_size: refuse ids that a model of this true vocabulary does not have.
+
+    Returns:
+        int64 ``[num_samples, seq_length + 1]``.
+
+    Raises:
+        MinitronError: too few blocks, ids out of range (naming the document), missing or truncated files.
+    """
+    for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
+        if value is not None and value < 1:
+            raise MinitronError(f"{name} must be at least 1, found {value}")
+    stream = _open(prefix)
+    width = seq_length + 1
+    available = len(stream.tokens) // width
+    wanted = available if num_samples is None else num_samples
+    if wanted > available or not available:
+        raise MinitronError(
+            f"{prefix}: asked for {max(wanted, 1)} blocks of {width} tokens (seq_length {seq_length} + 1), "
+            f"available {available} ({len(stream.tokens)} tokens)"
+        )
+    if shuffle:
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].numpy()
+    else:
+        order = np.arange(wanted)
+    starts = order.astype(np.int64) * width
+    blocks = np.empty((wanted, width), dtype=np.int64)
+    for row, start in enumerate(starts):
+        blocks[row] = stream.tokens[start : start + width]
+    _check_range(blocks, starts, stream, prefix, vocab_size)
+    return torch.from_numpy(blocks)
+
+
+def document_heads(prefix: str | Path, length: int, every: int = 1, *, vocab_size: int | None = None) -> torch.Tensor:
+    """First ``length`` tokens of documents 0, ``every``, 2 * ``every``, …, as int64 ``[n, length]``.
+
+    The Brown protocol is ``length=512, every=25`` over the 500 files in sorted order: 20 rows.
+
+    Raises:
+        MinitronError: a chosen document shorter than ``length`` (naming it), ids out of range, unreadable files.
+    """
+    if length < 1 or every < 1:
+        raise MinitronError(f"length and every must be at least 1, found {length} and {every}")
+    stream = _open(prefix)
+    begins = np.concatenate(([0], stream.ends[:-1]))[::every]
+    sizes = stream.ends[::every] - begins
+    if (sizes < length).any():
+        short = int(np.argmax(sizes < length))
+        raise MinitronError(
+            f"{prefix}: document {short * every} has {sizes[short]} tokens, fewer than the {length} asked for"
+        )
+    heads = np.stack([stream.tokens[begin : begin + length] for begin in begins]).astype(np.int64)
+    _check_range(heads, begins, stream, prefix, vocab_size)
+    return torch.from_numpy(heads)
+
+
+def data_fingerprint(prefix: str | Path) -> str:
+    """sha256 over the bytes of ``<prefix>.bin`` and then ``<prefix>.idx``: the data itself, not its path or date."""
+    digest = hashlib.sha256()
+    for path in _pair(prefix):
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def split_lists(data_prefix: Any, key: str = "model.data.data_prefix") -> list | dict[str, list]:
+    """Check NeMo's forms of ``model.data.data_prefix`` and that their files exist.
+
+    The forms: ``[p]``; ``[w, p]`` and ``[w1, p1, w2, p2, …]`` with weights; ``[p1, p2, …]`` without; and
+    ``{train: …, validation: …, test: …}`` of such lists (train and validation required). NeMo itself splits a plain
+    string into characters and fails on an odd list with weights in it; here both are errors that show the right form.
+
+    Returns:
+        The same form in plain containers, prefixes as ``str`` and weights as ``float``.
+    """
+    if not isinstance(data_prefix, Mapping):
+        return _blend(data_prefix, key)
+    for name in data_prefix:
+        if name not in SPLITS:
+            raise MinitronError(f"{key}: unknown split '{name}', expected {list(SPLITS)}.{did_you_mean(name, SPLITS)}")
+    for name in SPLITS[:2]:
+        if data_prefix.get(name) is None:
+            raise MinitronError(f"{key}: split '{name}' is missing, found {sorted(data_prefix)}")
+    given = {name: data_prefix.get(name) for name in SPLITS}
+    return {name: _blend(value, f"{key}.{name}") for name, value in given.items() if value is not None}
+
+
+def _blend(value: Any, key: str) -> list:
+    if isinstance(value, str | Path):
+        raise MinitronError(f"{key} must be a list: write [{value}] instead of {value}")
+    if not isinstance(value, Sequence):
+        raise MinitronError(f"{key} must be [prefix], [weight, prefix, …] or a mapping of splits, found {value!r}")
+    items = list(value)
+    if not items:
+        raise MinitronError(f"{key} must name at least one prefix, found an empty list")
+    weights = [_weight(item) for item in items]
+    if all(weight is None for weight in weights):
+        blend: list = [str(item) for item in items]
+        prefixes = blend
+    else:
+        blend, prefixes = _weighted(items, weights, key)
+    for prefix in prefixes:
+        _pair(prefix, key)
+    return blend
+
+
+def _weighted(items: list, weights: list[float | None], key: str) -> tuple[list, list[str]]:
+    """Items as ``[w1, p1, …]``; a prefix may look like a number, a weight must be one."""
+    if len(items) % 2 or any(weight is None for weight in weights[::2]):
+        raise MinitronError(
+            f"{key} must alternate weights and prefixes ([0.7, a_text_document, 0.3, b_text_document]), found {items}"
+        )
+    values = [float(weight) for weight in weights[::2] if weight is not None]
+    if not all(0 <= weight < float("inf") for weight in values) or not sum(values):
+        raise MinitronError(f"{key}: weights must be finite, not negative and not all zero, found {values}")
+    prefixes = [str(item) for item in items[1::2]]
+    blend: list = []
+    for weight, prefix in zip(values, prefixes, strict=True):
+        blend += [weight, prefix]
+    return blend, prefixes
+
+
+def _weight(item: Any) -> float | None:
+    try:
+        return float(item)
+    except (TypeError, ValueError):
+        return None
+
+
+class _Stream(NamedTuple):
+    tokens: np.ndarray
+    """All tokens of the ``.bin`` in order, memory-mapped."""
+    ends: np.ndarray
+    """int64, one past the last token of each document."""
+
+
+def _pair(prefix: str | Path, key: str | None = None) -> tuple[Path, Path]:
+    """The two files of a prefix, which must exist."""
+    said = f"{key}: " if key else ""
+    files = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for file in files:
+        if not file.is_file():
+            stem = str(prefix).removesuffix(".bin").removesuffix(".idx")
+            hint = f"; give the prefix without its extension: {stem}" if stem != str(prefix) else ""
+            near = sorted(file.parent.glob(f"{Path(prefix).name}*{file.suffix}")) if not hint else []
+            hint = hint or (f"; did you mean {near[0].with_suffix('')}?" if near else "")
+            raise MinitronError(f"{said}no file {file}{hint}")
+    return files
+
+
+def _open(prefix: str | Path) -> _Stream:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    data, index = _pair(prefix)
+    if not data.stat().st_size:
+        raise MinitronError(f"{data}: expected tokens, found an empty file")
+    try:
+        dataset = IndexedDataset(str(prefix))
+        lengths, documents = np.array(dataset.sequence_lengths), np.array(dataset.document_indices)
+        dtype = np.dtype(dataset.index.dtype)
+    except (AssertionError, ValueError, struct.error, OSError) as error:  # what Megatron raises on a damaged index
+        raise MinitronError(f"{index}: expected a Megatron index, found a damaged or foreign file ({error})") from None
+    expected, found = int(lengths.sum(dtype=np.int64)) * dtype.itemsize, data.stat().st_size
+    if expected != found:
+        raise MinitronError(f"{data}: its index says {expected} bytes, found {found}")
+    ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[documents[1:]]
+    return _Stream(np.memmap(data, dtype=dtype, mode="r"), ends)
+
+
+def _check_range(
+    rows: np.ndarray, starts: np.ndarray, stream: _Stream, prefix: str | Path, vocab_size: int | None
+) -> None:
+    if vocab_size is None:
+        return
+    bad = (rows < 0) | (rows >= vocab_size)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        document = int(np.searchsorted(stream.ends, starts[row] + column, side="right"))
+        raise MinitronError(
+            f"{prefix}: document {document} has token {rows[row, column]}, out of range for the model's vocabulary of "
+            f"{vocab_size}: the data was made with another tokenizer"
+        )

@@ -1,0 +1,278 @@
+"""Text to the ``.bin/.idx`` that Megatron's IndexedDataset and NeMo read, by any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.data.readers import Row
+from nemo_minitron.data.sources import Source
+from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
+from nemo_minitron.errors import MinitronError
+
+_BATCH_CHARACTERS = 1 << 18
+_BATCH_DOCUMENTS = 256
+
+
+def preprocess(
+    input: str | Path | Source,
+    output_prefix: str | Path,
+    *,
+    tokenizer_library: str = "huggingface",
+    tokenizer_type: str | None = None,
+    tokenizer_model: str | None = None,
+    json_keys: Sequence[str] = ("text",),
+    append_eod: bool = True,
+    workers: int = 1,
+    apply_ftfy: bool = False,
+    progress: bool = False,
+) -> list[Path]:
+    """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, with ``.json`` facts beside them.
+
+    The format, the file names and the rules are those of NeMo's ``preprocess_data_for_megatron.py``: uint16 tokens
+    for a vocabulary under 65500 and int32 otherwise, no BOS, the EOS id after each document with ``append_eod``, no
+    document for blank text. Bytes do not depend on ``workers``. Existing outputs are replaced; on any failure they
+    stay as they were.
+
+    Args:
+        input: a path or name with :class:`Source`'s defaults, or a full :class:`Source`.
+        tokenizer_library, tokenizer_type, tokenizer_model: see :class:`TokenizerSpec`.
+        json_keys: fields of a record (or columns) to tokenize, each into files of its own.
+        workers: tokenizing processes; 1 tokenizes in this one.
+        apply_ftfy: repair broken unicode first.
+        progress: a bar with the remaining time on stderr.
+
+    Returns:
+        The prefixes written, one per key, as ``model.data.data_prefix`` takes them.
+
+    Raises:
+        MinitronError: anything wrong with the input, the tokenizer or the destination.
+    """
+    source = input if isinstance(input, Source) else Source(str(input))
+    keys = _check_keys(json_keys)
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise MinitronError(f"workers must be a positive integer, found {workers!r}")
+    if not Path(output_prefix).name or str(output_prefix).endswith(os.sep):
+        raise MinitronError(f"output_prefix must end in a name, such as data/train, found '{output_prefix}'")
+    spec = TokenizerSpec(tokenizer_library, tokenizer_type, tokenizer_model)
+    tokenizer = spec.load()
+    if append_eod and tokenizer.eod is None:
+        raise MinitronError(
+            f"append_eod: the tokenizer '{tokenizer_type or tokenizer_model}' has no EOS token; "
+            "set append_eod=false or give it one"
+        )
+    prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
+    documents = source.documents(keys)
+    outputs: list[_Output] = []
+    try:
+        for prefix in prefixes:
+            outputs.append(_Output(prefix, tokenizer, append_eod))
+        encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy)
+        for item in _with_progress(encoded, progress):
+            for output, ids in zip(outputs, item.ids, strict=True):
+                output.add(ids)
+        for output, key in zip(outputs, keys, strict=True):
+            output.finish({"source": source.facts(), "key": key})
+        for output in outputs:
+            output.commit()
+    except OSError as error:
+        raise MinitronError(f"output_prefix: '{output_prefix}' cannot be written: {error}") from error
+    finally:
+        documents.close()  # type: ignore[attr-defined]
+        for output in reversed(outputs):  # the first one may have made the parent folders
+            output.abort()
+    return prefixes
+
+
+def read_facts(prefix: str | Path) -> dict[str, Any]:
+    """What :func:`preprocess` recorded beside ``<prefix>.bin``.
+
+    Keys: ``format``, ``tokenizer`` (``library``, ``fingerprint``, ``vocab_size``, ``eod``), ``append_eod``, ``dtype``,
+    ``documents``, ``tokens``, ``key``, ``source``.
+
+    Raises:
+        MinitronError: no record (the data was made by another tool), or one that does not belong to the ``.bin``.
+    """
+    path, data = Path(f"{prefix}.json"), Path(f"{prefix}.bin")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        expected, found = facts["tokens"] * np.dtype(facts["dtype"]).itemsize, data.stat().st_size
+    except FileNotFoundError as error:
+        raise MinitronError(f"{error.filename}: not found; `minitron preprocess` writes it with the tokens") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MinitronError(f"{path}: expected the record of `minitron preprocess`: {error!r}") from None
+    if expected != found:
+        raise MinitronError(f"{path}: records {expected} bytes of tokens, but {data.name} has {found}: not its record")
+    return facts
+
+
+class _Encoded(NamedTuple):
+    ids: list[list[int]]
+    """Token ids of one document, one list per key."""
+    done: float
+
+
+class _Output:
+    """The three files of one key, staged beside their destinations until :meth:`commit`."""
+
+    def __init__(self, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self._tokenizer, self._append_eod, self._prefix = tokenizer, append_eod, prefix
+        self._staged: list[Staging] = []
+        try:
+            for suffix in (".bin", ".idx", ".json"):
+                self._staged.append(Staging(f"{prefix}{suffix}"))
+        except MinitronError:
+            self.abort()
+            raise
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._builder = IndexedDatasetBuilder(str(self._staged[0].path), dtype=self._dtype)
+        self.documents = self.tokens = 0
+
+    def add(self, ids: list[int]) -> None:
+        if not ids:
+            return
+        if self._append_eod:
+            ids = [*ids, self._tokenizer.eod]  # type: ignore[list-item]
+        self._builder.add_document(np.asarray(ids, dtype=self._dtype), [len(ids)])
+        self.documents += 1
+        self.tokens += len(ids)
+
+    def finish(self, facts: dict[str, Any]) -> None:
+        if not self.documents:
+            raise MinitronError(f"input: no document has text under key '{facts['key']}'; nothing to write")
+        self._builder.finalize(str(self._staged[1].path))
+        record = {
+            "format": 1,
+            "tokenizer": {
+                "library": self._tokenizer.library,
+                "fingerprint": self._tokenizer.fingerprint,
+                "vocab_size": self._tokenizer.vocab_size,
+                "eod": self._tokenizer.eod,
+            },
+            "append_eod": self._append_eod,
+            "dtype": np.dtype(self._dtype).name,
+            "documents": self.documents,
+            "tokens": self.tokens,
+        }
+        self._staged[2].path.write_text(json.dumps(record | facts, indent=2) + "\n", encoding="utf-8")
+
+    def commit(self) -> None:
+        while self._staged:
+            self._staged[0].commit()
+            self._staged.pop(0)
+
+    def abort(self) -> None:
+        """Close and remove what is not committed; harmless after :meth:`commit`."""
+        if hasattr(self, "_builder"):
+            self._builder.data_file.close()
+        for staging in reversed(self._staged):
+            staging.abort()
+        self._staged = []
+
+
+def _check_keys(json_keys: Sequence[str]) -> tuple[str, ...]:
+    keys = (json_keys,) if isinstance(json_keys, str) else tuple(str(key) for key in json_keys)
+    if not keys or len(set(keys)) != len(keys):
+        raise MinitronError(f"json_keys must be at least one name, none twice, found {list(keys)}")
+    for key in keys:
+        if "/" in key or not key:
+            raise MinitronError(f"json_keys: '{key}' cannot be part of a file name")
+    return keys
+
+
+def _batches(documents: Iterable[Row]) -> Iterator[list[Row]]:
+    """Groups large enough that handing them to a process costs little, the same ones for any number of workers."""
+    batch: list[Row] = []
+    characters = 0
+    for texts, done in documents:
+        batch.append((texts, done))
+        characters += sum(map(len, texts))
+        if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    documents: Iterable[Row], tokenizer: TextTokenizer, spec: TokenizerSpec, workers: int, apply_ftfy: bool
+) -> Iterator[_Encoded]:
+    """Token ids of every document in order; at most a few batches per worker are in flight."""
+    batches = _batches(documents)
+    if workers == 1:
+        for batch in batches:
+            yield from _encode(batch, tokenizer, apply_ftfy)
+        return
+    # Spawned, not forked: the parent may hold threads (tokenizers, torch) that a fork would deadlock.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(spec, apply_ftfy))
+    waiting: deque[Future[list[_Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_encode_in_worker, batch))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise MinitronError(
+            f"workers={workers}: a tokenizing process ended abruptly (out of memory, or a script that calls this "
+            'without `if __name__ == "__main__":`); try workers=1'
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode(batch: list[Row], tokenizer: TextTokenizer, apply_ftfy: bool) -> list[_Encoded]:
+    flat = [text for texts, _ in batch for text in texts]
+    if apply_ftfy:
+        import ftfy
+
+        flat = [ftfy.fix_text(text) for text in flat]
+    # Blank text is no document of its key, whatever a tokenizer would make of its spaces.
+    ids = iter(tokenizer.encode([text for text in flat if text.strip()]))
+    every = iter([next(ids) if text.strip() else [] for text in flat])
+    return [_Encoded([next(every) for _ in texts], done) for texts, done in batch]
+
+
+_worker: tuple[TextTokenizer, bool] | None = None
+
+
+def _start_worker(spec: TokenizerSpec, apply_ftfy: bool) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = (spec.load(), apply_ftfy)
+
+
+def _encode_in_worker(batch: list[Row]) -> list[_Encoded]:
+    if _worker is None:
+        raise RuntimeError("the worker's initializer did not run")
+    return _encode(batch, *_worker)
+
+
+def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Iterator[_Encoded]:
+    """Pass documents through a bar over the fraction of the input read, which gives its remaining time."""
+    from tqdm import tqdm
+
+    documents = tokens = 0
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file wants few lines
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    with tqdm(total=1.0, desc="preprocess", disable=not show, mininterval=interval, bar_format=layout) as bar:
+        for item in encoded:
+            yield item
+            documents += 1
+            tokens += sum(map(len, item.ids))
+            bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
+            bar.update(item.done - bar.n)

@@ -1,0 +1,149 @@
+"""Tokenizers for preprocessing: Hugging Face (by name, folder, or out of a ``.nemo``) and sentencepiece."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.errors import MinitronError, did_you_mean
+
+LIBRARIES = ("huggingface", "sentencepiece")
+_HF_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """Which tokenizer; small and picklable, so that every worker loads its own.
+
+    Attributes:
+        library: ``huggingface`` or ``sentencepiece``.
+        type: for huggingface a hub name, a local folder, or a ``.nemo`` (its packed tokenizer).
+        model: for sentencepiece the ``.model`` file.
+    """
+
+    library: str = "huggingface"
+    type: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.library not in LIBRARIES:
+            raise MinitronError(
+                f"tokenizer.library must be one of {list(LIBRARIES)}, found {self.library!r}."
+                f"{did_you_mean(str(self.library), LIBRARIES)}"
+            )
+        wanted, unused = ("type", "model") if self.library == "huggingface" else ("model", "type")
+        if not getattr(self, wanted):
+            hint = "a Hugging Face name, folder or .nemo" if wanted == "type" else "the sentencepiece .model file"
+            raise MinitronError(f"tokenizer.{wanted} must name {hint} for tokenizer.library={self.library}, found none")
+        if getattr(self, unused):
+            raise MinitronError(
+                f"tokenizer.{unused} does not apply to tokenizer.library={self.library}, "
+                f"found {getattr(self, unused)!r}; use tokenizer.{wanted} or another library"
+            )
+
+    def load(self) -> TextTokenizer:
+        """Load it. Local folders, and everything when ``HF_HUB_OFFLINE`` is set, are read without the network.
+
+        Raises:
+            MinitronError: a missing file or folder, a hub name that cannot be loaded, unreadable tokenizer files.
+        """
+        return _load_sentencepiece(str(self.model)) if self.library == "sentencepiece" else _load_hf(str(self.type))
+
+
+class TextTokenizer:
+    """Text to ids with no special tokens added, and what the data's record says about the tokenizer.
+
+    Attributes:
+        library: ``huggingface`` or ``sentencepiece``.
+        vocab_size: one more than the largest id, so that every id fits a table of that many rows.
+        eod: id appended after a document (the EOS token, as NeMo takes it), or None when there is none.
+        fingerprint: sha256 of the vocabulary, see :func:`vocabulary_fingerprint`.
+    """
+
+    def __init__(self, library: str, backend: Any, vocabulary: Mapping[str, int], eod: int | None) -> None:
+        self.library = library
+        self._backend = backend
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eod = eod
+        self.fingerprint = vocabulary_fingerprint(vocabulary)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text. No BOS, as NeMo's preprocessing; special tokens written in the text are recognised."""
+        if not texts:
+            return []
+        if self.library == "huggingface":
+            return self._backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._backend.EncodeAsIds(text) for text in texts]
+
+
+def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
+    """sha256 over the (id, token) pairs in order of id: equal for equal vocabularies, wherever they are stored."""
+    digest = hashlib.sha256()
+    for token, index in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{index}\t{token}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _load_hf(name: str) -> TextTokenizer:
+    path = Path(name).expanduser()
+    if name.endswith(".nemo") or (path / "model_config.yaml").is_file():
+        if not path.exists():
+            raise MinitronError(f"tokenizer.type: no .nemo at '{name}'")
+        from nemo_minitron.checkpoint import NemoReader
+
+        with NemoReader(path) as reader:
+            folder = reader.tokenizer_folder()
+            if folder is None:
+                raise MinitronError(
+                    f"tokenizer.type: no tokenizer is packed in '{name}'; give its Hugging Face name or folder"
+                )
+            return _from_folder(folder, name)
+    if path.is_dir():
+        return _from_folder(path, name)
+    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise MinitronError(f"tokenizer.type: expected a folder with a tokenizer at '{name}', found none")
+    return _from_pretrained(name, name, os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"))
+
+
+def _from_folder(folder: Path, name: str) -> TextTokenizer:
+    if not any((folder / file).is_file() for file in _HF_FILES):
+        raise MinitronError(f"tokenizer.type: '{name}' holds no tokenizer (any of {', '.join(_HF_FILES)})")
+    for file in ("tokenizer.json", "tokenizer_config.json"):  # a truncated one would surface as a bare Exception
+        if (folder / file).is_file():
+            try:
+                json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise MinitronError(f"tokenizer.type: '{name}': {file} is not valid JSON: {error}") from None
+    return _from_pretrained(str(folder), name, local_only=True)
+
+
+def _from_pretrained(location: str, name: str, local_only: bool) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(location, local_files_only=local_only)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        where = " without the network" if local_only else ""
+        raise MinitronError(f"tokenizer.type: no tokenizer could be loaded from '{name}'{where}: {first}") from None
+    return TextTokenizer("huggingface", backend, backend.get_vocab(), backend.eos_token_id)
+
+
+def _load_sentencepiece(name: str) -> TextTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise MinitronError(f"tokenizer.model: no sentencepiece file at '{name}'")
+    try:
+        backend = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise MinitronError(f"tokenizer.model: '{name}' is not a sentencepiece model: {error}") from None
+    pieces: Iterable[int] = range(backend.GetPieceSize())
+    eos = backend.eos_id()
+    return TextTokenizer("sentencepiece", backend, {backend.IdToPiece(i): i for i in pieces}, eos if eos >= 0 else None)
