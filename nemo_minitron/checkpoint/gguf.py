@@ -1,0 +1,155 @@
+"""GGUF files of llama.cpp as a source of HF-named tensors, dequantised to float32 one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemo_minitron.errors import MinitronError
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+class GgufFile:
+    """One GGUF of architecture ``llama``; implements ``hf.TensorSource``.
+
+    llama.cpp stores query and key rows permuted for its interleaved RoPE: row pairs (2i, 2i+1) of a head are HF's rows
+    (i, i + d/2). Undone here, as transformers does when it loads a GGUF.
+
+    Raises:
+        MinitronError: not a GGUF, another architecture, or RoPE scaling (a GGUF keeps its result, not its numbers).
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self._path = path
+        try:
+            self._reader = GGUFReader(str(path))
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise MinitronError(f"{path}: expected a GGUF file, found: {error}") from None
+        self._tensors = {}
+        for tensor in self._reader.tensors:
+            if tensor.name.startswith("rope_freqs"):
+                raise MinitronError(
+                    f"{path}: expected no RoPE scaling, found tensor '{tensor.name}'; its four numbers are not in a "
+                    "GGUF, convert the model's HF folder instead"
+                )
+            self._tensors[self._hf_name(tensor.name)] = tensor
+        self.config = self._config()
+        self.generation_config: dict[str, Any] | None = None
+        self.sizes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        self.dtypes = dict.fromkeys(self._tensors, torch.float32)
+
+    def _hf_name(self, name: str) -> str:
+        stem, _, kind = name.rpartition(".")
+        if stem in _TOP:
+            return f"{_TOP[stem]}.{kind}"
+        parts = stem.split(".")
+        if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER:
+            return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{kind}"
+        raise MinitronError(f"{self._path}: tensor '{name}' has no place in this architecture")
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        if field is None:
+            if default is None:
+                raise MinitronError(f"{self._path}: expected the metadata key {key}, found none")
+            return default
+        return field.contents()
+
+    def _config(self) -> dict[str, Any]:
+        architecture = self._value("general.architecture")
+        if architecture not in _ARCHITECTURES:
+            raise MinitronError(
+                f"{self._path}: architecture must be one of {', '.join(_ARCHITECTURES)} in a GGUF, found "
+                f"'{architecture}'"
+            )
+        heads = int(self._value("llama.attention.head_count"))
+        hidden = int(self._value("llama.embedding_length"))
+        rows = int(self._tensors["model.embed_tokens.weight"].shape[1]) if self._tensors else 0
+        config: dict[str, Any] = {
+            "architectures": [_ARCHITECTURES[architecture]],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "hidden_size": hidden,
+            "intermediate_size": int(self._value("llama.feed_forward_length")),
+            "num_hidden_layers": int(self._value("llama.block_count")),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(self._value("llama.attention.head_count_kv", heads)),
+            "head_dim": int(self._value("llama.attention.key_length", hidden // heads)),
+            "max_position_embeddings": int(self._value("llama.context_length")),
+            "rms_norm_eps": _short_float(self._value("llama.attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short_float(self._value("llama.rope.freq_base", 10000.0)),
+            "rope_scaling": None,
+            "vocab_size": rows,
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "torch_dtype": "float32",
+        }
+        for key in ("bos", "eos", "padding"):
+            field = self._reader.get_field(f"tokenizer.ggml.{key}_token_id")
+            if field is not None:
+                config[f"{'pad' if key == 'padding' else key}_token_id"] = int(field.contents())
+        kind = self._value("llama.rope.scaling.type", "none")
+        if kind != "none":
+            raise MinitronError(f"{self._path}: llama.rope.scaling.type must be 'none', found '{kind}'")
+        return config
+
+    def get(self, name: str) -> torch.Tensor:
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
+        tensor = torch.from_numpy(values).reshape(self.sizes[name])
+        if name.endswith("q_proj.weight"):
+            return _unpermute(tensor, self.config["num_attention_heads"])
+        if name.endswith("k_proj.weight"):
+            return _unpermute(tensor, self.config["num_key_value_heads"])
+        return tensor
+
+    def tokenizer_folder(self) -> Path | None:
+        return None
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Rebuild the HF tokenizer from the GGUF's metadata with transformers."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise MinitronError(f"{self._path}: expected a tokenizer that transformers reads, found: {error}") from None
+        tokenizer.save_pretrained(str(folder))
+
+    def close(self) -> None:
+        """The reader maps the file and releases it with its last reference."""
+
+
+def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """(heads·d, H) with rows paired for llama.cpp's RoPE → HF's halves."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _short_float(value: float) -> float:
+    """The shortest decimal that rounds to the stored float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

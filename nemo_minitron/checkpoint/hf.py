@@ -1,0 +1,420 @@
+"""HF folders (and GGUF files) as canonical tensors: the same reading and writing interface as a ``.nemo``'s."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Protocol
+
+import torch
+
+from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
+from nemo_minitron.checkpoint.hf_config import dtype_name, hf_config_from_shape, shape_from_hf
+from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
+from nemo_minitron.checkpoint.staging import DISK_FULL, Staging
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.layout import OUTPUT, VOCAB, Parameter
+from nemo_minitron.shape import ModelShape
+
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 512 << 20
+
+
+class TensorSource(Protocol):
+    """HF-named tensors with their model's config, wherever they come from."""
+
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    sizes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def get(self, name: str) -> torch.Tensor:
+        """One tensor, as HF has it."""
+
+    def tokenizer_folder(self) -> Path | None:
+        """Folder with tokenizer files, None where they must be made first."""
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer as a HF folder."""
+
+    def close(self) -> None:
+        """Release files."""
+
+
+class HfReader:
+    """Lazy, read-only view of a HF folder or of a GGUF file, as canonical tensors; a context manager.
+
+    Attributes:
+        path: what was opened.
+        hf_config: ``config.json`` (built from its metadata for a GGUF); ``generation_config``: its file, or None.
+        shape: V = Vp = the rows of HF's table.
+        dtype: the widest storage dtype among the tensors (float32 for a GGUF, which is dequantised).
+
+    Raises:
+        MinitronError: no such folder, an unsupported architecture or feature, a missing, unknown, truncated or
+            wrongly sized tensor.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._source = _open_source(self.path)
+        try:
+            self.hf_config, self.generation_config = self._source.config, self._source.generation_config
+            self.shape = shape_from_hf(self.hf_config, f"{self.path}: config.json")
+            self.dtype = self._check_tensors()
+        except BaseException:
+            self._source.close()
+            raise
+
+    def _check_tensors(self) -> torch.dtype:
+        dtype, unknown = None, set(self._source.sizes)
+        for parameter, layer in each_tensor(self.shape):
+            rows = hf_part_rows(parameter, self.shape)
+            for name, count in zip(parameter.hf, rows, strict=True):
+                name = name.format(l=layer)
+                expected = (count, *parameter.size(self.shape)[1:])
+                if name not in self._source.sizes:
+                    raise MinitronError(f"{self.path}: expected the tensor '{name}', found none")
+                if self._source.sizes[name] != expected:
+                    raise MinitronError(
+                        f"{self.path}: tensor '{name}' must have the size {expected}, found {self._source.sizes[name]}"
+                    )
+                found = self._source.dtypes[name]
+                dtype = found if dtype is None else torch.promote_types(dtype, found)
+                unknown.discard(name)
+        unknown -= set(OUTPUT.hf)  # a tied model may still store its head
+        unknown = {name for name in unknown if not _IGNORED.fullmatch(name)}
+        if unknown:
+            raise MinitronError(f"{self.path}: tensor '{sorted(unknown)[0]}' has no place in this architecture")
+        assert dtype is not None
+        return dtype
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the tokenizer must be made by :meth:`save_tokenizer`."""
+        return not isinstance(self._source, SafetensorsFolder)
+
+    def num_bytes(self) -> int:
+        """Bytes of the model's tensors in :attr:`dtype`."""
+        return self.shape.num_parameters() * self.dtype.itemsize
+
+    def tensor(self, parameter: Parameter, layer: int | None = None, rows: slice | None = None) -> torch.Tensor:
+        """One canonical tensor in its storage dtype, or the ``rows`` of its first dimension; tables have V rows."""
+        parts = [self._source.get(name.format(l=layer)) for name in parameter.hf]
+        tensor = fuse(parameter, parts, self.shape)
+        return tensor if rows is None else tensor[rows]
+
+    def fingerprint(self) -> str:
+        """As :meth:`NemoReader.fingerprint`: equal for a ``.nemo`` of the same weights in the same dtype."""
+        return fingerprint(self)
+
+    def tokenizer_folder(self) -> Path | None:
+        """The HF folder itself; None for a GGUF, whose tokenizer :meth:`save_tokenizer` writes, and without one."""
+        return self._source.tokenizer_folder()
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files into an existing folder."""
+        self._source.save_tokenizer(folder)
+
+    def close(self) -> None:
+        """Release the files."""
+        self._source.close()
+
+    def __enter__(self) -> HfReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _open_source(path: Path) -> TensorSource:
+    if not path.exists():
+        raise MinitronError(f"{path}: expected a HF folder or a .gguf file, found none")
+    if path.is_dir() and (path / "config.json").is_file():
+        return SafetensorsFolder(path)
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
+    if len(ggufs) != 1:
+        raise MinitronError(f"{path}: expected a HF folder with config.json, or one .gguf file, found neither")
+    from nemo_minitron.checkpoint.gguf import GgufFile
+
+    return GgufFile(ggufs[0])
+
+
+class SafetensorsFolder:
+    """``config.json`` and one or several safetensors files of a HF folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.config = read_json(path / "config.json")
+        generation = path / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.is_file() else None
+        self._files: dict[str, IO[bytes]] = {}
+        self._where: dict[str, tuple[str, int, int]] = {}
+        self.sizes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        try:
+            for file, names in self._shards():
+                self._read_header(file, names)
+        except BaseException:
+            self.close()
+            raise
+
+    def _shards(self) -> Iterator[tuple[str, set[str] | None]]:
+        """File names, with the tensors that the index promises in each (None without an index)."""
+        index = self._path / "model.safetensors.index.json"
+        if (self._path / "model.safetensors").is_file():
+            yield "model.safetensors", None
+            return
+        if not index.is_file():
+            pickled = sorted(p.name for p in self._path.glob("pytorch_model*.bin"))
+            found = f"{pickled[0]}; save it with safe_serialization=True" if pickled else "neither"
+            raise MinitronError(f"{self._path}: expected model.safetensors or {index.name}, found {found}")
+        weights = read_json(index).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise MinitronError(f"{index}: expected a weight_map, found none")
+        for file in sorted(set(map(str, weights.values()))):
+            if Path(file).name != file:
+                raise MinitronError(f"{index}: expected plain file names in weight_map, found '{file}'")
+            yield file, {name for name, place in weights.items() if place == file}
+
+    def _read_header(self, file: str, names: set[str] | None) -> None:
+        """Check and note where each tensor lies; the format is 8 bytes of length, JSON, then raw values."""
+        path = self._path / file
+        if not path.is_file():
+            raise MinitronError(f"{path}: expected a safetensors file, found none")
+        self._files[file] = stream = path.open("rb")
+        size = path.stat().st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise MinitronError(f"{path}: expected a safetensors header, found a truncated or foreign file")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            entries = {
+                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise MinitronError(f"{path}: expected a safetensors header, found damage") from None
+        for name in sorted(names - set(entries)) if names is not None else ():
+            raise MinitronError(f"{path}: expected the tensor '{name}' that the index promises, found none")
+        for name, (code, shape, begin, end) in entries.items():
+            if code not in _DTYPES:
+                raise MinitronError(f"{path}: tensor '{name}' must be one of {', '.join(_DTYPES)}, found {code}")
+            elements = 1
+            for count in shape:
+                elements *= count
+            if begin < 0 or end - begin != elements * _DTYPES[code].itemsize:
+                raise MinitronError(f"{path}: tensor '{name}' must have {elements} values, found {end - begin} bytes")
+            if 8 + length + end > size:
+                raise MinitronError(f"{path}: the file is truncated inside tensor '{name}'")
+            self._where[name] = (file, 8 + length + begin, end - begin)
+            self.sizes[name], self.dtypes[name] = shape, _DTYPES[code]
+
+    def get(self, name: str) -> torch.Tensor:
+        file, start, count = self._where[name]
+        stream = self._files[file]
+        stream.seek(start)
+        data = bytearray(count)
+        if stream.readinto(data) != count:  # type: ignore[attr-defined]  # every binary file has it
+            raise MinitronError(f"{self._path / file}: the file is truncated inside tensor '{name}'")
+        return torch.frombuffer(data, dtype=self.dtypes[name]).reshape(self.sizes[name])
+
+    def tokenizer_folder(self) -> Path | None:
+        return self._path if tokenizer_files.tokenizer_files(self._path) else None
+
+    def save_tokenizer(self, folder: Path) -> None:
+        tokenizer_files.copy_tokenizer(self._path, folder)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class HfWriter:
+    """Streams canonical tensors into a HF folder; a context manager with the guarantees of :class:`NemoWriter`.
+
+    Shards are laid out beforehand from the shape alone, so each tensor goes straight to its place: memory holds one
+    tensor at a time. One file is ``model.safetensors``; several are ``model-0000i-of-0000n.safetensors`` with
+    ``model.safetensors.index.json``.
+
+    Args:
+        hf_config: the source's ``config.json``, of which only fields that ``shape`` or ``dtype`` change are replaced;
+            a plain Llama config is made when None.
+        generation_config: written as it is; not written when None.
+        tokenizer: folder whose tokenizer files are copied.
+        max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
+    """
+
+    _PATTERNS = (
+        *tokenizer_files.FILES,
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "model.safetensors.index.json",
+    )
+
+    def __init__(
+        self,
+        folder: str | Path,
+        hf_config: Mapping[str, Any] | None,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        *,
+        generation_config: Mapping[str, Any] | None = None,
+        tokenizer: Path | None = None,
+        max_shard_size: int | str = "5GB",
+    ) -> None:
+        self.path, self.shape, self.dtype = Path(folder), shape, dtype
+        self._config = hf_config_from_shape(shape, dtype, hf_config)
+        self._generation, self._tokenizer = generation_config, tokenizer
+        self._shards = _plan_shards(shape, dtype, parse_size(max_shard_size))
+        self._written: set[str] = set()
+        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS)
+        self._stack = ExitStack()
+        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        try:
+            for number, names in enumerate(self._shards, start=1):
+                self._start_shard(self._file_name(number), names)
+        except BaseException:
+            self._abort()
+            raise
+
+    def _file_name(self, number: int) -> str:
+        total = len(self._shards)
+        return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+    def _start_shard(self, file: str, sizes: dict[str, tuple[int, ...]]) -> None:
+        stream = self._stack.enter_context((self._staging.path / file).open("wb"))
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name, size in sizes.items():
+            end = at + _numel(size) * self.dtype.itemsize
+            header[name] = {"dtype": _CODES[self.dtype], "shape": list(size), "data_offsets": [at, end]}
+            at = end
+        blob = json.dumps(header, separators=(",", ":")).encode()
+        blob += b" " * (-len(blob) % 8)
+        stream.write(len(blob).to_bytes(8, "little") + blob)
+        for name in sizes:
+            self._places[name] = (stream, 8 + len(blob) + header[name]["data_offsets"][0])
+
+    def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
+        """Write one canonical tensor, cast to the writer's dtype, as HF's; of a table only the V true rows."""
+        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
+        unpadded = (self.shape.vocab_size, *size[1:])
+        if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
+            raise MinitronError(f"{self.path}: tensor '{name}' must have the size {size}, found {tuple(tensor.shape)}")
+        if name in self._written:
+            raise MinitronError(f"{self.path}: tensor '{name}' must be written once, found a second write")
+        if parameter.axes[0] == VOCAB:
+            tensor = tensor[: self.shape.vocab_size]
+        tensor = checked_cast(tensor, self.dtype, name)
+        for hf_name, part in zip(parameter.hf, unfuse(parameter, tensor, self.shape), strict=True):
+            stream, start = self._places[hf_name.format(l=layer)]
+            stream.seek(start)
+            stream.write(raw_bytes(part))
+        self._written.add(name)
+
+    def _finish(self) -> None:
+        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._written]
+        if missing:
+            raise MinitronError(
+                f"{self.path}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
+            )
+        self._stack.close()
+        folder = self._staging.path
+        write_json(folder / "config.json", self._config)
+        if self._generation is not None:
+            write_json(folder / "generation_config.json", self._generation)
+        if self._tokenizer is not None:
+            tokenizer_files.copy_tokenizer(self._tokenizer, folder)
+        if len(self._shards) > 1:
+            places = {name: self._file_name(i) for i, names in enumerate(self._shards, start=1) for name in names}
+            total = sum(_numel(size) for names in self._shards for size in names.values()) * self.dtype.itemsize
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            write_json(folder / "model.safetensors.index.json", index)
+        self._staging.commit()
+
+    def _abort(self) -> None:
+        self._stack.close()
+        self._staging.abort()
+
+    def __enter__(self) -> HfWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            try:
+                self._finish()
+                return
+            except BaseException as problem:
+                error = problem
+                raise
+            finally:
+                if error is not None:
+                    self._abort()
+        self._abort()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
+
+
+def _numel(size: tuple[int, ...]) -> int:
+    count = 1
+    for length in size:
+        count *= length
+    return count
+
+
+def _plan_shards(shape: ModelShape, dtype: torch.dtype, limit: int) -> list[dict[str, tuple[int, ...]]]:
+    """Sizes of the HF tensors of each shard, in forward order; a tensor larger than the limit has its own."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = 0
+    for parameter, layer in each_tensor(shape):
+        for name, rows in zip(parameter.hf, hf_part_rows(parameter, shape), strict=True):
+            size = (rows, *parameter.size(shape)[1:])
+            count = _numel(size) * dtype.itemsize
+            if shards[-1] and used + count > limit:
+                shards.append({})
+                used = 0
+            shards[-1][name.format(l=layer)] = size
+            used += count
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``"5GB"`` (decimal) or ``"5GiB"`` (binary), as HF reads ``max_shard_size``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|[KMGT]i?)B?\s*", str(size), flags=re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise MinitronError(f"max_shard_size must be a number of bytes such as '5GB', found '{size}'")
+    unit = match[2].upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(match[1]) * base ** ("KMGT".index(unit[0]) + 1 if unit else 0))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MinitronError(f"{path}: expected a JSON file, found: {error}") from None
+    if not isinstance(content, dict):
+        raise MinitronError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON object, formatted as HF's, keys in their own order."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["HfReader", "HfWriter", "dtype_name", "parse_size", "read_json", "write_json"]

@@ -1,0 +1,298 @@
+"""``model_config.yaml`` of a ``.nemo``: to and from :class:`ModelShape`, and the section in which we keep HF's config.
+
+NeMo ignores the section ``minitron``, which holds what its own keys cannot say: the true vocabulary and the source's
+``config.json`` and ``generation_config.json``, from which an export restores them key by key.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.checkpoint.hf_config import DTYPES
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.shape import ModelShape, RopeScaling
+
+SECTION = "minitron"
+TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+_PRECISIONS = {
+    torch.float32: ("32", "32-true", "float32", "fp32"),
+    torch.bfloat16: ("bf16", "bf16-mixed", "bf16-true", "bfloat16"),
+    torch.float16: ("16", "16-mixed", "16-true", "float16", "fp16"),
+}
+_NEMO_PRECISION: dict[torch.dtype, int | str] = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
+_SCALING_KEYS = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+
+
+def dtype_from_precision(precision: str | int) -> torch.dtype:
+    """Storage dtype for a ``precision`` as NeMo, Lightning or HF spell it."""
+    for dtype, names in _PRECISIONS.items():
+        if str(precision) in names:
+            return dtype
+    known = ", ".join(name for names in _PRECISIONS.values() for name in names)
+    raise MinitronError(f"precision must be one of {known}; found '{precision}'")
+
+
+def vocab_divisor(vocab_size: int) -> int:
+    """``make_vocab_size_divisible_by`` as NeMo's Llama converter has it: the largest power of two <= 128 dividing V.
+
+    With it NeMo pads nothing at TP=1, and only to a multiple of TP beyond.
+    """
+    divisor = 128
+    while vocab_size % divisor:
+        divisor //= 2
+    return divisor
+
+
+def padded_vocab(vocab_size: int, divisor: int) -> int:
+    """Rows Vp of the table at TP=1 (upstream: ``MegatronBaseModel._vocab_size_with_padding``)."""
+    if divisor < 1:
+        raise MinitronError(f"make_vocab_size_divisible_by must be at least 1, found {divisor}")
+    return -(-vocab_size // divisor) * divisor
+
+
+def shape_from_nemo(
+    config: Mapping[str, Any], table_rows: int, true_vocab: int | None = None, where: str = "model_config.yaml"
+) -> ModelShape:
+    """Read the shape of a Megatron-Core GPT that computes what a Llama does.
+
+    Args:
+        table_rows: rows of the stored embedding table: Vp, whatever the config says about padding.
+        true_vocab: V where the caller knows it; else ``minitron.vocab_size``, else ``override_vocab_size``, else Vp.
+
+    Raises:
+        MinitronError: a key whose value a Llama cannot have, or a size that is missing.
+    """
+    _check_features(config, where)
+    section = config.get(SECTION) or {}
+    vocab = true_vocab or section.get("vocab_size") or config.get("override_vocab_size") or table_rows
+    heads = _size(config, "num_attention_heads", where)
+    hidden = _size(config, "hidden_size", where)
+    scaling = None
+    if config.get("scale_positional_embedding"):
+        numbers = {ours: config[theirs] for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
+        scaling = RopeScaling(**numbers)
+    return ModelShape(
+        num_layers=_size(config, "num_layers", where),
+        hidden_size=hidden,
+        ffn_hidden_size=_size(config, "ffn_hidden_size", where),
+        num_attention_heads=heads,
+        num_query_groups=_size(config, "num_query_groups", where, heads),
+        kv_channels=_size(config, "kv_channels", where, hidden // heads),
+        vocab_size=int(vocab),
+        padded_vocab_size=table_rows,
+        share_embeddings_and_output_weights=bool(config.get("share_embeddings_and_output_weights", True)),
+        rotary_base=float(config.get("rotary_base", 10000)),
+        rope_scaling=scaling,
+        max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
+        layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
+        qkv_bias=bool(config.get("qkv_bias", False)),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MinitronError(f"{where}: {key} must be an integer, found {value!r}")
+    return value
+
+
+def _check_features(config: Mapping[str, Any], where: str) -> None:
+    """NeMo's defaults are GPT-2's, so a key that is absent is judged by its default."""
+    expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "mcore_gpt": (False, (True,)),
+        "normalization": ("layernorm", ("rmsnorm", "RMSNorm")),
+        "activation": ("gelu", ("fast-swiglu", "swiglu")),
+        "position_embedding_type": ("learned_absolute", ("rope",)),
+        "bias": (True, (False,)),
+        "rotary_percentage": (1.0, (1, 1.0)),
+        "rotary_interleaved": (False, (False,)),
+        "seq_len_interpolation_factor": (None, (None,)),
+        "num_moe_experts": (None, (None, 0)),
+        "layernorm_zero_centered_gamma": (False, (False,)),
+        "multi_latent_attention": (False, (False,)),
+        "apply_embedding_scaling": (False, (False,)),
+        "window_size": (None, (None,)),
+    }
+    for key, (default, allowed) in expected.items():
+        value = config.get(key, default)
+        if value not in allowed:
+            raise MinitronError(f"{where}: {key} must be {allowed[0]!r} for a Llama-type model, found {value!r}")
+
+
+def nemo_config_from_hf(
+    hf_config: Mapping[str, Any],
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    divisor: int,
+    tokenizer: Path | None,
+    tokenizer_size: int | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A ``model_config.yaml`` with which NeMo's ``MegatronGPTModel.restore_from`` builds and fills this model.
+
+    Args:
+        divisor: ``make_vocab_size_divisible_by`` that led to ``shape.padded_vocab_size``.
+        tokenizer: HF tokenizer folder, stored as an absolute path as NeMo wants it.
+        tokenizer_size: entries of the tokenizer; where NeMo would derive other table rows from it,
+            ``override_vocab_size`` pins them.
+    """
+    config = copy.deepcopy(_DEFAULTS)
+    config |= {"precision": _NEMO_PRECISION[dtype], "make_vocab_size_divisible_by": divisor}
+    config["tokenizer"] = {
+        "library": "huggingface",
+        "type": str(tokenizer.absolute()) if tokenizer else None,
+        "model": None,
+        "use_fast": True,
+    }
+    config["init_method_std"] = float(hf_config.get("initializer_range") or 0.02)
+    if tokenizer_size is None or padded_vocab(tokenizer_size, divisor) != shape.padded_vocab_size:
+        config["override_vocab_size"] = shape.padded_vocab_size
+    config[SECTION] = {"vocab_size": shape.vocab_size, "hf_config": dict(hf_config)}
+    if generation_config is not None:
+        config[SECTION]["generation_config"] = dict(generation_config)
+    config["data"]["seq_length"] = shape.max_position_embeddings
+    return update_shape(config, shape)
+
+
+def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+    """A copy of a NeMo config that describes ``shape``; all other keys are kept.
+
+    ``minitron.hf_config`` stays the source's: an export overlays the fields that pruning changed.
+    """
+    new: dict[str, Any] = copy.deepcopy(dict(config))
+    new |= {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "share_embeddings_and_output_weights": shape.share_embeddings_and_output_weights,
+        "rotary_base": shape.rotary_base,
+        "layernorm_epsilon": shape.layernorm_epsilon,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "qkv_bias": shape.qkv_bias,
+        "scale_positional_embedding": shape.rope_scaling is not None,
+    }
+    new.setdefault("encoder_seq_length", shape.max_position_embeddings)
+    for theirs, ours in _SCALING_KEYS.items():
+        new.pop(theirs, None)
+        if shape.rope_scaling is not None:
+            new[theirs] = getattr(shape.rope_scaling, ours)
+    if new.get("override_vocab_size") is not None:
+        new["override_vocab_size"] = shape.padded_vocab_size
+    new[SECTION] = {**(new.get(SECTION) or {}), "vocab_size": shape.vocab_size}
+    return new
+
+
+def with_precision(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A copy whose ``precision`` has the dtype of the stored tensors; kept where it already means that."""
+    new = dict(config)
+    if str(new.get("precision")) not in _PRECISIONS[dtype]:
+        new["precision"] = _NEMO_PRECISION[dtype]
+    return new
+
+
+_DEFAULTS: dict[str, Any] = {
+    "mcore_gpt": True,
+    "target": TARGET,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "rampup_batch_size": None,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "normalization": "rmsnorm",
+    "bias": False,
+    "activation": "fast-swiglu",
+    "position_embedding_type": "rope",
+    "rotary_percentage": 1.0,
+    "transformer_block_type": "pre_ln",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "use_scaled_init_method": True,
+    "apply_query_key_layer_scaling": False,
+    "normalize_attention_scores": True,
+    "do_layer_norm_weight_decay": False,
+    "pre_process": True,
+    "post_process": True,
+    "headscale": False,
+    "openai_gelu": False,
+    "attention_type": "multihead",
+    "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
+    "get_attention_mask_from_fusion": True,
+    "grad_div_ar_fusion": True,
+    "gradient_as_bucket_view": True,
+    "fp32_residual_connection": False,
+    "fp16_lm_cross_entropy": False,
+    "native_amp_init_scale": 4294967296,
+    "native_amp_growth_interval": 1000,
+    "hysteresis": 2,
+    "megatron_amp_O2": False,
+    "grad_allreduce_chunk_size_mb": 125,
+    "sequence_parallel": False,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "num_micro_batches_with_partial_activation_checkpoints": None,
+    "activations_checkpoint_layers_per_pipeline": None,
+    "transformer_engine": False,
+    "fp8": False,
+    "use_cpu_initialization": True,
+    "sync_batch_comm": False,
+    "apex_transformer_log_level": 30,
+    "onnx_safe": False,
+    "seed": 1234,
+    "resume_from_checkpoint": None,
+    "dist_ckpt_format": "torch_dist",
+    "dist_ckpt_load_strictness": None,
+    "data": {
+        "data_prefix": [],
+        "index_mapping_dir": None,
+        "data_impl": "mmap",
+        "splits_string": "900,50,50",
+        "seq_length": 2048,
+        "skip_warmup": True,
+        "num_workers": 0,
+        "dataloader_type": "single",
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "validation_drop_last": True,
+        "no_seqlen_plus_one_input_tokens": False,
+        "pad_samples_to_global_batch_size": False,
+        "shuffle_documents": True,
+    },
+    "optim": {
+        "name": "adamw",
+        "lr": 1e-4,
+        "weight_decay": 0.1,
+        "betas": [0.9, 0.95],
+        "sched": {"name": "CosineAnnealing", "warmup_steps": 50, "constant_steps": 0, "min_lr": 1e-5},
+    },
+}
+
+
+def storage_dtype(name: str) -> torch.dtype:
+    """Dtype for HF's ``torch_dtype`` spelling."""
+    if name not in DTYPES:
+        raise MinitronError(f"torch_dtype must be one of {', '.join(DTYPES)}, found '{name}'")
+    return DTYPES[name]

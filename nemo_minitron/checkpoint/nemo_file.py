@@ -1,0 +1,340 @@
+"""``.nemo`` files of Megatron-Core GPT models, as canonical tensors: lazy reading, streaming atomic writing.
+
+A canonical tensor is unsharded, one layer's, with the size that ``layout.Parameter.size`` gives. Any grid that wrote
+the file (TP, PP, Transformer Engine or local spec) reads the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive, read_member
+from nemo_minitron.checkpoint.distcp import DistcpWriter, Stored, read_index, read_tensor, stored_bytes
+from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.staging import DISK_FULL
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
+from nemo_minitron.shape import ModelShape
+
+CONFIG = "model_config.yaml"
+CHECKSUMS = "minitron/checksums.json"
+_CONFIG_LIMIT = 64 << 20
+_PREFIXES = ("model.", "model.module.")
+
+
+def each_tensor(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
+    """Every (parameter, layer) of a model, in forward order: embedding, layer by layer, final norm, output."""
+    yield EMBEDDING, None
+    for layer in range(shape.num_layers):
+        for row in layer_parameters(shape):
+            yield row, layer
+    for parameter in parameters(shape):
+        if not parameter.per_layer and parameter != EMBEDDING:
+            yield parameter, None
+
+
+def tensor_name(parameter: Parameter, layer: int | None) -> str:
+    """Name of one canonical tensor in messages, checksums and fingerprints: ``decoder.layers.3.….weight``."""
+    return parameter.memory_name(layer, local=False)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor as bytes, without a copy where it is contiguous."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """sha256 over dtype, size and little-endian bytes."""
+    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode())
+    digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+class NemoReader:
+    """Lazy, read-only view of a ``.nemo`` (tar, gzipped tar or folder); a context manager.
+
+    Attributes:
+        path: what was opened.
+        config: ``model_config.yaml``.
+        shape: V from the config, Vp from the stored table.
+        dtype: the widest storage dtype among the model's tensors.
+
+    Raises:
+        MinitronError: not a ``.nemo``; zarr or legacy weights; hostile members; tensors missing or of other sizes than
+            the config says; a model that is not Llama-like.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._archive = open_archive(self.path)
+        try:
+            self.config = self._read_config()
+            self._index = self._model_tensors()
+            rows = self._stored(EMBEDDING, None)[1].size[0]
+            self.shape = shape_from_nemo(self.config, rows, where=f"{self.path}: {CONFIG}")
+            self.dtype = self._check_sizes()
+        except BaseException:
+            self._archive.close()
+            raise
+        self._fingerprint: str | None = None
+
+    def _read_config(self) -> dict[str, Any]:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
+
+        if CONFIG not in self._archive.names():
+            raise MinitronError(f"{self.path}: expected the member {CONFIG}, found none")
+        text = read_member(self._archive, CONFIG, _CONFIG_LIMIT)
+        try:
+            config = OmegaConf.create(text.decode())
+            # Resolving `oc.env` of an untrusted file would copy the environment into what we write.
+            loaded = OmegaConf.to_container(config, resolve=b"${oc." not in text)
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
+            raise MinitronError(f"{self.path}: expected YAML in {CONFIG}, found: {error}") from None
+        if not isinstance(loaded, dict):
+            raise MinitronError(f"{self.path}: expected a mapping in {CONFIG}, found {type(loaded).__name__}")
+        return {str(key): value for key, value in loaded.items()}
+
+    def _model_tensors(self) -> dict[str, tuple[str, Stored]]:
+        """Stored tensors by canonical key, whatever prefix they were saved under."""
+        found = {}
+        for key, stored in read_index(self._archive, str(self.path)).items():
+            for prefix in _PREFIXES:
+                if key.startswith(prefix):
+                    found[key.removeprefix(prefix)] = (key, stored)
+        return found
+
+    def _stored(self, parameter: Parameter, layer: int | None) -> tuple[str, Stored, bool]:
+        """Full key, entry, and whether layers are stacked in it (they are not in heterogeneous models)."""
+        if parameter.key in self._index:
+            return (*self._index[parameter.key], parameter.per_layer)
+        name = tensor_name(parameter, layer)
+        if name in self._index:
+            return (*self._index[name], False)
+        raise MinitronError(f"{self.path}: expected the tensor 'model.{parameter.key}', found none")
+
+    def _check_sizes(self) -> torch.dtype:
+        dtype = None
+        for parameter, layer in each_tensor(self.shape):
+            key, stored, stacked = self._stored(parameter, layer)
+            expected = ((self.shape.num_layers,) if stacked else ()) + parameter.size(self.shape)
+            if stored.size != expected:
+                raise MinitronError(f"{self.path}: tensor '{key}' must have the size {expected}, found {stored.size}")
+            dtype = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
+        assert dtype is not None
+        return dtype
+
+    def num_bytes(self) -> int:
+        """Bytes of the model's tensors as stored."""
+        return stored_bytes({key: stored for key, stored in self._index.values()})
+
+    def tensor(self, parameter: Parameter, layer: int | None = None, rows: slice | None = None) -> torch.Tensor:
+        """One canonical tensor in its storage dtype, or the ``rows`` of its first dimension.
+
+        Only the chunks of this layer that overlap ``rows`` are read.
+        """
+        key, stored, stacked = self._stored(parameter, layer)
+        size = parameter.size(self.shape)
+        start, stop, step = (rows or slice(None)).indices(size[0])
+        if step != 1:
+            raise ValueError("rows must have step 1")
+        window = (slice(start, max(start, stop)), *(slice(0, n) for n in size[1:]))
+        if stacked:
+            if layer is None or not 0 <= layer < self.shape.num_layers:
+                raise MinitronError(f"{self.path}: layer must be 0..{self.shape.num_layers - 1}, found {layer}")
+            return read_tensor(self._archive, key, stored, (slice(layer, layer + 1), *window))[0]
+        return read_tensor(self._archive, key, stored, window)
+
+    def fingerprint(self) -> str:
+        """sha256 over names, sizes, dtypes and bytes of the canonical tensors.
+
+        The same for any archive kind, sharding and vocabulary padding (only the V true rows count). Reads every
+        tensor once; kept for the life of the reader.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self)
+        return self._fingerprint
+
+    def checksums(self) -> dict[str, str] | None:
+        """The sidecar's digests by tensor name; None where the file carries none (NeMo wrote it)."""
+        if CHECKSUMS not in self._archive.names():
+            return None
+        try:
+            return dict(json.loads(read_member(self._archive, CHECKSUMS, _CONFIG_LIMIT)))
+        except (ValueError, TypeError):
+            raise MinitronError(f"{self.path}: expected JSON in {CHECKSUMS}, found something else") from None
+
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the HF tokenizer: ``tokenizer.type`` if it is a folder here, else the packed files, else None."""
+        kind = (self.config.get("tokenizer") or {}).get("type")
+        if isinstance(kind, str) and Path(kind).is_absolute() and Path(kind).is_dir():
+            return Path(kind)
+        return tokenizer_files.unpack(self._archive)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._archive.close()
+
+    def __enter__(self) -> NemoReader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def fingerprint(reader: Any) -> str:
+    """sha256 of a model's canonical tensors, for any reader with ``shape`` and ``tensor``; see NemoReader."""
+    digest = hashlib.sha256()
+    for parameter, layer in each_tensor(reader.shape):
+        rows = slice(0, reader.shape.vocab_size) if parameter.axes[0] == VOCAB else None
+        digest.update(f"{tensor_name(parameter, layer)} ".encode())
+        digest.update(tensor_digest(reader.tensor(parameter, layer, rows)).encode())
+    return digest.hexdigest()
+
+
+def verify(path: str | Path) -> None:
+    """Check every tensor of a ``.nemo`` against its sidecar.
+
+    Raises:
+        MinitronError: no sidecar, or the first tensor whose digest differs, by name.
+    """
+    with NemoReader(path) as reader:
+        expected = reader.checksums()
+        if expected is None:
+            raise MinitronError(f"{path}: expected checksums in {CHECKSUMS}, found none (not written by minitron)")
+        for parameter, layer in each_tensor(reader.shape):
+            name = tensor_name(parameter, layer)
+            found = tensor_digest(reader.tensor(parameter, layer))
+            if expected.get(name) != found:
+                raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
+
+
+class NemoWriter:
+    """Streams canonical tensors into a ``.nemo`` that NeMo's ``MegatronGPTModel.restore_from`` reads at any TP x PP.
+
+    A context manager: on a clean exit it checks that every tensor of ``shape`` was written once, then renames the
+    file into place; on an exception nothing is left behind. ``path`` ending in ``.nemo`` makes a tar, any other name a
+    folder of the same members.
+
+    Args:
+        config: NeMo model config; the keys of the shape and the precision are brought into line with what is written.
+        tokenizer: HF tokenizer folder to pack.
+        extra_members: small members to add, by name; under ``minitron/`` NeMo ignores them.
+
+    Raises:
+        MinitronError: the destination cannot be written (before any work); a tensor of the wrong size, written twice,
+            never, or with NaN or infinite values.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        shape: ModelShape,
+        dtype: torch.dtype,
+        *,
+        tokenizer: Path | None = None,
+        extra_members: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.path, self.shape, self.dtype = Path(path), shape, dtype
+        self.config = with_precision(update_shape(_plain(config), shape), dtype)
+        self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
+        self._digests: dict[str, str] = {}
+        self._archive = ArchiveWriter(path)
+        try:
+            self._archive.add(CONFIG, _yaml(self.config))
+            self._weights = DistcpWriter(self._archive)
+        except BaseException:
+            self._archive.abort()
+            raise
+
+    def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
+        """Write one canonical tensor, cast to the writer's dtype; a V-row table is padded with zeros to Vp."""
+        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
+        if name in self._digests:
+            raise MinitronError(f"{self.path}: tensor '{name}' must be written once, found a second write")
+        unpadded = (self.shape.vocab_size, *size[1:])
+        if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
+            raise MinitronError(f"{self.path}: tensor '{name}' must have the size {size}, found {tuple(tensor.shape)}")
+        tensor = checked_cast(tensor, self.dtype, name)
+        if tensor.shape[0] != size[0]:
+            tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
+        key = f"model.{parameter.key}"
+        if parameter.per_layer:
+            depth = self.shape.num_layers
+            if layer is None or not 0 <= layer < depth:
+                raise MinitronError(f"{self.path}: layer must be 0..{depth - 1} for '{name}', found {layer}")
+            self._weights.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
+        else:
+            self._weights.add(key, tensor, size, (0,) * len(size))
+        self._digests[name] = tensor_digest(tensor)
+
+    def _finish(self) -> None:
+        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
+        if missing:
+            raise MinitronError(
+                f"{self.path}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
+            )
+        depth = self.shape.num_layers
+        for layer in range(depth):
+            for module in EXTRA_STATE_MODULES:
+                self._weights.add_empty_state(f"model.{module}", layer, depth)
+        self._weights.close()
+        if self._tokenizer is not None:
+            tokenizer_files.pack(self._archive, self._tokenizer)
+        self._archive.add(CHECKSUMS, json.dumps(self._digests, indent=1).encode())
+        for name, data in self._extra.items():
+            self._archive.add(name, data)
+        self._archive.commit()
+
+    def __enter__(self) -> NemoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._archive.abort()
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
+            return
+        try:
+            self._finish()
+        except BaseException as problem:
+            self._archive.abort()
+            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
+                raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
+            raise
+
+
+def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """``tensor`` in ``dtype``; NaN and infinity, also those that the cast makes, stop with the tensor's name."""
+    cast = tensor.detach().to(dtype)
+    if not torch.isfinite(cast).all():
+        bad = int((~torch.isfinite(cast)).sum())
+        raise MinitronError(f"tensor '{name}' must be finite in {str(dtype)[6:]}, found {bad} NaN or infinite values")
+    return cast
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    from omegaconf import DictConfig, OmegaConf
+
+    if isinstance(config, DictConfig):
+        return {str(k): v for k, v in OmegaConf.to_container(config, resolve=True).items()}  # type: ignore[union-attr]
+    return dict(config)
+
+
+def _yaml(config: Mapping[str, Any]) -> bytes:
+    # OmegaConf's dumper quotes what its loader would read as a number, PyYAML's does not.
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
