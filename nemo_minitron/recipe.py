@@ -92,8 +92,8 @@ def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
         work = Path(node.work) if node.get("work") else None
         if work is not None and not _is_inside(work, Path(cfg.run_dir)):
             raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")
-        lists = [tuple(node.get(key) or ()) for key in ("inputs", "outputs")]
-        stages[str(name)] = Stage(str(name), node.command, config, *lists, work)
+        inputs, outputs = (tuple(node.get(key) or ()) for key in ("inputs", "outputs"))
+        stages[str(name)] = Stage(str(name), node.command, config, inputs, outputs, work)
     for role, path in (recipe.get("roles") or {}).items():
         if role not in ROLES:
             raise MinitronError(f"recipe.roles: expected {', '.join(ROLES)}, found '{role}' ({path})")
@@ -125,7 +125,7 @@ class Records:
         Raises:
             MinitronError: an input is absent.
         """
-        inputs = {}
+        inputs: dict[str, str] = {}
         for pattern in stage.inputs:
             paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
             if not paths or not all(os.path.exists(path) for path in paths):

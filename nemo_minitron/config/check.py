@@ -28,12 +28,12 @@ def recipe_tree(recipe: DictConfig) -> Tree:
     stages = recipe._get_node("stages")
     if isinstance(stages, DictConfig) and _has_keys(stages):
         tree["stages"] = {}
-        for name, stage in stages.items():
+        for name, stage in ((str(key), stages[key]) for key in stages):
             command = stage.get("command") if isinstance(stage, DictConfig) else None
             if command not in COMMANDS:
                 hint = did_you_mean(str(command), COMMANDS)
                 raise MinitronError(f"recipe.stages.{name}.command: no command '{command}'.{hint}")
-            tree["stages"][str(name)] = tree_of(Stage) | {"config": known_keys(command)}
+            tree["stages"][name] = tree_of(Stage) | {"config": known_keys(command)}
     return tree
 
 
@@ -102,9 +102,10 @@ def resolve(cfg: DictConfig) -> None:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         cause: BaseException | None = error
-        while (cause := cause.__cause__ or cause.__context__) is not None:
+        while cause is not None:  # a resolver of ours may have refused, underneath OmegaConf's own error
             if isinstance(cause, MinitronError):
                 raise cause from None
+            cause = cause.__cause__ or cause.__context__
         name = f"{error.full_key}: " if error.full_key else ""
         raise MinitronError(name + first_lines(error)) from None
 

