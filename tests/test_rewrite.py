@@ -6,106 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_minitron import layout
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import Plan, make_plan
 from nemo_minitron.rewrite import prune_checkpoint, rewrite, rewrite_layer
 from nemo_minitron.shape import ModelShape
+from tests.canonical import FINGERPRINT, Memory, logits, random_model, slots
 
 SHAPE = ModelShape(3, 24, 20, 6, 3, 8, 40, 48, max_position_embeddings=64)
-FINGERPRINT = "f" * 64
 R, D = SHAPE.heads_per_group, SHAPE.kv_channels
-
-
-class Memory:
-    """A checkpoint in memory, with the reader's and the writer's interface."""
-
-    def __init__(self, shape, tensors=None):
-        self.shape, self.tensors = shape, {} if tensors is None else tensors
-
-    def tensor(self, parameter, layer=None):
-        return self.tensors[parameter.key, layer]
-
-    def write(self, parameter, tensor, layer=None):
-        assert tuple(tensor.shape) == parameter.size(self.shape)
-        self.tensors[parameter.key, layer] = tensor
-
-    def fingerprint(self):
-        return FINGERPRINT
-
-
-def slots(shape):
-    return [
-        (parameter, layer)
-        for parameter in layout.parameters(shape)
-        for layer in (range(shape.num_layers) if parameter.per_layer else (None,))
-    ]
-
-
-def random_model(shape=SHAPE, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for parameter, layer in slots(shape):
-        size = parameter.size(shape)
-        tensor = torch.randn(size, generator=generator, dtype=torch.float64)
-        tensors[parameter.key, layer] = 1 + 0.2 * tensor if len(size) == 1 else tensor / math.sqrt(size[-1])
-    return Memory(shape, tensors)
-
-
-def logits(model, eps=1e-5, embedding_scale=None):
-    """[1, s, V] of transformers on the model's weights; QKV taken apart by an independent walk over group cells."""
-    shape = model.shape
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=shape.padded_vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_query_groups,
-            head_dim=shape.kv_channels,
-            rms_norm_eps=eps,
-            tie_word_embeddings=False,
-            attn_implementation="eager",
-        )
-    )
-    for module in [reference.model, *reference.model.layers]:  # transformers' own norm rounds to float32
-        for name in [name for name, _ in module.named_children()]:
-            if name.endswith("norm"):
-                setattr(module, name, torch.nn.RMSNorm(shape.hidden_size, eps=eps))
-    reference.to(torch.float64)
-    get = {(key.rsplit(".layers.")[-1], layer): value for (key, layer), value in model.tensors.items()}
-    state = {
-        "model.embed_tokens.weight": get["embedding.word_embeddings.weight", None],
-        "model.norm.weight": get["decoder.final_layernorm.weight", None],
-        "lm_head.weight": get["output_layer.weight", None],
-    }
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        queries, keys, values = [], [], []
-        for group in get["self_attention.linear_qkv.weight", layer].chunk(shape.num_query_groups):
-            cells = group.split(shape.kv_channels)
-            queries += cells[:-2]
-            keys.append(cells[-2])
-            values.append(cells[-1])
-        gate, up = get["mlp.linear_fc1.weight", layer].chunk(2)
-        state |= {
-            prefix + "self_attn.q_proj.weight": torch.cat(queries),
-            prefix + "self_attn.k_proj.weight": torch.cat(keys),
-            prefix + "self_attn.v_proj.weight": torch.cat(values),
-            prefix + "self_attn.o_proj.weight": get["self_attention.linear_proj.weight", layer],
-            prefix + "mlp.gate_proj.weight": gate,
-            prefix + "mlp.up_proj.weight": up,
-            prefix + "mlp.down_proj.weight": get["mlp.linear_fc2.weight", layer],
-            prefix + "input_layernorm.weight": get["self_attention.linear_qkv.layer_norm_weight", layer],
-            prefix + "post_attention_layernorm.weight": get["mlp.linear_fc1.layer_norm_weight", layer],
-        }
-    reference.load_state_dict(state)
-    tokens = torch.arange(17)[None] * 7 % shape.vocab_size
-    with torch.no_grad():
-        return reference(tokens).logits
 
 
 def scores_with(**arrays):
@@ -149,7 +59,7 @@ def test_identity_is_bit_identical(dtype, changes):
 
 
 def test_zeroed_neurons_leave_logits():
-    model, dead = random_model(), [[0, 3, 19], [1, 2, 4], [17, 18, 5]]
+    model, dead = random_model(SHAPE), [[0, 3, 19], [1, 2, 4], [17, 18, 5]]
     for layer, units in enumerate(dead):
         model.tensors[layout.FC2_WEIGHT.key, layer][:, units] = 0
     out = apply(model, plan_for({"ffn_hidden_size": 17}, scores_with(ffn=dead)))
@@ -157,7 +67,7 @@ def test_zeroed_neurons_leave_logits():
 
 
 def test_zeroed_heads_leave_logits():
-    model, dead = random_model(), [[0, 2, 5], [1, 3, 4], [0, 3, 5]]  # one of each group
+    model, dead = random_model(SHAPE), [[0, 2, 5], [1, 3, 4], [0, 3, 5]]  # one of each group
     for layer, units in enumerate(dead):
         columns = model.tensors[layout.PROJ_WEIGHT.key, layer].view(24, 6, D)
         columns[:, units] = 0
@@ -167,7 +77,7 @@ def test_zeroed_heads_leave_logits():
 
 
 def test_zeroed_groups_leave_logits():
-    model, dead = random_model(), [[0], [2], [1]]
+    model, dead = random_model(SHAPE), [[0], [2], [1]]
     for layer, units in enumerate(dead):
         model.tensors[layout.PROJ_WEIGHT.key, layer].view(24, 3, R * D)[:, units] = 0
     out = apply(model, plan_for({"num_query_groups": 2}, scores_with(groups=dead)))
@@ -177,7 +87,7 @@ def test_zeroed_groups_leave_logits():
 
 def test_zeroed_hidden_channels_leave_logits_only_after_the_norm_rescale():
     """Dropping zero channels raises the mean square by H/H'; norm gains times sqrt(H/H') undo it as eps goes to 0."""
-    model, dead = random_model(), [0, 7, 8, 23]
+    model, dead = random_model(SHAPE), [0, 7, 8, 23]
     for parameter, layer in slots(SHAPE):
         tensor = model.tensors[parameter.key, layer]
         if parameter in (layout.EMBEDDING, layout.OUTPUT):
@@ -194,7 +104,7 @@ def test_zeroed_hidden_channels_leave_logits_only_after_the_norm_rescale():
 
 
 def test_dropped_layers_leave_the_others():
-    model = random_model()
+    model = random_model(SHAPE)
     for key in (layout.PROJ_WEIGHT.key, layout.FC2_WEIGHT.key):
         model.tensors[key, 2].zero_()  # a layer that adds nothing; the last one, which NeMo's script cannot drop
     out = apply(model, plan_for({}, drop_layers=[3]))
@@ -233,7 +143,7 @@ def permuted(model, seed=1):
 
 def test_pruning_commutes_with_permutation():
     """A permuted model has the same logits, and what is pruned away does not depend on where it stood."""
-    model = random_model()
+    model = random_model(SHAPE)
     dead_neurons, dead_groups = [[0, 3], [1, 2], [17, 5]], [[0], [2], [1]]
     for layer in range(3):
         model.tensors[layout.FC2_WEIGHT.key, layer][:, dead_neurons[layer]] = 0
@@ -251,13 +161,13 @@ def test_pruning_commutes_with_permutation():
 def test_all_axes_at_once_have_the_planned_sizes():
     target = {"hidden_size": 20, "ffn_hidden_size": 10, "num_attention_heads": 2, "num_query_groups": 2}
     plan = plan_for(target, scores_with(), drop_layers=[1])
-    out = apply(random_model(), plan)  # Memory.write checks every size against the target shape
+    out = apply(random_model(SHAPE), plan)  # Memory.write checks every size against the target shape
     assert out.tensors.keys() == {(parameter.key, layer) for parameter, layer in slots(plan.target)}
     assert logits(out).isfinite().all()
 
 
 def test_rewrite_layer_equals_rewrite():
-    model, plan = random_model(), plan_for({"ffn_hidden_size": 10}, scores_with(), drop_layers=[1])
+    model, plan = random_model(SHAPE), plan_for({"ffn_hidden_size": 10}, scores_with(), drop_layers=[1])
     tensors = {p.key: model.tensors[p.key, 2] for p in layout.layer_parameters(SHAPE)}
     out = rewrite_layer(plan, 2, tensors)
     for parameter in layout.layer_parameters(SHAPE):
@@ -270,7 +180,7 @@ def test_rewrite_layer_equals_rewrite():
 
 
 def test_bad_input_is_named_and_nothing_is_written():
-    model, plan = random_model(), Plan.identity(SHAPE, FINGERPRINT)
+    model, plan = random_model(SHAPE), Plan.identity(SHAPE, FINGERPRINT)
     with pytest.raises(MinitronError, match=r"linear_fc2.weight: expected size \[24, 20\], found \[20, 24\]"):
         rewrite(plan, layout.FC2_WEIGHT, 0, torch.zeros(20, 24))
     writer = Memory(SHAPE)
