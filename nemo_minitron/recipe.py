@@ -79,10 +79,13 @@ def run(cfg: DictConfig, compose: Compose) -> None:
 def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
     """The recipe's stages in order, each configuration composed and checked."""
     recipe = cfg.recipe
-    if not isinstance(recipe, DictConfig) or not recipe.get("stages"):
-        raise MinitronError(f"recipe: expected recipe=NAME of a file with stages, found {recipe!r}")
-    stages = {}
-    for name, node in recipe.stages.items():
+    if not isinstance(recipe, DictConfig) or not recipe.get("order"):
+        raise MinitronError(f"recipe: expected recipe=NAME of a file that says its order of stages, found {recipe!r}")
+    stages: dict[str, Stage] = {}
+    for name in recipe.order:
+        if name not in recipe.stages:
+            raise MinitronError(f"recipe.order: there is no stage '{name}'." + did_you_mean(name, recipe.stages))
+        node = recipe.stages[name]
         if not node.get("command"):
             raise MinitronError(f"recipe.stages.{name}.command is missing")
         try:
@@ -93,7 +96,7 @@ def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
         if work is not None and not _is_inside(work, Path(cfg.run_dir)):
             raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")
         inputs, outputs = (tuple(node.get(key) or ()) for key in ("inputs", "outputs"))
-        stages[str(name)] = Stage(str(name), node.command, config, inputs, outputs, work)
+        stages[name] = Stage(name, node.command, config, inputs, outputs, work)
     for role, path in (recipe.get("roles") or {}).items():
         if role not in ROLES:
             raise MinitronError(f"recipe.roles: expected {', '.join(ROLES)}, found '{role}' ({path})")

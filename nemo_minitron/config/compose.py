@@ -107,9 +107,9 @@ def compose(
 
 
 def group_options(group: str, source: Source | None = None) -> list[str]:
-    """Options of a config group (``conf/GROUP/*.yaml``), ours and those in the user's folders."""
+    """Options of a config group (``conf/GROUP/*.yaml``), ours and those in the user's folders; not ``_NAME.yaml``."""
     folders = [CONF_DIR, *(source.folders if source else ())]
-    return sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    return sorted({file.stem for folder in folders for file in (folder / group).glob("[!_]*.yaml")})
 
 
 def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:

@@ -113,6 +113,7 @@ class ConvertConfig:
     output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
     precision: str | None = key(None, "dtype to write: 32, bf16 or 16; the input's own when null")
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
+    max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
     verify: bool = key(False, "read the result back and compare every tensor")
 
 
@@ -125,7 +126,7 @@ class PreprocessConfig:
     json_keys: list[str] = key(["text"], "fields of a record that hold text")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
     dataset: Dataset = section(Dataset, "which part of a data set")
-    document: str | None = key(None, "one document is; by the kind of input when null", ("article", "line", "file"))
+    document: str = key("article", "what becomes one document", ("article", "line", "file"))
     append_eod: bool = key(True, "end every document with the end-of-text token")
     heldout_every: int | None = key(None, "hold every n-th document out")
     heldout_part: str = key("train", "which side of it to write", ("train", "heldout"))
@@ -213,6 +214,7 @@ class Recipe:
     name: str = key(REQUIRED, "name of the recipe")
     description: str = key("", "one line on what it does")
     settings: dict[str, Any] = known(None, "values that several stages share, meant to be changed")
+    order: list[str] = key([], "names of the stages to walk, in their order")
     stages: dict[str, Any] = known(None, "stage name to Stage")
     roles: dict[str, str] = key({}, "teacher, pruned and distilled: the JSON that `evaluate` wrote for each")
 
