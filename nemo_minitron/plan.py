@@ -217,6 +217,52 @@ class Plan:
             raise MinitronError(f"prune.plan: '{path}': {error}") from None
 
 
+def target_shape(
+    shape: ModelShape,
+    target: Mapping[str, int | None],
+    drop_layers: Sequence[int] | None = None,
+    layer_selection: str = "block_influence",
+) -> ModelShape:
+    """Shape that a request leads to, refusing impossible ones; needs no scores. See :func:`make_plan`."""
+    wanted = _check_target(shape, target)
+    dropped = _check_drop_layers(shape, wanted, drop_layers)
+    if layer_selection not in SELECTIONS:
+        raise MinitronError(
+            f"prune.layer_selection: expected one of {', '.join(SELECTIONS)}, found '{layer_selection}'."
+            + did_you_mean(layer_selection, SELECTIONS)
+        )
+    if not wanted and not dropped:
+        keys = ", ".join(f"prune.{name}" for name in (*TARGETS, "drop_layers"))
+        raise MinitronError(f"prune: nothing requested; set at least one of {keys}")
+    groups = wanted.get("num_query_groups", shape.num_query_groups)
+    heads = wanted.get("num_attention_heads", shape.heads_per_group * groups)
+    if heads % groups:
+        raise MinitronError(
+            f"prune.num_attention_heads ({heads}) must be a multiple of the query groups kept ({groups})"
+        )
+    if heads // groups > shape.heads_per_group:
+        raise MinitronError(
+            f"prune.num_attention_heads: {heads // groups} heads per group asked ({heads} heads in {groups} groups), "
+            f"{shape.heads_per_group} available"
+        )
+    new = shape.replace(
+        hidden_size=wanted.get("hidden_size", shape.hidden_size),
+        ffn_hidden_size=wanted.get("ffn_hidden_size", shape.ffn_hidden_size),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        num_layers=wanted.get("num_layers", shape.num_layers - len(dropped)),
+    )
+    if new == shape:
+        sizes = ", ".join(f"prune.{name}={size}" for name, size in wanted.items())
+        raise MinitronError(f"prune: nothing to remove; every requested size equals the source's: {sizes}")
+    return new
+
+
+def needs_scores(shape: ModelShape, new: ModelShape, drop_layers: Sequence[int] | None) -> bool:
+    """Whether anything is left to choose: all but the removal of named layers needs scores."""
+    return new != (shape.replace(num_layers=new.num_layers) if drop_layers else shape)
+
+
 def make_plan(
     shape: ModelShape,
     scores: ScoreArrays | None,
@@ -234,7 +280,7 @@ def make_plan(
             the layers to drop are named and nothing else is asked.
         target: requested sizes by the names of ``TARGETS``; ``None`` means unchanged. ``num_query_groups`` alone
             keeps the heads per group (A' = r·G'); ``num_attention_heads`` alone keeps the groups.
-        drop_layers: layers to remove, **1-indexed** as in NeMo's ``prune.drop_layers``.
+        drop_layers: layers to remove, **1-indexed** as in NeMo's ``prune.drop_layers``; None or empty: none named.
         layer_selection: for ``num_layers``: ``block_influence`` drops the layers of lowest Block Influence one by one
             (arXiv 2403.03853, 2407.14679), ``contiguous`` the one block of consecutive layers whose output is nearest
             in cosine to its input (arXiv 2403.17887).
@@ -243,48 +289,10 @@ def make_plan(
         MinitronError: nothing requested; a size larger than there is, not positive or not divisible; an unknown
             name; layers out of range, repeated or in disagreement with ``num_layers``; missing or non-finite scores.
     """
-    wanted = _check_target(shape, target)
-    dropped = _check_drop_layers(shape, wanted, drop_layers)
-    if layer_selection not in SELECTIONS:
-        raise MinitronError(
-            f"prune.layer_selection: expected one of {', '.join(SELECTIONS)}, found '{layer_selection}'."
-            + did_you_mean(layer_selection, SELECTIONS)
-        )
-    if not wanted and dropped is None:
-        raise MinitronError(
-            "prune: nothing requested; set at least one of "
-            + ", ".join(f"prune.{name}" for name in (*TARGETS, "drop_layers"))
-        )
-    groups_kept = wanted.get("num_query_groups", shape.num_query_groups)
-    heads_kept = wanted.get("num_attention_heads", shape.heads_per_group * groups_kept)
-    if heads_kept % groups_kept:
-        raise MinitronError(
-            f"prune.num_attention_heads ({heads_kept}) must be a multiple of the query groups kept ({groups_kept})"
-        )
-    heads_per_group = heads_kept // groups_kept
-    if heads_per_group > shape.heads_per_group:
-        raise MinitronError(
-            f"prune.num_attention_heads: {heads_per_group} heads per group asked "
-            f"({heads_kept} heads in {groups_kept} groups), {shape.heads_per_group} available"
-        )
-    new = shape.replace(
-        hidden_size=wanted.get("hidden_size", shape.hidden_size),
-        ffn_hidden_size=wanted.get("ffn_hidden_size", shape.ffn_hidden_size),
-        num_attention_heads=heads_kept,
-        num_query_groups=groups_kept,
-        num_layers=shape.num_layers - len(dropped)
-        if dropped is not None
-        else wanted.get("num_layers", shape.num_layers),
-    )
-    if new == shape:
-        raise MinitronError(
-            "prune: nothing to remove; every requested size equals the source's: "
-            + ", ".join(f"prune.{name}={size}" for name, size in wanted.items())
-        )
-
+    new = target_shape(shape, target, drop_layers, layer_selection)
     layers = tuple(range(shape.num_layers))
-    if dropped is not None:
-        layers = tuple(layer for layer in layers if layer not in dropped)
+    if drop_layers:
+        layers = tuple(layer for layer in layers if layer + 1 not in drop_layers)
     elif new.num_layers < shape.num_layers:
         layers = _choose_layers(shape, scores, new.num_layers, layer_selection)
     plan = Plan.identity(shape.replace(num_layers=len(layers)), source_fingerprint)
@@ -299,7 +307,7 @@ def make_plan(
         groups = tuple(keep_top(worth[layer], new.num_query_groups) for layer in layers)
     if new.num_attention_heads < shape.num_attention_heads:
         heads = tuple(
-            _choose_heads(shape, scores, layer, kept, heads_per_group)
+            _choose_heads(shape, scores, layer, kept, new.heads_per_group)
             for layer, kept in zip(layers, groups, strict=True)
         )
     return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads)
@@ -367,15 +375,15 @@ def _check_target(shape: ModelShape, target: Mapping[str, int | None]) -> dict[s
 
 def _check_drop_layers(
     shape: ModelShape, wanted: Mapping[str, int], drop_layers: Sequence[int] | None
-) -> frozenset[int] | None:
-    """0-based layers to drop, or None where none were named."""
-    if drop_layers is None or len(drop_layers) == 0:
-        return None
+) -> frozenset[int]:
+    """Layers to drop, 1-based, each possible and named once."""
+    if not drop_layers:
+        return frozenset()
     total, key = shape.num_layers, "prune.drop_layers"
     for layer in drop_layers:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 1 <= layer <= total:
             raise MinitronError(f"{key}: layer {layer!r} asked, available are 1 to {total} (counted from 1)")
-    dropped = frozenset(layer - 1 for layer in drop_layers)
+    dropped = frozenset(drop_layers)
     if len(dropped) < len(drop_layers):
         twice = sorted({layer for layer in drop_layers if list(drop_layers).count(layer) > 1})
         raise MinitronError(f"{key}: each layer once, found {twice} more than once")

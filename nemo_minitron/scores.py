@@ -10,8 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +22,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape
 
 FORMAT = "nemo_minitron.scores/1"
-_JSON, _NPZ = "scores.json", "arrays.npz"
+JSON, NPZ = "scores.json", "arrays.npz"
 
 
 def array_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -120,30 +118,15 @@ class Scores:
                 f"but this checkpoint's are {source_fingerprint[:16]}; run `minitron importance` on it"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the folder ``path`` (beside it, then renamed); replaces a scores folder, refuses any other.
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the two files into an existing folder; the same scores give the same bytes.
 
-        Raises:
-            MinitronError: where ``path`` is something else than a scores folder, or cannot be written.
+        To make a whole output appear at once, write into a ``checkpoint.staging.Staging`` folder.
         """
-        path = Path(path)
-        check_destination(path)
-        partial: Path | None = None
-        try:
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
-            partial.chmod(0o755)  # mkdtemp is private to its owner; an output is not
-            np.savez(partial / _NPZ, **{name: getattr(self, name) for name in array_sizes(self.shape)})
-            metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
-            (partial / _JSON).write_text(json.dumps(metadata, indent=2) + "\n")
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
-        except OSError as error:
-            raise MinitronError(f"output_path: cannot write '{path}': {error.strerror or error}") from None
-        finally:
-            if partial is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+        folder = Path(folder)
+        np.savez(folder / NPZ, **{name: getattr(self, name) for name in array_sizes(self.shape)})
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
+        (folder / JSON).write_text(json.dumps(metadata, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:
@@ -153,14 +136,14 @@ class Scores:
             MinitronError: missing, foreign, truncated or altered files, naming the file.
         """
         path = Path(path)
-        if not (path / _JSON).is_file():
-            raise MinitronError(f"prune.scores: '{path}' is not a scores folder (no {_JSON} in it)")
+        if not (path / JSON).is_file():
+            raise MinitronError(f"prune.scores: '{path}' is not a scores folder (no {JSON} in it)")
         try:
-            metadata = json.loads((path / _JSON).read_text())
+            metadata = json.loads((path / JSON).read_text())
             if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-                raise MinitronError(f"'{path / _JSON}': expected format '{FORMAT}'")
+                raise MinitronError(f"'{path / JSON}': expected format '{FORMAT}'")
             shape = ModelShape.from_dict(metadata["shape"])
-            with np.load(path / _NPZ, allow_pickle=False) as arrays:
+            with np.load(path / NPZ, allow_pickle=False) as arrays:
                 values = {name: _bounded(arrays, name, size, path) for name, size in array_sizes(shape).items()}
             scores = cls(
                 shape=shape,
@@ -184,21 +167,12 @@ class Scores:
         }
 
 
-def check_destination(path: str | os.PathLike[str]) -> None:
-    """Refuse to replace anything that is not a scores folder; to be asked before the work starts."""
-    path = Path(path)
-    if path.is_dir() and ((path / _JSON).is_file() or not any(path.iterdir())):
-        return
-    if path.exists() or path.is_symlink():
-        raise MinitronError(f"output_path: '{path}' exists and is not a scores folder; choose another name")
-
-
 def _bounded(arrays: Any, name: str, size: tuple[int, ...], path: Path) -> np.ndarray:
     """One array, its stored size checked from the zip directory before it is allocated."""
     member = f"{name}.npy"
     if member not in arrays.zip.namelist():
-        raise MinitronError(f"prune.scores: '{path / _NPZ}' has no array '{name}'")
+        raise MinitronError(f"prune.scores: '{path / NPZ}' has no array '{name}'")
     expected = 8 * int(np.prod(size))
     if arrays.zip.getinfo(member).file_size > expected + 4096:
-        raise MinitronError(f"prune.scores: '{path / _NPZ}': array '{name}' is larger than {list(size)} float64")
+        raise MinitronError(f"prune.scores: '{path / NPZ}': array '{name}' is larger than {list(size)} float64")
     return arrays[name]
