@@ -1,0 +1,157 @@
+"""``minitron prune``: a plan of what to keep, and the student ``.nemo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.checkpoint import NemoReader, NemoWriter
+from nemo_minitron.checkpoint.archive import ArchiveWriter
+from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.plan import TARGETS, Plan, format_ranges, make_plan, needs_scores, target_shape
+from nemo_minitron.rewrite import check_source, prune_checkpoint
+from nemo_minitron.scores import Scores
+from nemo_minitron.shape import ModelShape
+from nemo_minitron.stages.importance import Calibration, measure_and_save, required
+
+RANKINGS = ("minitron",)
+
+
+def run(cfg: DictConfig) -> Plan:
+    """Prune ``model.restore_from_path`` into ``export.save_path`` and ``export.plan_path``.
+
+    What is kept comes from ``prune.plan`` (applied as it is), or from the requested sizes with ``prune.scores``;
+    without either, scores are computed first from ``prune.calib_dataset`` and kept beside the student as
+    ``NAME.scores``. Layers named in ``prune.drop_layers`` need no scores.
+
+    Raises:
+        MinitronError: impossible, contradictory or empty requests, missing or foreign files and unwritable outputs,
+            all before any weight is read; scores or a plan of other weights, before anything is written.
+    """
+    from nemo_minitron import runtime
+
+    source, save_path = Path(required(cfg, "model.restore_from_path")), Path(required(cfg, "export.save_path"))
+    name = save_path.name.removesuffix(".nemo")
+    plan_path = Path(cfg.export.get("plan_path") or save_path.with_name(f"{name}.plan.yaml"))
+    options: dict[str, Any] = OmegaConf.to_container(cfg.prune, resolve=True)  # type: ignore[assignment]
+    if save_path.resolve() == source.resolve():
+        raise MinitronError(f"export.save_path: '{save_path}' is the checkpoint that is read; choose another name")
+    with NemoReader(source) as reader:
+        plan = Plan.load(options["plan"]) if options.get("plan") else None
+        new = _new_shape(reader.shape, options, plan)
+        _check_grid(new, cfg.model)
+        scores = Scores.load(options["scores"]) if options.get("scores") and plan is None else None
+        if scores is not None:
+            scores.check_matches(scores.source_fingerprint, reader.shape)  # sizes now, weights once they are read
+        calibration = None
+        if plan is None and scores is None and needs_scores(reader.shape, new, options.get("drop_layers")):
+            calibration = _calibration(options, int(cfg.get("seed") or 1234))
+        _check_writable(save_path, plan_path)
+        if calibration is not None:
+            scores_path = save_path.with_name(f"{name}.scores")
+            scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
+        if plan is None:
+            plan = _make(reader, options, scores)
+        if runtime.rank() == 0:
+            _write(reader, plan, save_path, plan_path)
+            print(table(plan))
+            print(f"student: {save_path}\nplan:    {plan_path}")
+    return plan
+
+
+def table(plan: Plan) -> str:
+    """What the plan changes, for people: one row per size."""
+    source, target = plan.source, plan.target
+    sizes = [(size, getattr(source, size), getattr(target, size)) for size in ("num_layers", *TARGETS[:4])]
+    sizes.append(("parameters", source.num_parameters(), target.num_parameters()))
+    lines = [f"{'':<22}{'before':>16}{'after':>16}{'kept':>8}"]
+    lines += [f"{size:<22}{old:>16,}{new:>16,}{new / old:>8.1%}" for size, old, new in sizes]
+    dropped = sorted(set(range(1, source.num_layers + 1)) - {layer + 1 for layer in plan.layers})
+    if dropped:
+        lines.append(f"layers removed (counted from 1): {format_ranges(dropped)}")
+    return "\n".join(lines)
+
+
+def _targets(options: dict[str, Any]) -> dict[str, int | None]:
+    return {name: options.get(name) for name in TARGETS}
+
+
+def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) -> ModelShape:
+    """The student's shape, from the plan or from the request, which exclude each other."""
+    ranking = options.get("ranking")
+    if ranking not in (None, *RANKINGS):
+        raise MinitronError(f"prune.ranking: expected one of {', '.join(RANKINGS)}, found '{ranking}'")
+    asked = [name for name in (*TARGETS, "drop_layers", "scores") if options.get(name)]
+    if plan is not None and asked:
+        raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
+    if plan is not None:
+        if plan.source != shape:
+            raise MinitronError(f"prune.plan: made for {plan.source}, but the checkpoint is {shape}")
+        return plan.target
+    return target_shape(
+        shape, _targets(options), options.get("drop_layers"), options.get("layer_selection") or "block_influence"
+    )
+
+
+def _check_grid(new: ModelShape, model: DictConfig) -> None:
+    """The student must fit the grid that is asked for; the vocabulary is padded anew on every grid."""
+    tensor, pipeline = (int(model.get(f"{kind}_model_parallel_size") or 1) for kind in ("tensor", "pipeline"))
+    padded = -(-new.vocab_size // tensor) * tensor
+    new.replace(padded_vocab_size=padded).check_parallel(tensor, pipeline)
+
+
+def _calibration(options: dict[str, Any], seed: int) -> Calibration:
+    dataset = options.get("calib_dataset")
+    if not dataset:
+        raise MinitronError(
+            "prune.scores: this target needs scores; give a folder from `minitron importance`, or prune.calib_dataset "
+            "to compute them"
+        )
+    is_prefix = not isinstance(dataset, str) or Path(f"{dataset}.idx").is_file()
+    if not is_prefix and not Path(dataset).exists():
+        raise MinitronError(f"prune.calib_dataset: found neither '{dataset}.idx' nor a text file '{dataset}'")
+    return Calibration(
+        data_prefix=dataset if is_prefix else None,
+        path=None if is_prefix else dataset,
+        num_samples=int(options.get("num_calib_size") or 1024),
+        seq_length=options.get("calib_seq_length"),
+        seed=seed,
+    )
+
+
+def _check_writable(save_path: Path, plan_path: Path) -> None:
+    """Prove both destinations before the work starts; leaves nothing."""
+    Staging(plan_path).abort()
+    ArchiveWriter(save_path).abort()
+
+
+def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) -> Plan:
+    fingerprint = reader.fingerprint()
+    if scores is not None:
+        scores.check_matches(fingerprint, reader.shape)
+    return make_plan(
+        reader.shape,
+        scores,
+        _targets(options),
+        drop_layers=options.get("drop_layers"),
+        layer_selection=options.get("layer_selection") or "block_influence",
+        source_fingerprint=fingerprint,
+    )
+
+
+def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path) -> None:
+    """Student and plan appear together, or neither does."""
+    check_source(plan, reader)
+    staging = Staging(plan_path)
+    try:
+        staging.path.write_text(plan.to_yaml(), encoding="utf-8", newline="\n")
+        tokenizer = reader.tokenizer_folder()
+        with NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer:
+            prune_checkpoint(reader, plan, writer)
+        staging.commit()
+    except BaseException:
+        staging.abort()
+        raise
