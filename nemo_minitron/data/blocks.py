@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nemo_minitron.data.sources import Source
+from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 SPLITS = ("train", "validation", "test")
@@ -217,3 +220,37 @@ def _check_range(
             f"{prefix}: document {document} has token {rows[row, column]}, out of range for the model's vocabulary of "
             f"{vocab_size}: the data was made with another tokenizer"
         )
+
+
+def text_blocks(
+    source: str | Path | Source,
+    tokenizer: TokenizerSpec,
+    seq_length: int,
+    *,
+    num_samples: int | None = None,
+    seed: int = 1234,
+    shuffle: bool = True,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, str]:
+    """Blocks as :func:`token_blocks` gives them, straight from text, and the :func:`data_fingerprint` of its tokens.
+
+    The tokens are those that :func:`preprocess` would write (``append_eod`` where there is an EOD); no file is kept.
+    """
+    from nemo_minitron.data.preprocess import preprocess
+
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = preprocess(
+            source,
+            Path(folder) / "blocks",
+            tokenizer_library=tokenizer.library,
+            tokenizer_type=tokenizer.type,
+            tokenizer_model=tokenizer.model,
+            append_eod=tokenizer.load().eod is not None,
+        )[0]
+        try:
+            blocks = token_blocks(
+                prefix, seq_length, num_samples=num_samples, seed=seed, shuffle=shuffle, vocab_size=vocab_size
+            )
+        except MinitronError as error:  # said of the text, which the user knows, not of a temporary file
+            raise MinitronError(str(error).replace(str(prefix), str(source))) from None
+        return blocks, data_fingerprint(prefix)

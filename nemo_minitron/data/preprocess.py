@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.data.readers import Row
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
@@ -129,6 +128,8 @@ class _Output:
     def __init__(self, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+        from nemo_minitron.checkpoint.staging import Staging
+
         self._tokenizer, self._append_eod, self._prefix = tokenizer, append_eod, prefix
         self._staged: list[Staging] = []
         try:
@@ -216,8 +217,11 @@ def _encode_all(
         for batch in batches:
             yield from _encode(batch, tokenizer, apply_ftfy)
         return
-    # Spawned, not forked: the parent may hold threads (tokenizers, torch) that a fork would deadlock.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(spec, apply_ftfy))
+    # Not forked from this process: it may hold threads (tokenizers, torch) that a fork would deadlock. The fork server
+    # has none, and pays the slow import once for all workers.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec, apply_ftfy))
     waiting: deque[Future[list[_Encoded]]] = deque()
     try:
         for batch in batches:
@@ -276,3 +280,4 @@ def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Iterator[_Encoded
             tokens += sum(map(len, item.ids))
             bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
             bar.update(item.done - bar.n)
+        bar.update(1.0 - bar.n)
