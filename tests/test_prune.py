@@ -1,0 +1,290 @@
+"""``minitron prune`` and ``minitron importance`` on files: the student against plain slicing of HF weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from nemo_minitron.checkpoint import NemoReader, each_tensor
+from nemo_minitron.cli import main
+from nemo_minitron.convert import convert
+from nemo_minitron.data.blocks import data_fingerprint, token_blocks
+from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.plan import Plan
+from nemo_minitron.scores import Scores, array_sizes
+from nemo_minitron.synthetic import make_llama
+from tests.canonical import Memory
+from tests.importance.reference import dense_scores
+from tests.llamas import GQA
+
+TEXTS = [
+    f"Sentence {i} says that {i * i} is the square of {i}, which is {'even' if i % 2 == 0 else 'odd'}."
+    for i in range(400)
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """HF folder, its ``.nemo``, and calibration tokens."""
+    folder = tmp_path_factory.mktemp("teacher")
+    make_llama(folder / "hf", GQA, tokenizer_texts=TEXTS)
+    convert(folder / "hf", folder / "teacher.nemo")
+    (folder / "text.txt").write_text("\n".join(TEXTS))
+    preprocess(folder / "text.txt", folder / "tokens", tokenizer_type=str(folder / "hf"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(teacher):
+    """Random scores of the teacher, so that nothing is kept for its position."""
+    rng = np.random.default_rng(0)
+    with NemoReader(teacher / "teacher.nemo") as reader:
+        arrays = {name: rng.random(size) for name, size in array_sizes(reader.shape).items()}
+        made = Scores(reader.shape, reader.fingerprint(), "d", **arrays)
+    (teacher / "scores").mkdir()
+    made.write(teacher / "scores")
+    return made
+
+
+@pytest.fixture
+def prune(teacher, tmp_path, capsys):
+    """Run the command; returns (exit status, what it printed)."""
+
+    def call(*keys, save=True):
+        given = [f"export.save_path={tmp_path}/out/student.nemo"] if save else []
+        status = main(["prune", f"model.restore_from_path={teacher}/teacher.nemo", *given, *keys])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+def best(worth, count):
+    return np.sort(np.argsort(-worth)[:count])
+
+
+def test_width_is_plain_slicing_of_hf_weights(teacher, scores, prune, tmp_path):
+    status, said = prune(
+        f"prune.scores={teacher}/scores",
+        "prune.hidden_size=40",
+        "prune.ffn_hidden_size=50",
+        "prune.num_query_groups=2",
+        "prune.num_attention_heads=2",
+        "prune.drop_layers=[2]",
+    )
+    assert status == 0 and "62.5%" in said and "layers removed (counted from 1): 2" in said
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["student.nemo", "student.plan.yaml"]
+    convert(tmp_path / "out" / "student.nemo", tmp_path / "hf")
+    before, after = load_file(teacher / "hf" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    hidden = best(scores.hidden, 40)
+    for new, old in enumerate((0, 2)):
+        groups = best(scores.groups[old], 2)
+        heads = [2 * g + int(scores.heads[old, 2 * g + 1] > scores.heads[old, 2 * g]) for g in groups]
+        neurons = best(scores.ffn[old], 50)
+        rows = {
+            name: np.concatenate([np.arange(8) + 8 * u for u in units]) for name, units in (("q", heads), ("k", groups))
+        }
+        expected = {
+            "self_attn.q_proj": (rows["q"], hidden),
+            "self_attn.k_proj": (rows["k"], hidden),
+            "self_attn.v_proj": (rows["k"], hidden),
+            "self_attn.o_proj": (hidden, rows["q"]),
+            "mlp.gate_proj": (neurons, hidden),
+            "mlp.up_proj": (neurons, hidden),
+            "mlp.down_proj": (hidden, neurons),
+        }
+        for name, (kept_rows, kept_columns) in expected.items():
+            source = before[f"model.layers.{old}.{name}.weight"].numpy()
+            assert np.array_equal(
+                after[f"model.layers.{new}.{name}.weight"].numpy(), source[np.ix_(kept_rows, kept_columns)]
+            )
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            assert torch.equal(
+                after[f"model.layers.{new}.{name}.weight"], before[f"model.layers.{old}.{name}.weight"][hidden]
+            )
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(after[f"{name}.weight"], before[f"{name}.weight"][:, hidden])
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (model.config.head_dim, model.config.num_key_value_heads, model.config.num_hidden_layers) == (8, 2, 2)
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_named_layers_need_no_scores(teacher, prune, tmp_path):
+    status, _ = prune("prune.drop_layers=[3]")
+    assert status == 0
+    assert Plan.load(tmp_path / "out" / "student.plan.yaml").layers == (0, 1)
+
+
+def test_plan_and_student_are_deterministic(teacher, scores, prune, tmp_path):
+    outputs = []
+    for _ in range(2):
+        assert prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50")[0] == 0
+        outputs.append([(tmp_path / "out" / f"student.{end}").read_bytes() for end in ("nemo", "plan.yaml")])
+    assert outputs[0] == outputs[1]
+
+
+def test_a_plan_file_is_applied_as_it_is(teacher, scores, prune, tmp_path):
+    assert prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50")[0] == 0
+    first = (tmp_path / "out" / "student.nemo").read_bytes()
+    shutil.copy(tmp_path / "out" / "student.plan.yaml", tmp_path / "kept.yaml")
+    (tmp_path / "out" / "student.nemo").unlink()
+    assert prune(f"prune.plan={tmp_path}/kept.yaml", f"export.plan_path={tmp_path}/again.yaml")[0] == 0
+    assert (tmp_path / "out" / "student.nemo").read_bytes() == first
+    assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "kept.yaml").read_bytes()
+
+
+def test_identity_plan_is_bit_identical(teacher, prune, tmp_path):
+    with NemoReader(teacher / "teacher.nemo") as reader:
+        Plan.identity(reader.shape, reader.fingerprint()).save(tmp_path / "identity.yaml")
+    assert prune(f"prune.plan={tmp_path}/identity.yaml")[0] == 0
+    with NemoReader(teacher / "teacher.nemo") as one, NemoReader(tmp_path / "out" / "student.nemo") as other:
+        assert one.shape == other.shape and one.dtype == other.dtype
+        for parameter, layer in each_tensor(one.shape):
+            assert torch.equal(one.tensor(parameter, layer), other.tensor(parameter, layer))
+
+
+BAD = {
+    "nothing requested": ([], "nothing requested"),
+    "larger than the source": (["prune.hidden_size=65"], "prune.hidden_size: 65 asked, 64 available"),
+    "layer out of range": (["prune.drop_layers=[4]"], "layer 4 asked, available are 1 to 3"),
+    "uneven heads": (["prune.num_attention_heads=6"], "must be a multiple of the query groups kept (4)"),
+    "does not split over TP": (
+        ["prune.num_query_groups=3", "model.tensor_model_parallel_size=2"],
+        "model.tensor_model_parallel_size (2) must divide num_query_groups (3)",
+    ),
+    "does not split over PP": (
+        ["prune.drop_layers=[1]", "model.pipeline_model_parallel_size=3"],
+        "model.pipeline_model_parallel_size (3) must divide num_layers (2)",
+    ),
+    "no scores": (["prune.hidden_size=40"], "prune.calib_dataset"),
+    "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "'/nowhere' is not a scores folder"),
+    "missing data": (["prune.hidden_size=40", "prune.calib_dataset=/nowhere"], "neither '/nowhere.idx' nor"),
+    "missing plan": (["prune.plan=/nowhere"], "prune.plan: cannot read '/nowhere'"),
+    "unknown ranking": (["prune.ffn_hidden_size=9", "prune.ranking=magic"], "prune.ranking"),
+    "missing checkpoint": (["prune.drop_layers=[1]", "model.restore_from_path=/nowhere.nemo"], "/nowhere.nemo"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_leave_the_destination_untouched(prune, tmp_path, case):
+    keys, message = BAD[case]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "student.nemo").write_text("an earlier student")
+    status, said = prune(*keys)
+    assert status == 2 and message in said
+    assert "Traceback" not in said
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [("student.nemo", "an earlier student")]
+
+
+def test_scores_and_plans_of_other_weights_are_refused(teacher, scores, prune, tmp_path):
+    make_llama(tmp_path / "hf", GQA, seed=1, tokenizer_texts=TEXTS)
+    convert(tmp_path / "hf", tmp_path / "other.nemo")
+    other = f"model.restore_from_path={tmp_path}/other.nemo"
+    status, said = prune(other, f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50")
+    assert status == 2 and "prune.scores: measured on weights" in said
+    Plan.identity(scores.shape, scores.source_fingerprint).save(tmp_path / "p.yaml")
+    status, said = prune(other, f"prune.plan={tmp_path}/p.yaml")
+    assert status == 2 and "prune.plan: made for weights" in said
+    status, said = prune(f"prune.plan={tmp_path}/p.yaml", "prune.ffn_hidden_size=50")
+    assert status == 2 and "leave out prune.ffn_hidden_size" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_outputs(teacher, prune, tmp_path):
+    (tmp_path / "file").write_text("x")
+    status, said = prune("prune.drop_layers=[1]", f"export.save_path={tmp_path}/file/student.nemo", save=False)
+    assert status == 2 and "file" in said
+    status, said = prune("prune.drop_layers=[1]", f"export.plan_path={tmp_path}/file/plan.yaml")
+    assert status == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    status, said = prune("prune.drop_layers=[1]", f"export.save_path={teacher}/teacher.nemo", save=False)
+    assert status == 2 and "choose another name" in said
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "expected one of calibration.data_prefix and calibration.path"),
+        (["calibration.data_prefix=/nowhere"], "/nowhere"),
+        (["calibration.path=/nowhere.txt"], "calibration.path: no file or folder"),
+        (["calibration.data_prefix=DATA", "calibration.num_samples=100000"], "100000"),
+        (["calibration.data_prefix=DATA", "calibration.seq_length=4096"], "4096 asked, the model has 128 positions"),
+        (["calibration.data_prefix=DATA", "calibration.num_samples=0"], "calibration.num_samples"),
+        (
+            ["calibration.data_prefix=DATA", "calibration.num_samples=4", "calibration.micro_batch_size=0"],
+            "micro_batch_size",
+        ),
+    ],
+)
+def test_bad_calibration_is_refused_before_the_model_is_built(teacher, tmp_path, capsys, keys, message):
+    keys = [key.replace("DATA", f"{teacher}/tokens_text_document") for key in keys]
+    (tmp_path / "keep").write_text("x")
+    command = ["importance", f"model.restore_from_path={teacher}/teacher.nemo", f"output_path={tmp_path}/scores"]
+    assert main([*command, "calibration.seq_length=16", *keys]) == 2
+    assert message in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["keep"]
+
+
+def test_importance_does_not_replace_a_foreign_folder(teacher, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    command = ["importance", f"model.restore_from_path={teacher}/teacher.nemo", f"output_path={tmp_path}"]
+    assert main([*command, f"calibration.data_prefix={teacher}/tokens_text_document"]) == 2
+    assert "thesis.txt" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_prune_computes_the_published_metric_in_nemo(teacher, tmp_path):
+    """The whole command in its own process: NeMo builds the model, the scores equal the dense definitions."""
+    prefix = teacher / "tokens_text_document"
+    keys = [
+        f"model.restore_from_path={teacher}/teacher.nemo",
+        f"export.save_path={tmp_path}/student.nemo",
+        "prune.ffn_hidden_size=50",
+        "prune.num_layers=2",
+        f"prune.calib_dataset={prefix}",
+        "prune.num_calib_size=6",
+        "prune.calib_seq_length=32",
+        "seed=7",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", "prune", *keys], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    scores, plan = Scores.load(tmp_path / "student.scores"), Plan.load(tmp_path / "student.plan.yaml")
+    with NemoReader(teacher / "teacher.nemo") as reader:
+        tensors = {(p.key, layer): reader.tensor(p, layer).double() for p, layer in each_tensor(reader.shape)}
+        model = Memory(reader.shape, tensors)
+        scores.check_matches(reader.fingerprint(), reader.shape)
+    expected = dense_scores(model, token_blocks(prefix, 32, num_samples=6, seed=7)[:, :-1], None)
+    for name, array in expected.items():
+        np.testing.assert_allclose(getattr(scores, name), array, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert scores.data_fingerprint == data_fingerprint(prefix)
+    assert json.loads((tmp_path / "student.scores" / "scores.json").read_text())["calibration"]["tokens"] == 192
+    assert plan.layers == tuple(best(expected["block_influence"], 2))
+    assert plan.ffn[0] == tuple(best(expected["ffn"][plan.layers[0]], 50))
+
+
+def test_calibration_draws_the_same_from_text_as_from_its_tokens(teacher):
+    from nemo_minitron.stages.importance import Calibration, _blocks
+
+    prefix = f"{teacher}/tokens_text_document"
+    with NemoReader(teacher / "teacher.nemo") as reader:
+        tokens, data = _blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader)
+        from_text = _blocks(Calibration(path=f"{teacher}/text.txt", num_samples=5), 32, reader)
+        mixed, both = _blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
+        with pytest.raises(MinitronError, match="several prefixes need weights"):
+            _blocks(Calibration(data_prefix=[prefix, prefix]), 32, reader)
+    assert tuple(tokens.shape) == (5, 32)
+    assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
+    assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
