@@ -31,6 +31,7 @@ SHAPES: dict[str, ModelShape] = {
     ),
     "padded": GQA.replace(vocab_size=250, padded_vocab_size=250, share_embeddings_and_output_weights=True),
     "bf16": GQA.replace(num_query_groups=2),
+    "qkv_bias": GQA.replace(qkv_bias=True, share_embeddings_and_output_weights=True),  # Qwen2
     "fp16": GQA.replace(layernorm_epsilon=1e-6, share_embeddings_and_output_weights=True),
 }
 """Named shapes for ``pytest.mark.parametrize``; V = Vp, as an HF folder has them."""

@@ -138,7 +138,11 @@ class GgufFile:
             tokenizer = AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise MinitronError(f"{self._path}: expected a tokenizer that transformers reads, found: {error}") from None
-        tokenizer.save_pretrained(str(folder))
+        add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")
+        if add_bos is not None and hasattr(tokenizer, "add_bos_token"):
+            tokenizer.add_bos_token = bool(add_bos.contents())  # transformers assumes true for every Llama
+        # The legacy format would copy the GGUF itself under the name tokenizer.model.
+        tokenizer.save_pretrained(str(folder), legacy_format=False)
 
     def close(self) -> None:
         """The reader maps the file and releases it with its last reference."""

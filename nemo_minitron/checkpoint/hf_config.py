@@ -14,6 +14,11 @@ from nemo_minitron.shape import ModelShape, RopeScaling
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+# What transformers assumes where config.json is silent, and a Llama's would differ.
+_ABSENT: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+}
 _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -29,6 +34,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
         MinitronError: an architecture or feature that Megatron's Llama layers would compute differently.
     """
     architecture = _architecture(config, where)
+    config = {**_ABSENT.get(architecture, {}), **config}
     _check_features(config, architecture, where)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
