@@ -197,6 +197,10 @@ def _record(archive: Archive, key: str, stored: Stored, chunk: Chunk) -> torch.T
         raise MinitronError(f"tensor '{key}': expected {needed} bytes in its record, found {chunk.length}")
     window = archive.window(chunk.member, chunk.start, chunk.length)
     try:
+        with zipfile.ZipFile(io.BufferedReader(window)) as entries:  # a compressed entry could expand without bound
+            if sum(entry.file_size for entry in entries.infolist()) > chunk.length:
+                raise zipfile.BadZipFile("it is compressed")
+        window = archive.window(chunk.member, chunk.start, chunk.length)
         record = torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

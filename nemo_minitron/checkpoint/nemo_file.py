@@ -31,7 +31,10 @@ _PREFIXES = ("model.", "model.module.")
 
 
 def each_tensor(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
-    """Every (parameter, layer) of a model, in forward order: embedding, layer by layer, final norm, output."""
+    """As ``layout.slots``, but layer by layer: embedding, every row of layer 0, of layer 1, …, final norm, output.
+
+    The order in which files are written, so that one layer lies together.
+    """
     yield EMBEDDING, None
     for layer in range(shape.num_layers):
         for row in layer_parameters(shape):
@@ -317,8 +320,8 @@ class NemoWriter:
 
 
 def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """``tensor`` in ``dtype``; NaN and infinity, also those that the cast makes, stop with the tensor's name."""
-    cast = tensor.detach().to(dtype)
+    """``tensor`` in ``dtype`` on the CPU; NaN and infinity, also when the cast makes them, stop with its name."""
+    cast = tensor.detach().to("cpu", dtype)
     low, high = torch.aminmax(cast)  # one pass, and NaN shows in both; isfinite().all() takes ten times as long
     if not (torch.isfinite(low) and torch.isfinite(high)):
         bad = int((~torch.isfinite(cast)).sum())

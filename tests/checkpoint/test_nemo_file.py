@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -72,6 +73,13 @@ def test_equal_content_gives_equal_bytes(nemo, tmp_path):
         config = reader.config
     a, b = (write(tmp_path / name, config, GQA, canonical(nemo)) for name in ("a.nemo", "b.nemo"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_rewriting_what_was_read_gives_the_same_file(nemo, tmp_path):
+    with NemoReader(nemo) as reader:
+        config, tokenizer = reader.config, reader.tokenizer_folder()
+    again = write(tmp_path / "m.nemo", config, GQA, canonical(nemo), tokenizer=tokenizer)
+    assert again.read_bytes() == nemo.read_bytes()
 
 
 def test_rows_are_slices(nemo):
@@ -301,6 +309,20 @@ def test_code_in_a_record_never_runs(folder, tmp_path):
     with NemoReader(folder) as reader, pytest.raises(MinitronError, match=r"record .* is damaged"):
         reader.tensor(EMBEDDING)
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_record_that_expands_is_refused(folder):
+    """A deflated zip in the place of the first record, ten times its size when read."""
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as entries:
+        entries.writestr("archive/data/0", bytes(10 * 320 * 64 * 4))
+    data = bytearray((folder / "model_weights" / "__0_0.distcp").read_bytes())
+    with NemoReader(folder) as reader:
+        length = reader._index[EMBEDDING.key][1].chunks[0].length
+    data[:length] = bytes(length - len(bomb.getvalue())) + bomb.getvalue()
+    (folder / "model_weights" / "__0_0.distcp").write_bytes(data)
+    with NemoReader(folder) as reader, pytest.raises(MinitronError, match="it is compressed"):
+        reader.tensor(EMBEDDING)
 
 
 @pytest.mark.parametrize(
