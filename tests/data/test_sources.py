@@ -137,7 +137,7 @@ def test_brown(tmp_path, form):
                 member = tarfile.TarInfo(f"package/{name}")
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text.encode()))
-    assert texts(path) == ["Hello", "A dog 1/2 .\nTwo"]
+    assert texts(path) == ["Hello", "A dog 1/2 . Two"]
     assert texts(path, heldout_every=2, heldout_part="heldout") == ["Hello"]
     assert "no 'test' split" in refused(path, split="test")
 
