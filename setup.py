@@ -31,6 +31,7 @@ REQUIRES = [
     "webdataset",
     "datasets",
     "pandas",
+    "pyarrow<26",  # 26 needs numpy 2, which NeMo 2.4 does not allow, and does not declare it
     "sacremoses",
     "inflect",
     "ijson",
