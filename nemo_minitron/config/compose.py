@@ -47,6 +47,17 @@ class Source:
         """The user's folders, absolute, the more important first."""
         return [Path(folder).absolute() for folder in (self.path, self.dir) if folder]
 
+    def names_a_file(self, command: str) -> bool:
+        """Whether a file is to be read beside our own of ``command``.
+
+        Raises:
+            MinitronError: ``--config-path`` without that file in it.
+        """
+        name = self.name or command
+        if self.path and not _yaml(Path(self.path), name).is_file():
+            raise MinitronError(f"--config-path {self.path}: found no '{_yaml(Path(self.path), name).name}' there")
+        return self.name is not None or any(_yaml(folder, name).is_file() for folder in self.folders)
+
 
 def compose(
     command: str,
@@ -77,10 +88,9 @@ def compose(
     tree = check.known_keys(command)
     groups, values = _parse(overrides, source)
     cfg = _load(command, Source())
-    if source.folders or source.name:
-        name = source.name or command
-        found = _load(name, source)
-        check.refuse_unknown(found, tree, where=f"config '{name}'")
+    if source.names_a_file(command):
+        found = _load(source.name or command, source)
+        check.refuse_unknown(found, tree, where=f"config '{source.name or command}'")
         cfg = _merge(cfg, found)
     if config:
         mapping = cast(DictConfig, OmegaConf.create(dict(config)))
@@ -139,19 +149,24 @@ def _load(name: str, source: Source) -> DictConfig:
             raise MinitronError(f"config folder '{folder}' does not exist")
     if GlobalHydra.instance().is_initialized():
         GlobalHydra.instance().clear()
-    search: list[str] = []
+    # Hydra looks for the file itself in one place only, and for what its defaults list names in all of them.
+    home = next((folder for folder in source.folders if _yaml(folder, name).is_file()), None)
+    others = [f"file://{folder}" for folder in source.folders if folder != home]
     start: Any
-    if source.folders:
-        start = initialize_config_dir(str(source.folders[0]), version_base="1.3")
-        places = [f"file://{folder}" for folder in source.folders[1:]] + [f"pkg://{CONF}"]
-        search = [f"hydra.searchpath=[{','.join(places)}]"]
+    if home is not None:
+        start, others = initialize_config_dir(str(home), version_base="1.3"), [*others, f"pkg://{CONF}"]
     else:
         start = initialize_config_module(CONF, version_base="1.3")
+    search = [f"hydra.searchpath=[{','.join(others)}]"] if others else []
     try:
         with start:
             return check.to_plain(hydra_compose(name, overrides=search))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise MinitronError(f"config '{name}': {check.first_lines(error)}") from None
+
+
+def _yaml(folder: Path, name: str) -> Path:
+    return folder / (name if name.endswith(".yaml") else f"{name}.yaml")
 
 
 def _load_group(override: Override, source: Source) -> DictConfig:

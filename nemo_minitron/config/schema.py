@@ -74,8 +74,8 @@ class Prune:
     layer_selection: str = key(
         "block_influence", "how prune.num_layers chooses layers", ("block_influence", "contiguous")
     )
-    scores: str | None = key(None, "scores file of `minitron importance`; computed first when null and needed")
-    ranking: str | None = key(None, "ranking of channels and neurons; the scores file's own when null")
+    scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
+    ranking: str = key("minitron", "what worth is: the published metric (arXiv 2407.14679)", ("minitron",))
     calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
     num_calib_size: int = key(1024, "calibration token blocks")
     calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")
@@ -158,7 +158,7 @@ class ImportanceConfig:
     """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data."""
 
     model: dict[str, Any] = _nemo()
-    output_path: str = key(REQUIRED, "scores file to write")
+    output_path: str = key(REQUIRED, "scores folder to write")
     calibration: Calibration = section(Calibration, "calibration data")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
 

@@ -1,0 +1,220 @@
+"""The command line: what help costs, what is dispatched, how processes are started, how errors leave."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron import __version__, cli
+from nemo_minitron.config.schema import COMMANDS, keys
+from nemo_minitron.errors import MinitronError
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Stand in for a stage module; the configs it was given."""
+    calls: list[DictConfig] = []
+
+    def install(command: str, run=calls.append):
+        monkeypatch.setitem(sys.modules, f"nemo_minitron.stages.{command}", types.SimpleNamespace(run=run))
+        return calls
+
+    return install
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+CONVERT = ["convert", "input_name_or_path=a", "output_path=b"]
+EVALUATE = ["evaluate", "model.restore_from_path=a", "evaluate.data_prefix=d", "output_path=o"]
+
+
+def python(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(4):  # the first warms the cache
+        start = time.perf_counter()
+        result = python("-m", "nemo_minitron", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0
+    assert all(command in result.stdout for command in COMMANDS)
+    assert min(seconds) <= 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["distill", "-h"], ["--version"]])
+def test_help_imports_the_standard_library_alone(arguments):
+    heavy = ["torch", "numpy", "hydra", "omegaconf", "yaml", "megatron", "nemo", "transformers", "lightning"]
+    code = (
+        "import sys; from nemo_minitron.cli import main; "
+        f"assert main({arguments!r}) == 0; sys.exit(str([m for m in {heavy!r} if m in sys.modules] or ''))"
+    )
+    result = python("-c", code)
+    assert not result.stderr.strip(), result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_help_lists_every_key(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, _, _, metadata in keys(COMMANDS[command]):
+        assert name in text and metadata["help"] in text
+    if command == "distill":
+        assert "kd_teacher_restore_from_path" in text and "warmup_steps" in text
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_no_command_shows_usage_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert "usage: minitron COMMAND" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["distil"], "Did you mean 'distill'?"),
+        (["convert", "input_name_or_pth=a"], "Did you mean 'input_name_or_path'?"),
+        (["convert", "--confg-path=x"], "Did you mean '--config-path'?"),
+        (["convert", "--config-path"], "--config-path needs a value"),
+        (["convert", "--cfg", "hydra"], "--cfg: expected job"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(arguments, expected, capsys):
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert expected in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_stage_error_is_status_2_and_names_the_rank(stage, capsys, monkeypatch):
+    def fail(cfg):
+        raise MinitronError("key: expected 1, found 2")
+
+    stage("convert", fail)
+    assert cli.main(CONVERT) == 2
+    assert capsys.readouterr().err == "minitron: key: expected 1, found 2\n"
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(CONVERT) == 2
+    assert capsys.readouterr().err == "minitron: [rank 3] key: expected 1, found 2\n"
+
+
+def test_interrupt_is_status_130(stage):
+    def interrupt(cfg):
+        raise KeyboardInterrupt
+
+    stage("convert", interrupt)
+    assert cli.main(CONVERT) == 130
+
+
+def test_defects_keep_their_traceback(stage):
+    def defect(cfg):
+        raise ZeroDivisionError
+
+    stage("convert", defect)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(CONVERT)
+
+
+# ------------------------------------------------------------------------------------------------------- dispatch
+
+
+def test_dispatch_gives_the_stage_its_checked_config(stage):
+    calls = stage("convert")
+    assert cli.main([*CONVERT, "precision=bf16"]) == 0
+    assert calls[0].precision == "bf16" and calls[0].verify is False
+
+
+def test_config_flags_are_nemo_launchers(stage, tmp_path):
+    calls = stage("convert")
+    (tmp_path / "job_hydra.yaml").write_text("input_name_or_path: a\noutput_path: b\nrun: {name: job}\n")
+    assert cli.main([f"--config-path={tmp_path}", "convert", "--config-name", "job_hydra.yaml", "precision=16"]) == 0
+    assert (calls[0].input_name_or_path, calls[0].precision) == ("a", "16")
+
+
+def test_cfg_job_prints_and_runs_nothing(stage, capsys):
+    calls = stage("convert")
+    assert cli.main(["convert", "--cfg", "job", "output_path=b"]) == 0
+    assert not calls
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert shown.output_path == "b" and OmegaConf.is_missing(shown, "input_name_or_path")
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+class Replaced(Exception):
+    pass
+
+
+@pytest.fixture
+def execv(monkeypatch):
+    calls: list[list[str]] = []
+
+    def record(path, argv):
+        calls.append(argv)
+        raise Replaced
+
+    monkeypatch.setattr(os, "execv", record)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return calls
+
+
+def test_several_devices_start_torchrun(stage, execv):
+    calls = stage("evaluate")
+    with pytest.raises(Replaced):
+        cli.main([*EVALUATE, "trainer.devices=2"])
+    (argv,) = execv
+    assert argv[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    assert argv[6:] == ["nemo_minitron", *EVALUATE, "trainer.devices=2", "++trainer.devices=2"]
+    assert not calls
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "1"), ("SLURM_NTASKS", "2")])
+def test_under_a_launcher_the_stage_runs_here(stage, execv, monkeypatch, name, value):
+    calls = stage("evaluate")
+    monkeypatch.setenv(name, value)
+    assert cli.main([*EVALUATE, "trainer.devices=2", "trainer.num_nodes=2"]) == 0
+    assert calls and not execv
+
+
+def test_auto_devices_without_cuda_is_one_process(stage, execv, monkeypatch):
+    import torch
+
+    calls = stage("evaluate")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main([*EVALUATE, "trainer.devices=auto"]) == 0
+    assert calls[0].trainer.devices == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(Replaced):
+        cli.main([*EVALUATE, "trainer.devices=-1"])
+    assert execv[0][-1] == "++trainer.devices=4"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("trainer.devices=0", "at least 1"), ("trainer.devices=many", "number"), ("trainer.num_nodes=2", "torchrun")],
+)
+def test_impossible_devices(stage, execv, override, expected, capsys):
+    calls = stage("evaluate")
+    assert cli.main([*EVALUATE, override]) == 2
+    assert expected in capsys.readouterr().err and not calls and not execv
