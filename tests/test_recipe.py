@@ -73,7 +73,7 @@ class Demo:
 
     def _launch(self, argv: list[str], check: bool) -> SimpleNamespace:
         assert argv[:3] == [sys.executable, "-m", "nemo_minitron"] and not check
-        _, _, _, command, _, folder, _, name = argv
+        folder, name = argv[5], argv[7]
         cfg = OmegaConf.load(Path(folder) / name)
         stage = name.removesuffix(".yaml")
         self.ran.append(stage)
@@ -153,13 +153,13 @@ def test_force_and_stages(demo):
     demo()
     assert demo("force=true") == ALL
     assert demo("force=true", "stages=[second]") == ["second"]
-    with pytest.raises(MinitronError, match="no stage 'secnd'. Did you mean 'second'"):
+    with pytest.raises(MinitronError, match=r"no stage 'secnd'\. Did you mean 'second'"):
         demo("stages=[secnd]")
 
 
 def test_a_failed_stage_is_named_and_the_run_resumes_there(demo):
     demo.fail = {"second"}
-    with pytest.raises(MinitronError, match="stage 'second' failed .*exit status 2"):
+    with pytest.raises(MinitronError, match=r"stage 'second' failed .*exit status 2"):
         demo()
     demo.fail = set()
     assert demo() == ["second", "third"]
@@ -216,7 +216,7 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(demo, old, new, expected
 
 def test_unwritable_run_dir(demo):
     demo.run_dir.write_text("a file")
-    with pytest.raises(MinitronError, match="run_dir .*cannot be written"):
+    with pytest.raises(MinitronError, match=r"run_dir .*cannot be written"):
         demo()
 
 
