@@ -185,7 +185,7 @@ def _run_stage(stage: Stage, records: Records, title: str, force: bool) -> None:
     write_atomically(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
     started = time.monotonic()
     flags = ["--config-path", str(records.folder), "--config-name", f"{stage.name}.yaml"]
-    code = subprocess.run([sys.executable, "-m", "nemo_minitron", stage.command, *flags], check=False).returncode
+    code = _launch([sys.executable, "-m", "nemo_minitron", stage.command, *flags])
     seconds = time.monotonic() - started
     outputs = records.outputs(stage)
     if code:
@@ -199,6 +199,16 @@ def _run_stage(stage: Stage, records: Records, title: str, force: bool) -> None:
     done_record = {"state": "done", "fingerprint": fingerprint, "seconds": round(seconds, 3), "outputs": outputs}
     records.write(stage.name, done_record)
     print(f"{title}: done in {_minutes(seconds)}", flush=True)
+
+
+def _launch(argv: list[str]) -> int:
+    """Run a process to its end, its output streamed; when interrupted, let it leave its destination in order first."""
+    process = subprocess.Popen(argv)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal interrupted it as well
+        raise
 
 
 def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path) -> None:
