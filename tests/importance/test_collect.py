@@ -1,5 +1,7 @@
 """Collection on real Megatron-Core models, judged by dense definitions on transformers; every grid alike."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance import Aggregation, collect
 from nemo_minitron.importance.reductions import HOW
+from nemo_minitron.plan import make_plan
 from nemo_minitron.scores import array_sizes
 from nemo_minitron.shape import ModelShape
 from tests.canonical import random_model
@@ -107,6 +110,22 @@ def test_every_grid_gives_the_same_scores(one_process, two_processes, grid):
     assert results[0][1] == one_process["masked"][1]
     for name, array in results[0][0].items():
         assert np.array_equal(array, results[1][0][name]), f"ranks disagree on {name}"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_grid_gives_the_same_plan_byte_for_byte(one_process, two_processes, grid):
+    target = {
+        "hidden_size": 16,
+        "ffn_hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_query_groups": 3,
+        "num_layers": 3,
+    }
+    one, two = (
+        make_plan(SHAPE, SimpleNamespace(**arrays), target, source_fingerprint="f").to_yaml()
+        for arrays in (one_process["masked"][0], two_processes[0][grid][0])
+    )
+    assert one == two
 
 
 @pytest.mark.slow
