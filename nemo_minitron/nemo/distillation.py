@@ -34,7 +34,6 @@ _SHARED_WITH_STUDENT = (
     "transformer_engine",
     "seed",
     "optim",
-    "data",
 )
 
 

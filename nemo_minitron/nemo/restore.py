@@ -107,6 +107,8 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
                 f"max_position_embeddings={cfg.max_position_embeddings}"
             )
         cfg.encoder_seq_length = length
+        if cfg.get("data") is not None:
+            cfg.data.seq_length = length
 
 
 def _same(asked: Any, found: Any) -> bool:

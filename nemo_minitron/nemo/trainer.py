@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.collections.nlp.parts import nlp_overrides
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron import runtime
@@ -97,7 +98,7 @@ class MinitronTrainerBuilder(MegatronTrainerBuilder):
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
     """Trainer of a training command from its full config (``trainer``, ``model``, ``exp_manager``)."""
-    runtime.prepare()
+    _quiet()
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     with open_dict(cfg):
         cfg.trainer.logger = False
@@ -111,7 +112,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
 
 def inference_trainer(precision: str | int = 32, devices: int = 1, num_nodes: int = 1) -> Trainer:
     """A trainer for commands that only run a model forward; it fits nothing and writes nothing."""
-    runtime.prepare()
+    _quiet()
     return Trainer(
         devices=devices,
         num_nodes=num_nodes,
@@ -124,6 +125,11 @@ def inference_trainer(precision: str | int = 32, devices: int = 1, num_nodes: in
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _quiet() -> None:
+    """NeMo announces every absent config key and every default; its errors, and our own lines, are enough."""
+    logging.setLevel(logging.ERROR)
 
 
 def autocast(precision: str | int) -> torch.autocast:

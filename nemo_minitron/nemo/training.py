@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -76,7 +75,6 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         MinitronError: a key is missing or contradicts the checkpoint, data are missing, or a loss is not finite.
     """
     runtime.prepare()
-    _quiet()
     source = required(cfg, "model.restore_from_path")
     path = Path(required(cfg, "model.nemo_path"))
     model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
@@ -113,7 +111,3 @@ def split_data(data_prefix: Any) -> Any:
         lists = {**lists, "test": lists["validation"]}
     return lists
 
-
-def _quiet() -> None:
-    """NeMo announces each absent config key and each default; errors and our own lines are enough."""
-    logging.setLevel(logging.ERROR)

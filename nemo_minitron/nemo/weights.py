@@ -6,7 +6,7 @@ nothing unpickled. Writing joins the shards of one tensor at a time, so peak mem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,40 +83,50 @@ def load(model: MinitronGPTModel, reader: NemoReader) -> None:
 
 @torch.no_grad()
 def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
-    """Write ``model`` as a ``.nemo`` at ``path`` (atomically, from rank 0) in ``dtype``; all ranks must call it."""
+    """Write ``model`` as a ``.nemo`` at ``path`` (atomically, from rank 0) in ``dtype``; all ranks must call it.
+
+    Raises:
+        MinitronError: on rank 0, when the destination cannot be written or a weight is not finite.
+    """
     shape = model.shape
+    if torch.distributed.get_rank() != 0:
+        for _ in gather(model):
+            pass
+    else:
+        config = _portable(OmegaConf.to_container(model.cfg, resolve=True))
+        with NemoWriter(path, config, shape, dtype, tokenizer=model.tokenizer_folder) as writer:
+            for parameter, layer, tensor in gather(model):
+                writer.write(parameter, pad_vocab(parameter, tensor, shape.padded_vocab_size).to("cpu", dtype), layer)
+    parallel.barrier()
+
+
+@torch.no_grad()
+def gather(
+    model: MinitronGPTModel, part_of: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Iterator[tuple[layout.Parameter, int | None, Tensor]]:
+    """Canonical tensors of ``model``, one at a time, on rank 0 and every rank of its pipeline group.
+
+    Shards are joined over the tensor-parallel group, then sent from their stage over the pipeline group. Vocabulary
+    tables have the rows that this grid pads to. Every rank of the job must run through the iteration.
+
+    Args:
+        part_of: what to take of each parameter; its data by default, its gradient for instance.
+    """
     group = parallel_state.get_tensor_model_parallel_group()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel.size(pipeline)
+    padded = model.shape.replace(padded_vocab_size=model.padded_vocab_size)
     held: dict[tuple[str, int | None], Tensor] = {}
-    _visit(model, shape, lambda p, layer, t: held.__setitem__((p.key, layer), t))
-    padded = shape.replace(padded_vocab_size=model.padded_vocab_size)
-    writer = None
-    if torch.distributed.get_rank() == 0:
-        config = OmegaConf.to_container(model.cfg, resolve=True)
-        tokenizer = Path(model.tokenizer_folder) if model.tokenizer_folder else None
-        writer = NemoWriter(path, _portable(config), shape, dtype, tokenizer=tokenizer)
-        writer.__enter__()
-    try:
-        for parameter, layer in layout.slots(shape):
-            part = held.get((parameter.key, layer))
-            owners = torch.tensor([stage if part is not None else stages], device=runtime.device())
-            owner = int(parallel.all_reduce(owners, pipeline, op="min")) if stages > 1 else 0
-            if part is not None and owner == stage:
-                whole = join(parameter, part.detach(), group)
-            else:
-                whole = torch.empty(parameter.size(padded), device=runtime.device())
-            if stages > 1:
-                whole = parallel.broadcast(whole.float().contiguous(), owner, pipeline)
-            if writer is not None:
-                writer.write(parameter, pad_vocab(parameter, whole, shape.padded_vocab_size).to("cpu", dtype), layer)
-    except BaseException as error:
-        if writer is not None:
-            writer.__exit__(type(error), error, error.__traceback__)
-        raise
-    if writer is not None:
-        writer.__exit__(None, None, None)
-    parallel.barrier()
+    _visit(model, model.shape, lambda p, layer, t: held.__setitem__((p.key, layer), part_of(t)))
+    for parameter, layer in layout.slots(model.shape):
+        part = held.get((parameter.key, layer))
+        owner = torch.tensor([stages if part is None else stage], device=runtime.device())
+        owner = int(parallel.all_reduce(owner, pipeline, op="min"))
+        if part is not None and owner == stage:
+            whole = join(parameter, part, group)
+        else:
+            whole = torch.empty(parameter.size(padded), device=runtime.device())
+        yield parameter, layer, parallel.broadcast(whole.float().contiguous(), owner, pipeline) if stages > 1 else whole
 
 
 def _visit(

@@ -1,0 +1,118 @@
+"""What the ranks of a grid do in ``test_grids.py``."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nemo_minitron import runtime
+from nemo_minitron.config.compose import compose
+
+MICRO, LENGTH = 2, 32
+
+
+def settings(tp: int, pp: int, sp: bool, global_batch: int = 8) -> dict[str, Any]:
+    """The run's ``model`` section for a grid."""
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "sequence_parallel": sp,
+        "micro_batch_size": MICRO,
+        "global_batch_size": global_batch,
+        "encoder_seq_length": LENGTH,
+        "optim": {"name": "adamw"},
+    }
+
+
+def batches(blocks: torch.Tensor, mask: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's micro-batches of one global batch, as NeMo's loader gives them."""
+    from megatron.core import parallel_state
+
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    parts = list(zip(blocks.split(MICRO), mask.split(MICRO), strict=True))[rank::ranks]
+    positions = torch.arange(LENGTH).expand(MICRO, -1)
+    return [{"tokens": b[:, :-1], "labels": b[:, 1:], "loss_mask": m, "position_ids": positions} for b, m in parts]
+
+
+def distillation_step(
+    teacher: str, student: str, grid: tuple[int, int, bool], blocks: torch.Tensor, mask: torch.Tensor, distill: dict
+) -> tuple[float, dict, dict]:
+    """Loss, named terms and canonical gradients of one training step, all reductions as in training."""
+    from nemo_minitron.nemo import weights
+    from nemo_minitron.nemo.distillation import MinitronDistillModel
+    from nemo_minitron.nemo.restore import load_model
+    from nemo_minitron.nemo.trainer import inference_trainer
+
+    trainer = inference_trainer(devices=runtime.world_size())
+    model = load_model(student, trainer, settings(*grid, global_batch=len(blocks)), MinitronDistillModel)
+    model.set_teacher(teacher, distill)
+    logged: dict[str, float] = {}
+    model.log = lambda name, value, **_: logged.__setitem__(name, float(value))  # type: ignore[method-assign]
+    model._optimizer = SimpleNamespace(zero_grad=lambda: None, param_groups=[{"lr": 0.0}])
+    model.init_consumed_samples, model.init_global_step = 0, 0
+    loss = model.training_step(iter(batches(blocks, mask)))
+    gradients = {(p.key, layer): t.clone() for p, layer, t in weights.gather(model, lambda p: p.grad)}
+    return float(loss), logged, gradients
+
+
+def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> None:
+    """``importance`` and ``prune`` at a grid, into ``folder``."""
+    tp, pp, sp = grid
+    common = [
+        f"model.restore_from_path={source}",
+        f"model.tensor_model_parallel_size={tp}",
+        f"model.pipeline_model_parallel_size={pp}",
+        f"++model.sequence_parallel={sp}",
+        f"trainer.devices={runtime.world_size()}",
+    ]
+    from nemo_minitron.stages import importance, prune
+
+    calibration = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", f"calibration.seq_length={LENGTH}"]
+    importance.run(compose("importance", [*common, *calibration, f"output_path={folder}/scores"]))
+    sizes = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
+    sizes += ["prune.hidden_size=32", "prune.ffn_hidden_size=64", "prune.num_query_groups=4", "prune.num_layers=2"]
+    prune.run(compose("prune", [*common, *sizes]))
+
+
+def finetune(source: str, prefix: str, folder: str, grid: tuple[int, int, bool], steps: int = 10) -> None:
+    """``finetune`` at a grid, into ``folder``."""
+    from nemo_minitron.stages import finetune as stage
+
+    tp, pp, sp = grid
+    stage.run(
+        compose(
+            "finetune",
+            [
+                f"model.restore_from_path={source}",
+                f"model.nemo_path={folder}/tuned.nemo",
+                f"model.tensor_model_parallel_size={tp}",
+                f"model.pipeline_model_parallel_size={pp}",
+                f"model.sequence_parallel={sp}",
+                f"model.data.data_prefix={{train: [{prefix}], validation: [{prefix}]}}",
+                f"model.data.seq_length={LENGTH}",
+                f"model.data.index_mapping_dir={folder}/index",
+                f"model.micro_batch_size={MICRO}",
+                "model.global_batch_size=8",
+                "model.optim.lr=1e-3",
+                f"trainer.devices={runtime.world_size()}",
+                f"trainer.max_steps={steps}",
+                f"trainer.val_check_interval={steps}",
+                "trainer.limit_val_batches=1",
+                "trainer.log_every_n_steps=1",
+                "++trainer.enable_progress_bar=false",
+                f"exp_manager.exp_dir={folder}/exp",
+                "exp_manager.create_checkpoint_callback=false",
+            ],
+        )
+    )
+
+
+def curve(folder: Path, column: str = "train_lm_loss") -> list[float]:
+    """A logged loss by step."""
+    (path,) = sorted(folder.glob("exp/**/csv/metrics.csv"))
+    with path.open() as stream:
+        return [float(row[column]) for row in csv.DictReader(stream) if row[column]]

@@ -1,0 +1,184 @@
+"""Every grid against one process and against a dense float64 reference written without Megatron."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM
+
+from nemo_minitron import layout
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint.fuse import fuse
+from nemo_minitron.convert import convert
+from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.scores import Scores
+from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.synthetic import make_llama
+from tests.nemo.grid_jobs import LENGTH, curve
+from tests.zygote import Zygote
+
+JOBS = "tests.nemo.grid_jobs"
+# (TP, PP, SP), processes; data parallelism takes what is left
+GRIDS = [
+    ((1, 1, False), 1),
+    ((1, 1, False), 2),
+    ((2, 1, False), 2),
+    ((2, 1, True), 2),
+    ((1, 2, False), 2),
+    ((4, 1, False), 4),
+    ((4, 1, True), 4),
+    ((2, 2, True), 4),
+    ((2, 1, True), 4),
+    ((1, 2, False), 4),
+]
+ROPE = RopeScaling(8.0, 1.0, 4.0, 64)
+# teacher and student of one pair differ in width and depth; 250 tokens need padding at every TP
+PAIRS = {
+    "tied_4_groups": (
+        ModelShape(4, 48, 96, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),
+        ModelShape(2, 32, 64, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),
+    ),
+    "untied_8_groups": (
+        ModelShape(2, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
+        ModelShape(2, 40, 96, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
+    ),
+}
+DISTILL = {"temperature": 2.0, "kd_weight": 0.7, "lm_weight": 0.3}
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    handle = Zygote()
+    yield handle
+    handle.close()
+
+
+@pytest.fixture(scope="session", params=list(PAIRS))
+def family(request, tmp_path_factory):
+    """Folder with teacher and student as HF folders and ``.nemo`` files, and token files of their tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for role, shape in zip(("teacher", "student"), PAIRS[request.param], strict=True):
+        make_llama(folder / role, shape, seed=len(role))
+        convert(folder / role, folder / f"{role}.nemo")
+    preprocess("pydoc_topics", folder / "data", tokenizer_type=str(folder / "teacher"))
+    return folder, *PAIRS[request.param]
+
+
+def _double(folder: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float64, attn_implementation="eager")
+    for module in [model.model, *model.model.layers]:  # transformers' own norm rounds to float32
+        for name, norm in list(module.named_children()):
+            if name.endswith("norm"):
+                exact = torch.nn.RMSNorm(norm.weight.shape[0], eps=norm.variance_epsilon, dtype=torch.float64)
+                exact.weight = norm.weight
+                setattr(module, name, exact)
+    return model
+
+
+@pytest.fixture(scope="session")
+def dense(family):
+    """Loss, terms and canonical gradients of one global batch in dense float64."""
+    folder, _, shape = family
+    generator = torch.Generator().manual_seed(5)
+    blocks = torch.randint(0, shape.vocab_size, (8, LENGTH + 1), generator=generator)
+    mask = (torch.rand(8, LENGTH, generator=generator) > 0.3).float()
+    mask[1], mask[4:6] = 0.0, 0.0  # micro-batches of very different weight, one of none
+    teacher, student = _double(folder / "teacher"), _double(folder / "student")
+    inputs, labels = blocks[:, :-1], blocks[:, 1:]
+    z = student(inputs).logits
+    with torch.no_grad():
+        z_t = teacher(inputs).logits
+    t = DISTILL["temperature"]
+    kl = F.kl_div(F.log_softmax(z / t, -1), F.log_softmax(z_t / t, -1), reduction="none", log_target=True).sum(-1)
+    ce = F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    tokens = mask.sum()
+    kd, lm = ((t**2 * kl) * mask).sum() / tokens, (ce * mask).sum() / tokens
+    loss = DISTILL["kd_weight"] * kd + DISTILL["lm_weight"] * lm
+    loss.backward()
+    named = dict(student.named_parameters())
+    gradients = {
+        (p.key, layer): fuse(p, [named[name.format(l=layer)].grad for name in p.hf], shape)
+        for p, layer in layout.slots(shape)
+    }
+    return blocks, mask, loss.item(), {"train_kd_loss": kd.item(), "train_lm_loss": lm.item()}, gradients
+
+
+@pytest.mark.parametrize("grid,world", GRIDS, ids=str)
+def test_distillation_gradients_equal_dense_float64(zygote, family, dense, grid, world):
+    folder, _, shape = family
+    blocks, mask, loss, terms, gradients = dense
+    results = zygote.run(
+        f"{JOBS}:distillation_step",
+        world,
+        str(folder / "teacher.nemo"),
+        str(folder / "student.nemo"),
+        grid,
+        blocks,
+        mask,
+        DISTILL,
+    )
+    ours_loss, ours_terms, ours = results[0]
+    assert ours_loss == pytest.approx(loss, rel=1e-6)
+    for name, value in terms.items():
+        assert ours_terms[name] == pytest.approx(value, rel=1e-6), name
+    for (key, layer), expected in gradients.items():
+        found = ours[key, layer].double()
+        if found.shape[0] != expected.shape[0]:
+            assert found[shape.vocab_size :].abs().max() == 0, f"{key}: padding rows received a gradient"
+            found = found[: shape.vocab_size]
+        error = ((found - expected).norm() / expected.norm()).item()
+        assert error < 1e-5, f"{key} of layer {layer}: relative error {error:.2e}"
+
+
+def _paths(folder: Path) -> tuple[str, str]:
+    return str(folder / "wide.nemo"), str(folder / "wide_text_document")
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """A model with 8 groups and 4 layers, so that every grid can hold it and its pruned student."""
+    folder = tmp_path_factory.mktemp("wide")
+    make_llama(folder / "hf", ModelShape(4, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256), seed=2)
+    convert(folder / "hf", folder / "wide.nemo")
+    preprocess("pydoc_topics", folder / "wide", tokenizer_type=str(folder / "hf"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_process(zygote, wide):
+    out = wide / "one"
+    out.mkdir()
+    zygote.run(f"{JOBS}:scores_and_student", 1, *_paths(wide), str(out), (1, 1, False))
+    return out
+
+
+@pytest.mark.parametrize("grid,world", GRIDS[1:], ids=str)
+def test_scores_plan_and_student_are_the_same_on_every_grid(zygote, wide, one_process, grid, world, tmp_path):
+    zygote.run(f"{JOBS}:scores_and_student", world, *_paths(wide), str(tmp_path), grid)
+    ours, expected = Scores.load(tmp_path / "scores"), Scores.load(one_process / "scores")
+    for name in ("ffn", "heads", "groups", "hidden", "block_influence", "residual_cosine"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=1e-5, atol=1e-7, err_msg=name)
+    plan = "student.plan.yaml"
+    assert (tmp_path / plan).read_bytes() == (one_process / plan).read_bytes()
+    with NemoReader(tmp_path / "student.nemo") as a, NemoReader(one_process / "student.nemo") as b:
+        assert a.fingerprint() == b.fingerprint()
+
+
+@pytest.fixture(scope="session")
+def tuned(zygote, wide):
+    out = wide / "tuned"
+    out.mkdir()
+    zygote.run(f"{JOBS}:finetune", 1, *_paths(wide), str(out), (1, 1, False))
+    return out
+
+
+@pytest.mark.parametrize("grid,world", [g for g in GRIDS[1:] if g[1] <= 2 or g[0] == (2, 2, True)], ids=str)
+def test_finetuning_follows_the_same_curve(zygote, wide, tuned, grid, world, tmp_path):
+    zygote.run(f"{JOBS}:finetune", world, *_paths(wide), str(tmp_path), grid)
+    expected = curve(tuned)
+    assert len(expected) == 10 and expected[-1] < expected[0]
+    np.testing.assert_allclose(curve(tmp_path), expected, atol=1e-4)
