@@ -100,20 +100,33 @@ class ModelShape:
     def check_parallel(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
         """Refuse a grid that cannot hold this shape, naming both numbers.
 
-        TP must divide groups (QKV is split by group), heads, ffn and the padded vocabulary; PP must divide layers
-        (NeMo 2.4 requires it on load).
+        TP must divide groups (QKV is split by group), heads, ffn and the padded vocabulary; every pipeline stage
+        needs a layer.
         """
         for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
             if getattr(self, name) % tensor_parallel:
                 raise MinitronError(
                     f"model.tensor_model_parallel_size ({tensor_parallel}) must divide {name} ({getattr(self, name)})"
                 )
-        if self.num_layers % pipeline_parallel:
-            usable = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+        if self.num_layers < pipeline_parallel:
             raise MinitronError(
-                f"model.pipeline_model_parallel_size ({pipeline_parallel}) must divide num_layers "
-                f"({self.num_layers}); usable sizes: {usable}"
+                f"model.pipeline_model_parallel_size ({pipeline_parallel}) must be at most num_layers "
+                f"({self.num_layers})"
             )
+
+    def first_stage_layers(self, pipeline_parallel: int) -> int | None:
+        """Layers of the first pipeline stage where the stages cannot be equal; None where they can.
+
+        NeMo wants ``num_layers % PP == 0`` unless ``num_layers_in_first_pipeline_stage`` says otherwise; the other
+        stages then share the rest equally. The first stage, which also has the embedding, is the smaller one where
+        that leaves it a layer.
+        """
+        if self.num_layers % pipeline_parallel == 0:
+            return None
+        others = -(-self.num_layers // pipeline_parallel)
+        if self.num_layers - others * (pipeline_parallel - 1) < 1:
+            others -= 1
+        return self.num_layers - others * (pipeline_parallel - 1)
 
     def num_parameters(self, padded: bool = False) -> int:
         """Parameters, each shared tensor counted once; the vocabulary is the true one unless ``padded``."""

@@ -145,6 +145,9 @@ def load_model(
         multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
         padded = -(-reader.shape.vocab_size // multiple) * multiple
         reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
+        if cfg.get("num_layers_in_last_pipeline_stage") is None:
+            given = cfg.get("num_layers_in_first_pipeline_stage")
+            cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
         if cfg.get("context_parallel_size", 1) not in (None, 1):
             raise MinitronError(
                 f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "

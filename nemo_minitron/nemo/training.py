@@ -110,4 +110,3 @@ def split_data(data_prefix: Any) -> Any:
     if isinstance(lists, dict) and not lists.get("test"):
         lists = {**lists, "test": lists["validation"]}
     return lists
-

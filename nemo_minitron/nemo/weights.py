@@ -158,6 +158,7 @@ def _portable(config: dict) -> dict:
     config = {k: v for k, v in config.items() if k not in run_only}
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         config[key] = 1
+    config.pop("num_layers_in_first_pipeline_stage", None)
     config["sequence_parallel"] = False
     config["target"] = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
     if isinstance(config.get("data"), dict):

@@ -39,7 +39,7 @@ ROPE = RopeScaling(8.0, 1.0, 4.0, 64)
 # teacher and student of one pair differ in width and depth; 250 tokens need padding at every TP
 PAIRS = {
     "tied_4_groups": (
-        ModelShape(4, 48, 96, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),
+        ModelShape(5, 48, 96, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),  # 5 layers: unequal stages at PP2
         ModelShape(2, 32, 64, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),
     ),
     "untied_8_groups": (

@@ -124,7 +124,7 @@ def test_pruned_model_agrees_between_nemo_and_hf(pair, trainer, tmp_path):
         ({"encoder_seq_length": 64, "data": {"seq_length": 32}}, ["encoder_seq_length=64", "seq_length=32"]),
         ({"data": {"seq_length": 10**6}}, ["model.data.seq_length=1000000", "max_position_embeddings"]),
         ({"tensor_model_parallel_size": 3}, ["tensor_model_parallel_size (3)", "num_query_groups"]),
-        ({"pipeline_model_parallel_size": 5}, ["pipeline_model_parallel_size (5)", "usable sizes"]),
+        ({"pipeline_model_parallel_size": 5}, ["pipeline_model_parallel_size (5)", "num_layers"]),
         ({"context_parallel_size": 2}, ["context_parallel_size=2"]),
     ],
 )
