@@ -112,8 +112,7 @@ def check_source(plan: Plan, reader: TensorReader) -> None:
     fingerprint = reader.fingerprint()
     if plan.source_fingerprint != fingerprint:
         raise MinitronError(
-            f"prune.plan: made for weights {plan.source_fingerprint[:16]}, "
-            f"but this checkpoint's are {fingerprint[:16]}"
+            f"prune.plan: made for weights {plan.source_fingerprint[:16]}, but this checkpoint's are {fingerprint[:16]}"
         )
 
 

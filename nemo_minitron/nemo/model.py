@@ -274,7 +274,7 @@ def clip_gradients(parameters: Iterator[torch.nn.Parameter], max_norm: float) ->
     total = torch.zeros((), device=runtime.device(), dtype=torch.float64)
     for p in found:
         if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p):
-            total += p.grad.double().norm() ** 2
+            total += torch.linalg.vector_norm(p.grad, dtype=torch.float64) ** 2
     norm = parallel.all_reduce(total, parallel_state.get_model_parallel_group()).sqrt()
     factor = float(max_norm / (norm + 1e-6))
     if factor < 1.0:
