@@ -12,6 +12,7 @@ import os
 import random
 import resource
 import socket
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.processes import place, slurm_rendezvous
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
@@ -49,6 +51,10 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asks for it under TP and SP
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoint saving forks after tokenizing
     os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
+    if place() is None:
+        os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes the shell of an allocation for one of its tasks
+    # that Apex and Transformer Engine are absent is said once by the README, not thrice by every command
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     if not has_cuda():
         install_cpu()
 
@@ -117,12 +123,14 @@ def install_cpu() -> None:
 
 def rank() -> int:
     """Global rank of this process, as torchrun or Slurm gives it; 0 when alone."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    where = place()
+    return where.rank if where else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """Processes in this job, as torchrun or Slurm gives it; 1 when alone."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+    where = place()
+    return where.world_size if where else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234) -> None:
@@ -149,9 +157,13 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
             # another single-process run may hold the usual port on this machine
             os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        elif "LOCAL_RANK" not in os.environ:  # Slurm; its batch script may have said where to meet
+            host, port = slurm_rendezvous()
+            os.environ.setdefault("MASTER_ADDR", host)
+            os.environ.setdefault("MASTER_PORT", str(port))
+        where = place()
         if has_cuda():
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(where.local_rank if where else 0)
         torch.distributed.init_process_group(backend(), rank=rank(), world_size=size)
     if parallel_state.model_parallel_is_initialized():
         found = (

@@ -48,7 +48,8 @@ def _name_what_apex_would() -> None:
 class MinitronGPTModel(MegatronGPTModel):
     """A Llama in NeMo: builds on any device, trains with one global token mean.
 
-    Construct it after :func:`runtime.init_distributed`. Grids: any TP x PP, sequence parallel, data parallel; ``context_parallel_size > 1`` is refused without Transformer Engine.
+    Construct it after :func:`runtime.init_distributed`. Grids: any TP x PP, sequence parallel, data parallel;
+    ``context_parallel_size > 1`` is refused on restore.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -129,7 +130,9 @@ def inference_trainer(precision: str | int = 32, devices: int = 1, num_nodes: in
 
 def _quiet() -> None:
     """NeMo announces every absent config key and every default; its errors, and our own lines, are enough."""
+    runtime.prepare()
     logging.setLevel(logging.ERROR)
+    python_logging.getLogger("lightning.pytorch").setLevel(python_logging.WARNING)
 
 
 def autocast(precision: str | int) -> torch.autocast:
