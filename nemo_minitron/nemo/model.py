@@ -224,6 +224,12 @@ class MinitronGPTModel(MegatronGPTModel):
         self._log_finite("val_loss", means["lm_loss"])
         return means["lm_loss"]
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        # Lightning saves this counter before the step that ends with a validation is counted: a resumed run's curves
+        # would be drawn one step too early
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["consumed_tokens"] = self.consumed_tokens

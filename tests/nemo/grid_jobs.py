@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,17 +80,33 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
     prune.run(compose("prune", [*common, *sizes]))
 
 
-def finetune(source: str, prefix: str, folder: str, grid: tuple[int, int, bool], steps: int = 10) -> None:
-    """``finetune`` at a grid, into ``folder``."""
-    from nemo_minitron.stages import finetune as stage
+def train(
+    command: str,
+    source: str,
+    prefix: str,
+    folder: str,
+    grid: tuple[int, int, bool],
+    steps: int = 10,
+    extra: tuple[str, ...] = (),
+    die_at: int | None = None,
+) -> None:
+    """``finetune`` or ``distill`` at a grid, into ``folder``; ``die_at`` ends every rank without a word at a step."""
+    from nemo_minitron.nemo.model import MinitronGPTModel
 
+    def on_train_batch_start(self: Any, *_: Any) -> None:
+        if self.trainer.global_step == die_at:
+            os._exit(9)
+
+    if die_at is not None:
+        MinitronGPTModel.on_train_batch_start = on_train_batch_start  # this process is the test's own
     tp, pp, sp = grid
+    stage = importlib.import_module(f"nemo_minitron.stages.{command}")
     stage.run(
         compose(
-            "finetune",
+            command,
             [
                 f"model.restore_from_path={source}",
-                f"model.nemo_path={folder}/tuned.nemo",
+                f"model.nemo_path={folder}/trained.nemo",
                 f"model.tensor_model_parallel_size={tp}",
                 f"model.pipeline_model_parallel_size={pp}",
                 f"model.sequence_parallel={sp}",
@@ -105,14 +123,16 @@ def finetune(source: str, prefix: str, folder: str, grid: tuple[int, int, bool],
                 "trainer.log_every_n_steps=1",
                 "++trainer.enable_progress_bar=false",
                 f"exp_manager.exp_dir={folder}/exp",
+                "++exp_manager.use_datetime_version=false",
                 "exp_manager.create_checkpoint_callback=false",
+                *extra,
             ],
         )
     )
 
 
-def curve(folder: Path, column: str = "train_lm_loss") -> list[float]:
-    """A logged loss by step."""
-    (path,) = sorted(folder.glob("exp/**/csv/metrics.csv"))
+def curve(folder: Path, column: str = "train_lm_loss") -> dict[int, float]:
+    """A logged loss by step, of the last run in ``folder``."""
+    path = max(folder.glob("exp/**/csv/metrics.csv"), key=lambda found: found.stat().st_mtime)
     with path.open() as stream:
-        return [float(row[column]) for row in csv.DictReader(stream) if row[column]]
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(stream) if row.get(column)}

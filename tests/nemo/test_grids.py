@@ -172,13 +172,42 @@ def test_scores_plan_and_student_are_the_same_on_every_grid(zygote, wide, one_pr
 def tuned(zygote, wide):
     out = wide / "tuned"
     out.mkdir()
-    zygote.run(f"{JOBS}:finetune", 1, *_paths(wide), str(out), (1, 1, False))
-    return out
+    zygote.run(f"{JOBS}:train", 1, "finetune", *_paths(wide), str(out), (1, 1, False))
+    return curve(out)
 
 
 @pytest.mark.parametrize("grid,world", [g for g in GRIDS[1:] if g[1] <= 2 or g[0] == (2, 2, True)], ids=str)
 def test_finetuning_follows_the_same_curve(zygote, wide, tuned, grid, world, tmp_path):
-    zygote.run(f"{JOBS}:finetune", world, *_paths(wide), str(tmp_path), grid)
-    expected = curve(tuned)
-    assert len(expected) == 10 and expected[-1] < expected[0]
-    np.testing.assert_allclose(curve(tmp_path), expected, atol=1e-4)
+    zygote.run(f"{JOBS}:train", world, "finetune", *_paths(wide), str(tmp_path), grid)
+    assert len(tuned) == 10 and tuned[9] < tuned[0]
+    assert curve(tmp_path) == pytest.approx(tuned, abs=1e-4)
+
+
+CHECKPOINTS = (
+    "exp_manager.create_checkpoint_callback=true",
+    "exp_manager.resume_if_exists=true",
+    "trainer.val_check_interval=2",
+)
+
+
+@pytest.mark.parametrize(
+    "first,then", [(((1, 1, False), 1), ((1, 1, False), 1)), (((1, 1, False), 1), ((2, 1, True), 2))], ids=str
+)
+def test_a_killed_distillation_resumes_as_if_nothing_had_happened(zygote, wide, one_process, first, then, tmp_path):
+    """Killed in step 5 after a checkpoint at step 4; the same grid goes on bit by bit, another one to 1e-5."""
+    student, prefix = str(one_process / "student.nemo"), _paths(wide)[1]
+    extra = (*CHECKPOINTS, f"model.kd_teacher_restore_from_path={_paths(wide)[0]}")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    zygote.run(f"{JOBS}:train", first[1], "distill", student, prefix, str(whole), first[0], 8, extra)
+    expected = curve(whole, "train_kd_loss")
+    with pytest.raises(RuntimeError, match="died"):
+        zygote.run(f"{JOBS}:train", first[1], "distill", student, prefix, str(broken), first[0], 8, extra, 5)
+    assert not (broken / "trained.last.nemo").exists()
+    zygote.run(f"{JOBS}:train", then[1], "distill", student, prefix, str(broken), then[0], 8, extra)
+    resumed = curve(broken, "train_kd_loss")
+    assert sorted(resumed) == [4, 5, 6, 7]
+    tail = {step: expected[step] for step in resumed}
+    assert resumed == (tail if first == then else pytest.approx(tail, abs=1e-5))
+    if first == then:
+        with NemoReader(whole / "trained.last.nemo") as a, NemoReader(broken / "trained.last.nemo") as b:
+            assert a.fingerprint() == b.fingerprint()
