@@ -6,14 +6,17 @@ Help answers from the schema alone; Hydra, torch and NeMo are imported only once
 from __future__ import annotations
 
 import importlib
-import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.processes import place
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,6 +45,7 @@ options:
   --config-path DIR    take the config file from DIR instead, as NeMo's scripts do
   --config-dir DIR     add DIR to the places where configs are found
   --config-name NAME   name of the config file
+  +cluster=slurm       submit the command to Slurm instead of running it here; cluster.dry_run=true shows the script
 """
 
 
@@ -60,13 +64,21 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; return 0, 2 for a user's error (one message on stderr), or 130 when interrupted."""
+    """Run a command line; return its exit status.
+
+    Returns:
+        0; 2 for a user's error (one message on stderr); 130 when interrupted; 1 when another rank of the job failed.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
     except MinitronError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"minitron: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        from nemo_minitron import launch
+
+        where = place()
+        if not launch.hand_over(str(error)):
+            rank = f"[rank {where.rank}] " if where and where.rank else ""
+            print(f"minitron: {rank}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("minitron: interrupted", file=sys.stderr)
@@ -126,10 +138,35 @@ def _main(argv: list[str]) -> int:
 
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
+    if "cluster" in cfg:
+        from nemo_minitron import cluster
+
+        cluster.submit(arguments.command, cfg, arguments.overrides)
+        return 0
     if processes := processes_to_launch(cfg):
-        relaunch(processes, argv)
-    dispatch(arguments.command, cfg)
+        from nemo_minitron import launch
+
+        return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
+    with _orderly_end():
+        dispatch(arguments.command, cfg)
     return 0
+
+
+@contextmanager
+def _orderly_end() -> Iterator[None]:
+    """Let SIGTERM, by which launchers and Slurm end a process, unwind it: what it was writing is then removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def dispatch(command: str, cfg: DictConfig) -> None:
@@ -146,47 +183,55 @@ def dispatch(command: str, cfg: DictConfig) -> None:
 def processes_to_launch(cfg: DictConfig) -> int:
     """How many processes this one must start instead of running itself; 0 under a launcher or for one device.
 
-    ``trainer.devices`` is made a number: ``auto`` and -1 mean every GPU, or one process without CUDA.
+    ``trainer.devices`` and ``trainer.num_nodes`` are made the numbers that run: ``auto`` and -1 mean every GPU, or one
+    process without CUDA; under torchrun or Slurm a value of 1 means as many as the launcher started.
+
+    Raises:
+        MinitronError: no number; not what the launcher started; several machines without a launcher.
     """
     trainer: Any = cfg.get("trainer")
     if not trainer or trainer.get("devices") is None:
         return 0
+    where = place()
+    nodes = int(trainer.get("num_nodes") or 1)
     devices = trainer.devices
     if devices in ("auto", -1, "-1"):
-        import torch
-
-        devices = max(1, torch.cuda.device_count())
+        devices = 1 if where else _visible_devices()
     try:
         devices = int(devices)
     except (TypeError, ValueError):
         raise MinitronError(f"trainer.devices: expected a number or auto, found {trainer.devices!r}") from None
     if devices < 1:
         raise MinitronError(f"trainer.devices: expected at least 1, found {devices}")
-    trainer.devices = devices
-    if launched():
+    if where and where.local_world_size:
+        devices = _as_launched("trainer.devices", devices, where.local_world_size, "processes on each machine")
+        nodes = _as_launched("trainer.num_nodes", nodes, where.world_size // where.local_world_size, "machines")
+    trainer.devices, trainer.num_nodes = devices, nodes
+    if where:
         return 0
-    if int(trainer.get("num_nodes") or 1) > 1:
+    if nodes > 1:
         raise MinitronError(
-            f"trainer.num_nodes={trainer.num_nodes}: start the command on every machine with torchrun "
-            "(torchrun --nnodes=… -m nemo_minitron …) or under Slurm with srun"
+            f"trainer.num_nodes={nodes}: start the command on every machine with torchrun "
+            "(torchrun --nnodes=… -m nemo_minitron …), under Slurm with srun, or submit it with +cluster=slurm"
         )
     return devices if devices > 1 else 0
 
 
+def _visible_devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _as_launched(key: str, asked: int, started: int, what: str) -> int:
+    if asked not in (1, started):
+        raise MinitronError(f"{key}={asked}, but the launcher started {started} {what}")
+    return started
+
+
 def launched() -> bool:
     """Whether torchrun or Slurm (with more than one task) started this process."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
-def relaunch(processes: int, argv: Sequence[str]) -> NoReturn:
-    """Become ``torchrun`` with ``processes`` copies of this command line; does not return."""
-    sys.stdout.flush()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.execv(
-        sys.executable,
-        [sys.executable, *launcher, "-m", "nemo_minitron", *argv, f"++trainer.devices={processes}"],
-    )
+    return place() is not None
 
 
 def help_text() -> str:
@@ -202,7 +247,7 @@ def command_help(command: str) -> str:
     """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
     from pathlib import Path
 
-    from nemo_minitron.config.schema import COMMANDS, REQUIRED, keys, summary
+    from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, keys, summary
 
     ours, foreign = [], []
     for name, kind, default, metadata in keys(COMMANDS[command]):
@@ -213,7 +258,7 @@ def command_help(command: str) -> str:
         choices = metadata.get("choices")
         what = " | ".join(choices) if choices else kind.replace(" | None", "").replace("Any", "value")
         ours.append((name, f"{metadata['help']}  [{what}; {shown}]"))
-    width = max(len(name) for name, _ in ours + foreign) + 2
+    width = max(len(name) for name, _ in ours + foreign + [("cluster.container_mounts", "")]) + 2
     lines = [f"usage: minitron {command} [KEY=VALUE ...]", "", summary(command), "", "keys:"]
     lines += [f"  {name:<{width}}{text}" for name, text in ours]
     if foreign:
@@ -221,4 +266,7 @@ def command_help(command: str) -> str:
         lines += [f"  {name:<{width}}{text}" for name, text in foreign]
         text = (Path(__file__).parent / "conf" / f"{command}.yaml").read_text()
         lines += ["", *(f"  {line}".rstrip() for line in text.splitlines() if not line.startswith("#"))]
+    if command != "run":
+        rows = [(name, metadata["help"]) for name, _, _, metadata in keys(Cluster, "cluster.")]
+        lines += ["", "with +cluster=slurm:", *(f"  {name:<{width}}{text}" for name, text in rows)]
     return "\n".join([*lines, "", _OPTIONS])

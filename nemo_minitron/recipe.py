@@ -92,6 +92,8 @@ def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
             config = compose(node.command, node.get("overrides") or (), config=node.get("config"))
         except MinitronError as error:
             raise MinitronError(f"stage '{name}': {error}") from None
+        if "cluster" in config:
+            raise MinitronError(f"stage '{name}': a stage of a recipe runs here; its cluster section is not for it")
         work = Path(node.work) if node.get("work") else None
         if work is not None and not _is_inside(work, Path(cfg.run_dir)):
             raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,9 +10,10 @@ import types
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron import __version__, cli
+from nemo_minitron import __version__, cli, launch
 from nemo_minitron.config.schema import COMMANDS, keys
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.processes import Place, place, slurm_rendezvous
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def stage(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_NTASKS"):
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -114,6 +114,7 @@ def test_a_stage_error_is_status_2_and_names_the_rank(stage, capsys, monkeypatch
     assert cli.main(CONVERT) == 2
     assert capsys.readouterr().err == "minitron: key: expected 1, found 2\n"
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli.main(CONVERT) == 2
     assert capsys.readouterr().err == "minitron: [rank 3] key: expected 1, found 2\n"
 
@@ -162,42 +163,79 @@ def test_cfg_job_prints_and_runs_nothing(stage, capsys):
 # ------------------------------------------------------------------------------------------------------ processes
 
 
-class Replaced(Exception):
-    pass
-
-
 @pytest.fixture
-def execv(monkeypatch):
-    calls: list[list[str]] = []
+def launched(monkeypatch):
+    """What would be started: (processes, command line)."""
+    calls: list[tuple[int, list[str]]] = []
 
-    def record(path, argv):
-        calls.append(argv)
-        raise Replaced
+    def record(processes, argv):
+        calls.append((processes, argv))
+        return 7
 
-    monkeypatch.setattr(os, "execv", record)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(launch, "launch", record)
     return calls
 
 
-def test_several_devices_start_torchrun(stage, execv):
+def test_several_devices_start_processes(stage, launched):
     calls = stage("evaluate")
-    with pytest.raises(Replaced):
-        cli.main([*EVALUATE, "trainer.devices=2"])
-    (argv,) = execv
-    assert argv[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    assert argv[6:] == ["nemo_minitron", *EVALUATE, "trainer.devices=2", "++trainer.devices=2"]
+    assert cli.main([*EVALUATE, "trainer.devices=2"]) == 7
+    assert launched == [(2, [*EVALUATE, "trainer.devices=2", "++trainer.devices=2"])]
     assert not calls
 
 
-@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "1"), ("SLURM_NTASKS", "2")])
-def test_under_a_launcher_the_stage_runs_here(stage, execv, monkeypatch, name, value):
+TORCHRUN = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+SRUN = {
+    "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS": "16",
+}  # fmt: skip
+LAUNCHERS = pytest.mark.parametrize("environment", [TORCHRUN, SRUN], ids=["torchrun", "srun"])
+
+
+@LAUNCHERS
+@pytest.mark.parametrize("asked", [[], ["trainer.devices=8", "trainer.num_nodes=2"], ["trainer.devices=auto"]])
+def test_under_a_launcher_the_stage_runs_here_on_its_grid(stage, launched, monkeypatch, environment, asked):
     calls = stage("evaluate")
-    monkeypatch.setenv(name, value)
-    assert cli.main([*EVALUATE, "trainer.devices=2", "trainer.num_nodes=2"]) == 0
-    assert calls and not execv
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.launched() and place() == Place(rank=9, local_rank=1, world_size=16, local_world_size=8)
+    assert cli.main([*EVALUATE, *asked]) == 0
+    assert (calls[0].trainer.devices, calls[0].trainer.num_nodes) == (8, 2) and not launched
 
 
-def test_auto_devices_without_cuda_is_one_process(stage, execv, monkeypatch):
+@LAUNCHERS
+@pytest.mark.parametrize("asked", ["trainer.devices=4", "trainer.num_nodes=3"])
+def test_a_grid_that_the_launcher_did_not_start(stage, monkeypatch, environment, asked, capsys):
+    calls = stage("evaluate")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([*EVALUATE, asked]) == 2
+    assert f"{asked}, but the launcher started" in capsys.readouterr().err and not calls
+
+
+def test_the_shell_of_an_allocation_is_no_task(stage, launched, monkeypatch):
+    """There SLURM_NTASKS says what could be started; waiting for so many ranks would be waiting for ever."""
+    stage("evaluate")
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert not cli.launched()
+    assert cli.main([*EVALUATE, "trainer.devices=8"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node07", "node07"),
+        ("node[007-012,20],x", "node007"),
+        ("a,b[1-2]", "a"),
+        ("n[3]", "n3"),
+        ("n-1-[04,06]", "n-1-04"),
+    ],
+)
+def test_slurm_rendezvous(nodes, host):
+    assert slurm_rendezvous({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456"}) == (host, 18456)
+
+
+def test_auto_devices_without_cuda_is_one_process(stage, launched, monkeypatch):
     import torch
 
     calls = stage("evaluate")
@@ -205,16 +243,15 @@ def test_auto_devices_without_cuda_is_one_process(stage, execv, monkeypatch):
     assert cli.main([*EVALUATE, "trainer.devices=auto"]) == 0
     assert calls[0].trainer.devices == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(Replaced):
-        cli.main([*EVALUATE, "trainer.devices=-1"])
-    assert execv[0][-1] == "++trainer.devices=4"
+    assert cli.main([*EVALUATE, "trainer.devices=-1"]) == 7
+    assert launched[0][0] == 4
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [("trainer.devices=0", "at least 1"), ("trainer.devices=many", "number"), ("trainer.num_nodes=2", "torchrun")],
 )
-def test_impossible_devices(stage, execv, override, expected, capsys):
+def test_impossible_devices(stage, launched, override, expected, capsys):
     calls = stage("evaluate")
     assert cli.main([*EVALUATE, override]) == 2
-    assert expected in capsys.readouterr().err and not calls and not execv
+    assert expected in capsys.readouterr().err and not calls and not launched

@@ -46,7 +46,7 @@ def test_every_command_composes_from_its_yaml(command):
 
 def test_every_file_in_conf_is_reached():
     found = {str(path.relative_to(CONF_DIR).with_suffix("")) for path in CONF_DIR.rglob("*.yaml")}
-    reached = set(COMMANDS) | {f"{g}/{o}" for g in ("model", "prune", "recipe") for o in group_options(g)}
+    reached = set(COMMANDS) | {f"{g}/{o}" for g in ("model", "prune", "recipe", "cluster") for o in group_options(g)}
     assert found == reached | {"recipe/_journey"}
 
 

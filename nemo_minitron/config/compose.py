@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, STRAY
+from nemo_minitron.config.schema import COMMANDS, STRAY, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 CONF = "nemo_minitron.conf"
@@ -87,6 +87,11 @@ def compose(
     _register_resolvers()
     tree = check.known_keys(command)
     groups, values = _parse(overrides, source)
+    if command == "run" and any(override.key_or_group.split(".")[0] == "cluster" for override in groups + values):
+        raise MinitronError(
+            "cluster: `minitron run` is not submitted itself, as its stages need different machines; submit the stages "
+            "one by one with +cluster=slurm, or start the recipe inside an allocation (salloc, sbatch --wrap)"
+        )
     cfg = _load(command, Source())
     if source.names_a_file(command):
         found = _load(source.name or command, source)
@@ -104,8 +109,10 @@ def compose(
     for override in values:
         _apply(cfg, override, tree)
     check.refuse_unknown(cfg, tree)
-    stray = {name: cfg._get_node(name) for name in STRAY if command != "run" and name in cfg}
+    stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command != "run" and name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
+    if "cluster" in stray:
+        stray |= check.typed(WithCluster, OmegaConf.masked_copy(cfg, "cluster"))
     for name, node in stray.items():
         plain[name] = node
     if complete:

@@ -231,6 +231,38 @@ class Stage:
     work: str | None = key(None, "folder of its own for checkpoints; emptied before a start that is not a resumption")
 
 
+@dataclass
+class Cluster:
+    """A Slurm job: every command but ``run`` takes it as ``+cluster=slurm cluster.KEY=…``."""
+
+    nodes: int | None = key(None, "machines; trainer.num_nodes when null")
+    ntasks_per_node: int | None = key(None, "processes on each; trainer.devices when null")
+    gpus_per_node: int | None = key(None, "GPUs on each, 0 for none; as many as processes when null")
+    partition: str | None = key(None, "partition to queue in")
+    account: str | None = key(None, "account to charge")
+    time_limit: str | None = key(None, "longest run, [DAYS-]HOURS:MINUTES:SECONDS")
+    job_name: str | None = key(None, "name of the job and of its files; minitron-COMMAND when null")
+    exclusive: bool = key(False, "share the machines with no other job")
+    mem: str | None = key(None, "memory of each machine, for instance 200G; 0 takes all of it")
+    dependency: str | None = key(None, "what to wait for, for instance afterok:1234")
+    container_image: str | None = key(None, "image to run in (pyxis)")
+    container_mounts: list[str] = key([], "FROM:TO folders to mount; the current one and cluster.folder always are")
+    env: dict[str, Any] = known(None, "environment variables of the job")
+    setup: list[str] = key([], "shell lines to run first on the first machine, for instance: module load cuda")
+    sbatch_args: list[str] = key([], "further options of sbatch, for instance ['--qos=high']")
+    srun_args: list[str] = key([], "further options of srun")
+    python: str | None = key(None, "interpreter; this one when null, `python` in a container")
+    folder: str = key("slurm", "where script, config, log and job number are written")
+    dry_run: bool = key(False, "print the script and submit nothing")
+
+
+@dataclass
+class WithCluster:
+    """The section's place in a command's config; not there unless asked for."""
+
+    cluster: Cluster = section(Cluster, "Slurm job to submit")
+
+
 COMMANDS: dict[str, type] = {
     "convert": ConvertConfig,
     "preprocess": PreprocessConfig,
