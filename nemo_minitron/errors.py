@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class MinitronError(Exception):
@@ -18,3 +19,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest of ``known`` to ``name``, or ``""`` where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def required(cfg: Mapping[Any, Any], key: str) -> str:
+    """The value of a dotted key that must be given, as text.
+
+    Raises:
+        MinitronError: naming the key.
+    """
+    node: Any = cfg
+    for name in key.split("."):
+        node = node.get(name) if node is not None else None
+    if node in (None, "", "???"):
+        raise MinitronError(f"{key} is required: expected a path, found nothing")
+    return str(node)

@@ -105,6 +105,7 @@ def _write_tokenizer(folder: Path, shape: ModelShape, texts: Iterable[str]) -> i
         | {
             "clean_up_tokenization_spaces": False,
             "model_max_length": shape.max_position_embeddings,
+            "model_input_names": ["input_ids", "attention_mask"],
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )

@@ -164,7 +164,7 @@ BAD = {
     ),
     "does not split over PP": (
         ["prune.drop_layers=[1]", "model.pipeline_model_parallel_size=3"],
-        "model.pipeline_model_parallel_size (3) must divide num_layers (2)",
+        "model.pipeline_model_parallel_size (3) must be at most num_layers (2)",
     ),
     "no scores": (["prune.hidden_size=40"], "prune.calib_dataset"),
     "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "'/nowhere' is not a scores folder"),

@@ -128,10 +128,9 @@ class MinitronDistillModel(MinitronGPTModel):
 
 def _check_tokenizers(teacher: Any, student: Any) -> None:
     """Same vocabulary, token for token: equal sizes alone would let a permuted vocabulary through."""
-    ours, theirs = (getattr(t, "tokenizer", None) for t in (student, teacher))
-    if not hasattr(ours, "get_vocab") or not hasattr(theirs, "get_vocab"):
-        return
-    ours, theirs = ours.get_vocab(), theirs.get_vocab()
+    if not all(hasattr(getattr(t, "tokenizer", None), "get_vocab") for t in (student, teacher)):
+        return  # not from transformers: sizes have been compared
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     if ours != theirs:
         token = next(iter(sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))))
         raise MinitronError(

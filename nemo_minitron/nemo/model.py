@@ -211,9 +211,9 @@ class MinitronGPTModel(MegatronGPTModel):
 
     def on_validation_epoch_end(self) -> Tensor:
         """Log each named loss as ``val_…``: one mean over all validation tokens; ``val_loss`` is next-token CE."""
-        tokens = sum(t for _, t in self._validation_terms)
+        tokens = torch.stack([tokens for _, tokens in self._validation_terms]).sum().clamp(min=1.0)
         means = {
-            name: sum(terms[name] for terms, _ in self._validation_terms) / max(float(tokens), 1.0)
+            name: torch.stack([terms[name] for terms, _ in self._validation_terms]).sum() / tokens
             for name in self.loss_names
         }
         self._validation_terms.clear()
@@ -277,14 +277,14 @@ def clip_gradients(parameters: Iterator[torch.nn.Parameter], max_norm: float) ->
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
     from megatron.core.transformer.module import param_is_not_shared
 
-    found = [p for p in parameters if p.grad is not None]
+    found = [(p, p.grad) for p in parameters if p.grad is not None]
     total = torch.zeros((), device=runtime.device(), dtype=torch.float64)
-    for p in found:
+    for p, grad in found:
         if param_is_not_shared(p) and param_is_not_tensor_parallel_duplicate(p):
-            total += torch.linalg.vector_norm(p.grad, dtype=torch.float64) ** 2
+            total += torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2
     norm = parallel.all_reduce(total, parallel_state.get_model_parallel_group()).sqrt()
     factor = float(max_norm / (norm + 1e-6))
     if factor < 1.0:
-        for p in found:
-            p.grad.mul_(factor)
+        for _, grad in found:
+            grad.mul_(factor)
     return norm.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,9 +62,9 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
     Raises:
         MinitronError: an architecture key disagrees; names key, asked and found.
     """
-    run = OmegaConf.to_container(run, resolve=True) if isinstance(run, DictConfig) else dict(run)
+    asked = cast(dict, OmegaConf.to_container(run, resolve=True)) if isinstance(run, DictConfig) else dict(run)
     merged = dict(checkpoint)
-    for key, value in run.items():
+    for key, value in asked.items():
         if key in ARCHITECTURE and value is not None:
             found = checkpoint.get(key)
             if not _same(value, found):
@@ -75,7 +75,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
         elif key not in (*ARCHITECTURE, "encoder_seq_length") and (key != "tokenizer" or (value or {}).get("library")):
             merged[key] = value
     cfg = OmegaConf.create(merged)
-    _check_seq_length(cfg, run)
+    _check_seq_length(cfg, asked)
     if not runtime.has_cuda():
         cfg.use_cpu_initialization = True
         cfg.megatron_amp_O2 = False
@@ -109,6 +109,18 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
         cfg.encoder_seq_length = length
         if cfg.get("data") is not None:
             cfg.data.seq_length = length
+
+
+def _set_batch_sizes(cfg: DictConfig, run: DictConfig | dict[str, Any], data_parallel: int) -> None:
+    """A run that trains says its global batch; one that only runs forward has one micro-batch per rank."""
+    micro = int(run.get("micro_batch_size") or 1)
+    whole = int(run.get("global_batch_size") or micro * data_parallel)
+    if whole % (micro * data_parallel):
+        raise MinitronError(
+            f"model.global_batch_size ({whole}) must be a multiple of model.micro_batch_size ({micro}) x "
+            f"{data_parallel} data-parallel ranks"
+        )
+    cfg.micro_batch_size, cfg.global_batch_size = micro, whole
 
 
 def _same(asked: Any, found: Any) -> bool:
@@ -157,6 +169,7 @@ def load_model(
         if folder is not None:
             cfg.tokenizer.type = str(folder)
         runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
+        _set_batch_sizes(cfg, run or {}, runtime.world_size() // (grid[0] * grid[1]))
         from nemo_minitron.nemo.model import MinitronGPTModel
 
         model = (cls or MinitronGPTModel)(cfg, trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging as python_logging
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -100,7 +100,7 @@ class MinitronTrainerBuilder(MegatronTrainerBuilder):
 def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
     """Trainer of a training command from its full config (``trainer``, ``model``, ``exp_manager``)."""
     _quiet()
-    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    cfg = plain(cfg)
     with open_dict(cfg):
         cfg.trainer.logger = False
         cfg.trainer.enable_checkpointing = False  # exp_manager makes both
@@ -109,6 +109,11 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
         cfg.model.mcore_gpt = True
         cfg.exp_manager = {**(cfg.get("exp_manager") or {}), "log_tflops_per_sec_per_gpu": False}
     return MinitronTrainerBuilder(cfg).create_trainer(callbacks=callbacks)
+
+
+def plain(cfg: DictConfig) -> DictConfig:
+    """A resolved copy that may be changed."""
+    return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
 
 
 def inference_trainer(precision: str | int = 32, devices: int = 1, num_nodes: int = 1) -> Trainer:

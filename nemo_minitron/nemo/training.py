@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from nemo_minitron import runtime
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import weights
 from nemo_minitron.nemo.restore import load_model
-from nemo_minitron.nemo.trainer import build_trainer
+from nemo_minitron.nemo.trainer import build_trainer, plain
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -77,7 +77,7 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     runtime.prepare()
     source = required(cfg, "model.restore_from_path")
     path = Path(required(cfg, "model.nemo_path"))
-    model_cfg = OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
+    model_cfg = plain(cfg.model)
     with open_dict(model_cfg):
         model_cfg.seed = cfg.get("seed", 1234)
         model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
@@ -92,14 +92,6 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         model.set_teacher(required(cfg, "model.kd_teacher_restore_from_path"), cfg.get("distill", {}))
     trainer.fit(model)
     return model
-
-
-def required(cfg: DictConfig, key: str) -> str:
-    """A value that must be given, or an error that names its key."""
-    value = OmegaConf.select(cfg, key)
-    if value in (None, "", "???"):
-        raise MinitronError(f"{key} is required: expected a path, found nothing")
-    return str(value)
 
 
 def split_data(data_prefix: Any) -> Any:

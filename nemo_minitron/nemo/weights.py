@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core import parallel_state
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron import layout, parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.nemo.trainer import plain
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
         for _ in gather(model):
             pass
     else:
-        config = _portable(OmegaConf.to_container(model.cfg, resolve=True))
+        config = _portable(plain(model.cfg))
         with NemoWriter(path, config, shape, dtype, tokenizer=model.tokenizer_folder) as writer:
             for parameter, layer, tensor in gather(model):
                 writer.write(parameter, pad_vocab(parameter, tensor, shape.padded_vocab_size).to("cpu", dtype), layer)
@@ -120,8 +121,8 @@ def gather(
     _visit(model, model.shape, lambda p, layer, t: held.__setitem__((p.key, layer), part_of(t)))
     for parameter, layer in layout.slots(model.shape):
         part = held.get((parameter.key, layer))
-        owner = torch.tensor([stages if part is None else stage], device=runtime.device())
-        owner = int(parallel.all_reduce(owner, pipeline, op="min"))
+        holder = torch.tensor([stages if part is None else stage], device=runtime.device())
+        owner = int(parallel.all_reduce(holder, pipeline, op="min"))  # the first stage that has it
         if part is not None and owner == stage:
             whole = join(parameter, part, group)
         else:
@@ -152,10 +153,10 @@ def _visit(
                 raise MinitronError(f"the model has no parameter {parameter.memory_name(index)}")
 
 
-def _portable(config: dict) -> dict:
+def _portable(cfg: DictConfig) -> dict[str, Any]:
     """Config of a saved model: what belonged to the run (its grid, data paths, restore paths) is left out."""
     run_only = ("restore_from_path", "restore_from_ckpt", "kd_teacher_restore_from_path", "nemo_path")
-    config = {k: v for k, v in config.items() if k not in run_only}
+    config = {str(k): v for k, v in cast(dict, OmegaConf.to_container(cfg)).items() if k not in run_only}
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         config[key] = 1
     config.pop("num_layers_in_first_pipeline_stage", None)

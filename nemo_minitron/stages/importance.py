@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.scores import JSON, NPZ, Scores
 
 if TYPE_CHECKING:
@@ -102,18 +102,6 @@ def measure_and_save(
             raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
         raise
     return scores
-
-
-def required(cfg: DictConfig, key: str) -> str:
-    """A path that must be given.
-
-    Raises:
-        MinitronError: naming the key.
-    """
-    value = OmegaConf.select(cfg, key, throw_on_missing=False)
-    if value in (None, "", "???"):
-        raise MinitronError(f"{key}: expected a path, found nothing")
-    return str(value)
 
 
 def _seq_length(calibration: Calibration, reader: NemoReader) -> int:

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.staging import Staging
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.plan import TARGETS, Plan, format_ranges, make_plan, needs_scores, target_shape
 from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import Scores
 from nemo_minitron.shape import ModelShape
-from nemo_minitron.stages.importance import Calibration, measure_and_save, required
+from nemo_minitron.stages.importance import Calibration, measure_and_save
 
 RANKINGS = ("minitron",)
 

@@ -80,6 +80,25 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
     prune.run(compose("prune", [*common, *sizes]))
 
 
+def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> float:
+    """``evaluate`` at a grid; its val_loss as each rank has it."""
+    from nemo_minitron.stages import evaluate as stage
+
+    tp, pp, sp = grid
+    options = [
+        f"model.restore_from_path={source}",
+        f"evaluate.data_prefix={prefix}",
+        f"evaluate.seq_length={LENGTH}",
+        "evaluate.num_samples=13",
+        "evaluate.micro_batch_size=2",
+        f"model.tensor_model_parallel_size={tp}",
+        f"model.pipeline_model_parallel_size={pp}",
+        f"++model.sequence_parallel={sp}",
+        f"trainer.devices={runtime.world_size()}",
+    ]
+    return stage.run(compose("evaluate", [*options, f"output_path={folder}/out.json"]))["val_loss"]
+
+
 def train(
     command: str,
     source: str,
