@@ -13,6 +13,8 @@ import random
 import resource
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from nemo_minitron.processes import place, slurm_rendezvous
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []
+_solo: list[torch.distributed.ProcessGroup] = []
 
 
 def has_cuda() -> bool:
@@ -179,6 +182,35 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
     seed_everything(seed)
     tp.random.initialize_rng_tracker(force_reset=True)
     tp.model_parallel_cuda_manual_seed(seed)
+
+
+@contextmanager
+def whole_on_each_rank() -> Iterator[None]:
+    """Let each tensor-parallel rank build or run a model alone, as if TP were 1; other groups stay as they are.
+
+    Megatron-Core 0.13 asks its global state for the tensor-parallel group while a model is built and while it runs,
+    so a second model of another TP in the same job needs that state exchanged around both. All ranks must enter
+    together the first time, when the groups of one are made.
+    """
+    from megatron.core import parallel_state
+
+    if not _solo:
+        group, _ = torch.distributed.new_subgroups(group_size=1)
+        _solo.append(group)
+    alone = {
+        "_TENSOR_MODEL_PARALLEL_GROUP": _solo[0],
+        "_TENSOR_MODEL_PARALLEL_GLOBAL_RANKS": [torch.distributed.get_rank()],
+        "_MPU_TENSOR_MODEL_PARALLEL_WORLD_SIZE": 1,
+        "_MPU_TENSOR_MODEL_PARALLEL_RANK": 0,
+    }
+    before = {name: getattr(parallel_state, name) for name in alone}
+    try:
+        for name, value in alone.items():
+            setattr(parallel_state, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(parallel_state, name, value)
 
 
 def seed_everything(seed: int) -> None:

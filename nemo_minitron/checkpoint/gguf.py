@@ -141,6 +141,12 @@ class GgufFile:
         add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")
         if add_bos is not None and hasattr(tokenizer, "add_bos_token"):
             tokenizer.add_bos_token = bool(add_bos.contents())  # transformers assumes true for every Llama
+        # transformers' conversion drops the special tokens that differ from its defaults for a Llama (it gives
+        # SmolLM2 the beginning-of-text token as its end), so the file's own ids are set over them.
+        for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+            field = self._reader.get_field(f"tokenizer.ggml.{key}_token_id")
+            if field is not None:
+                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
         # The legacy format would copy the GGUF itself under the name tokenizer.model.
         tokenizer.save_pretrained(str(folder), legacy_format=False)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from nemo.utils import AppState
 from omegaconf import DictConfig
 from torch import Tensor
 
+from nemo_minitron import runtime
+from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.losses import TokenLosses, distillation_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import MinitronGPTModel
@@ -27,7 +31,6 @@ _SHARED_WITH_STUDENT = (
     "pipeline_model_parallel_size",
     "sequence_parallel",
     "micro_batch_size",
-    "global_batch_size",
     "encoder_seq_length",
     "precision",
     "megatron_amp_O2",
@@ -40,6 +43,10 @@ _SHARED_WITH_STUDENT = (
 class MinitronDistillModel(MinitronGPTModel):
     """Student that learns from a frozen teacher on the same grid.
 
+    Where the student's TP does not divide the teacher's groups or heads, the teacher runs whole on each
+    tensor-parallel rank (its memory and time are then not shared out); layers go over pipeline stages unequally where
+    they must.
+
     The teacher runs with the RoPE scaling, norms and epsilon of its own checkpoint; it has no gradients, no optimizer
     state and no DDP buffers, and is not a submodule, so neither checkpoints nor ``.to()`` of the student see it.
     Sizes may differ in every dimension but the true vocabulary.
@@ -51,6 +58,7 @@ class MinitronDistillModel(MinitronGPTModel):
         super().__init__(cfg, trainer)
         self._teacher: list[GPTModel] = []  # in a list, so that it is no submodule
         self._teacher_hidden: deque[Tensor] = deque()
+        self._teacher_grid: Callable[[], AbstractContextManager[None]] = nullcontext
         self.distill: dict[str, Any] = {}
 
     def set_teacher(self, path: str | Path, distill: DictConfig | dict[str, Any]) -> None:
@@ -59,8 +67,13 @@ class MinitronDistillModel(MinitronGPTModel):
         Raises:
             MinitronError: vocabularies or tokenizers differ.
         """
-        run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg}
-        teacher = load_model(path, self.trainer, run)
+        run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg} | {"global_batch_size": 0}
+        if not _splits(path, self.cfg.get("tensor_model_parallel_size", 1) or 1):
+            # its heads or groups do not divide over the student's ranks
+            self._teacher_grid = runtime.whole_on_each_rank
+            run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+        with self._teacher_grid(), _own_app_state():
+            teacher = load_model(path, self.trainer, run)
         if teacher.true_vocab_size != self.true_vocab_size:
             raise MinitronError(
                 f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher.true_vocab_size} tokens, "
@@ -89,8 +102,8 @@ class MinitronDistillModel(MinitronGPTModel):
             hidden = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
             return hidden, lambda output, non_loss_data: output
 
-        self._teacher_hidden = deque(
-            get_forward_backward_func()(
+        with self._teacher_grid():
+            hidden = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(batches),
                 model=teacher,
@@ -100,15 +113,25 @@ class MinitronDistillModel(MinitronGPTModel):
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-        )
+        self._teacher_hidden = deque(hidden)
 
     @torch.no_grad()
     def _teacher_logits(self) -> Tensor:
-        """Logits ``[b, s, Vp/tp]`` of the next micro-batch from the kept hidden states (last stage)."""
+        """Logits ``[b, s, Vp/tp]`` of the next micro-batch from the kept hidden states (last stage).
+
+        A teacher that is whole on each rank is asked for this rank's rows of the vocabulary only; its table may end
+        before the student's padding does.
+        """
         (teacher,) = self._teacher
+        hidden = self._teacher_hidden.popleft()
         weight = teacher.shared_embedding_or_output_weight() if teacher.share_embeddings_and_output_weights else None
         with autocast(self.cfg.precision):
-            logits, _ = teacher.output_layer(self._teacher_hidden.popleft(), weight=weight)
+            if self._teacher_grid is nullcontext:
+                logits, _ = teacher.output_layer(hidden, weight=weight)
+            else:
+                rows = slice(self.vocab_start, self.vocab_start + self.vocab_part)
+                table = teacher.output_layer.weight if weight is None else weight
+                logits = torch.nn.functional.linear(hidden, table[rows])
         return logits.transpose(0, 1)
 
     def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
@@ -124,6 +147,25 @@ class MinitronDistillModel(MinitronGPTModel):
             vocab_start=self.vocab_start,
             group=self.tensor_parallel_group,
         )
+
+
+def _splits(path: str | Path, tensor_parallel: int) -> bool:
+    """Whether the checkpoint's heads, groups and neurons divide over the ranks (its vocabulary is padded anew)."""
+    with NemoReader(path) as reader:
+        shape = reader.shape
+    sizes = (shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)
+    return all(size % tensor_parallel == 0 for size in sizes)
+
+
+@contextmanager
+def _own_app_state() -> Iterator[None]:
+    """Keep what NeMo remembers of the student's grid and step while another model is built."""
+    state = AppState()
+    before = dict(state.__dict__)
+    try:
+        yield
+    finally:
+        state.__dict__.update(before)
 
 
 def _check_tokenizers(teacher: Any, student: Any) -> None:

@@ -130,10 +130,14 @@ class MinitronGPTModel(MegatronGPTModel):
         return group if torch.distributed.get_world_size(group) > 1 else None
 
     @property
+    def vocab_part(self) -> int:
+        """Vocabulary rows of one tensor-parallel rank, padding included."""
+        return self.padded_vocab_size // parallel_state.get_tensor_model_parallel_world_size()
+
+    @property
     def vocab_start(self) -> int:
         """First vocabulary row of this tensor-parallel rank."""
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        return parallel_state.get_tensor_model_parallel_rank() * (self.padded_vocab_size // size)
+        return parallel_state.get_tensor_model_parallel_rank() * self.vocab_part
 
     def fwd_bwd_step(self, dataloader_iter: Iterator, forward_only: bool, first_val_step: bool | None = None) -> Tensor:
         """Run Megatron's schedule over one global batch; return its mean loss on every rank.

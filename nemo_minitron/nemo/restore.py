@@ -114,6 +114,9 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
 def _set_batch_sizes(cfg: DictConfig, run: DictConfig | dict[str, Any], data_parallel: int) -> None:
     """A run that trains says its global batch; one that only runs forward has one micro-batch per rank."""
     micro = int(run.get("micro_batch_size") or 1)
+    if run.get("global_batch_size") == 0:  # a second model in a job: micro-batches have been counted
+        cfg.micro_batch_size, cfg.global_batch_size = micro, None
+        return
     whole = int(run.get("global_batch_size") or micro * data_parallel)
     if whole % (micro * data_parallel):
         raise MinitronError(

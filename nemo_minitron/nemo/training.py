@@ -91,6 +91,11 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     if hasattr(model, "set_teacher"):
         model.set_teacher(required(cfg, "model.kd_teacher_restore_from_path"), cfg.get("distill", {}))
     trainer.fit(model)
+    if trainer.is_global_zero:
+        best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
+        print(
+            f"\n{trainer.global_step} steps, {model.consumed_tokens:,} tokens, {best} -> {path} (last: {keep.last_path})"
+        )
     return model
 
 

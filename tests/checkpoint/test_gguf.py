@@ -114,4 +114,5 @@ def test_smollm2_equals_transformers(tmp_path):
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text and len(tokenizer) == 49152
     assert ids[:3] == [19556, 905, 506]  # no BOS, as the file says
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert sum(p.stat().st_size for p in (tmp_path / "m.tokenizer").iterdir()) < 10_000_000

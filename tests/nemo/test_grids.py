@@ -48,6 +48,10 @@ PAIRS = {
         ModelShape(2, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
         ModelShape(2, 40, 96, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
     ),
+    "teacher_of_3_groups": (  # does not divide over 2 or 4 ranks: whole on each
+        ModelShape(3, 48, 90, 6, 3, 16, 250, 250, True, 10000.0, None, 256),
+        ModelShape(2, 32, 64, 8, 4, 16, 250, 250, True, 10000.0, None, 256),
+    ),
 }
 DISTILL = {"temperature": 2.0, "kd_weight": 0.7, "lm_weight": 0.3}
 
