@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -125,6 +127,24 @@ def test_interrupt_is_status_130(stage):
 
     stage("convert", interrupt)
     assert cli.main(CONVERT) == 130
+
+
+def test_sigterm_unwinds_the_stage(stage):
+    """So that what it was writing is removed; then the process is as it was."""
+    left, before = [], signal.getsignal(signal.SIGTERM)
+
+    def end(cfg):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            left.append("clean")
+
+    stage("convert", end)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(CONVERT)
+    assert ended.value.code == 128 + signal.SIGTERM and left == ["clean"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_defects_keep_their_traceback(stage):
