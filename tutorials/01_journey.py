@@ -42,7 +42,8 @@ def minitron(*words):
     done = subprocess.run([sys.executable, "-m", "nemo_minitron", *words], cwd=RUN, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    print("\n".join(done.stdout.splitlines()[-12:]))
+    lines = [line for line in done.stdout.splitlines() if line.strip() and "%|" not in line]  # no progress bars
+    print("\n".join(lines[-12:]))
 
 
 # %% [markdown]

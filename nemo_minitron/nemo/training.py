@@ -93,9 +93,8 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     trainer.fit(model)
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
-        print(
-            f"\n{trainer.global_step} steps, {model.consumed_tokens:,} tokens, {best} -> {path} (last: {keep.last_path})"
-        )
+        spent = f"{trainer.global_step} steps, {model.consumed_tokens:,} tokens"
+        print(f"\n{spent}, {best} -> {path} (last: {keep.last_path})")
     return model
 
 
