@@ -8,24 +8,33 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, required
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate ``model.restore_from_path`` on ``evaluate.data_prefix``; write and return its metrics."""
+    from nemo_minitron.checkpoint import NemoReader
     from nemo_minitron.data.blocks import token_blocks
     from nemo_minitron.evaluate import evaluate
     from nemo_minitron.nemo.restore import load_model
     from nemo_minitron.nemo.trainer import inference_trainer
-    from nemo_minitron.nemo.training import required
 
     source, prefix = required(cfg, "model.restore_from_path"), required(cfg, "evaluate.data_prefix")
     options = cfg.evaluate
-    blocks = token_blocks(
-        Path(prefix), int(options.seq_length), num_samples=options.get("num_samples"), seed=int(cfg.get("seed", 1234))
+    with NemoReader(source) as reader:
+        length = int(options.get("seq_length") or reader.config["encoder_seq_length"])
+        blocks = token_blocks(
+            Path(prefix),
+            length,
+            num_samples=options.get("num_samples"),
+            seed=int(cfg.get("seed", 1234)),
+            vocab_size=reader.shape.vocab_size,
+        )
+    precision, devices, nodes = (
+        cfg.trainer.get(k, v) for k, v in (("precision", 32), ("devices", 1), ("num_nodes", 1))
     )
-    trainer = inference_trainer(cfg.trainer.get("precision", 32), cfg.trainer.get("devices", 1))
-    model = load_model(source, trainer, {**cfg.model, "precision": cfg.trainer.get("precision", 32)})
+    trainer = inference_trainer(precision, devices, nodes)
+    model = load_model(source, trainer, {**cfg.model, "precision": precision, "encoder_seq_length": length})
     metrics = evaluate(model, blocks, micro_batch_size=int(options.get("micro_batch_size", 1)))
     import torch
 
