@@ -175,13 +175,13 @@ def _check(options: DictConfig, command: str) -> None:
         raise MinitronError(
             f"cluster.job_name: expected letters, digits, '.', '_' and '-', and not bash or interactive, found '{name}'"
         )
-    for name in options.env:
-        if not _VARIABLE.fullmatch(str(name)):
-            raise MinitronError(f"cluster.env: expected names of variables, found '{name}'")
+    for variable in options.env:
+        if not _VARIABLE.fullmatch(str(variable)):
+            raise MinitronError(f"cluster.env: expected names of variables, found '{variable}'")
     for argument in (*options.sbatch_args, *options.srun_args):
         if not argument.startswith("-"):
             raise MinitronError(f"cluster.sbatch_args, cluster.srun_args: expected options, found '{argument}'")
-    one_line = {key: options[key] for key in options if key not in ("setup", "env")}
+    one_line = {str(key): options[key] for key in options if key not in ("setup", "env")}
     for key, value in one_line.items():
         if any("\n" in str(part) for part in (value if OmegaConf.is_list(value) else [value])):
             raise MinitronError(f"cluster.{key}: expected one line, found a line break")
