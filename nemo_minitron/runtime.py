@@ -12,7 +12,6 @@ import os
 import random
 import resource
 import socket
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,8 +55,6 @@ def prepare() -> None:
     os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
     if place() is None:
         os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes the shell of an allocation for one of its tasks
-    # that Apex and Transformer Engine are absent is said once by the README, not thrice by every command
-    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     if not has_cuda():
         install_cpu()
 

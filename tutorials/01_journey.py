@@ -29,11 +29,13 @@ import json
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
+warnings.filterwarnings("ignore", message="IProgress")  # progress bars of a notebook are not used here
 RUN = Path(tempfile.mkdtemp(prefix=f"minitron-{MODEL}-"))
 
 
@@ -42,7 +44,7 @@ def minitron(*words):
     done = subprocess.run([sys.executable, "-m", "nemo_minitron", *words], cwd=RUN, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
-    lines = [line for line in done.stdout.splitlines() if line.strip() and "%|" not in line]  # no progress bars
+    lines = [line for line in done.stdout.splitlines() if line.strip() and "it/s]" not in line and "[A" not in line]
     print("\n".join(lines[-12:]))
 
 
@@ -118,6 +120,7 @@ scores = np.load(RUN / "scores" / "arrays.npz")
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3))
 left.bar(range(1, len(scores["block_influence"]) + 1), scores["block_influence"])
 left.set(xlabel="layer", ylabel="Block Influence", title="layers")
+left.xaxis.get_major_locator().set_params(integer=True)
 for layer in (0, len(scores["ffn"]) // 2, len(scores["ffn"]) - 1):
     right.plot(np.sort(scores["ffn"][layer])[::-1], label=f"layer {layer + 1}")
 right.axvline(sizes["ffn_hidden_size"], color="grey", linestyle=":", label="kept to the left")
@@ -148,13 +151,15 @@ minitron("distill", "model.restore_from_path=pruned.nemo", f"model.kd_teacher_re
 # %%
 (log,) = RUN.glob("distill/**/csv/metrics.csv")
 rows = list(csv.DictReader(log.open()))
-figure, axis = plt.subplots(figsize=(6, 3))
-for name in ("train_kd_loss", "train_lm_loss", "val_kd_loss", "val_lm_loss"):
+figure, axes = plt.subplots(1, 2, figsize=(10, 3))
+for name in ("train_kd_loss", "val_kd_loss", "train_lm_loss", "val_lm_loss"):
+    axis = axes["lm" in name]
     logged = [row for row in rows if row.get(name)]
     steps, losses = [int(row["step"]) + 1 for row in logged], [float(row[name]) for row in logged]
     axis.plot(steps, losses, marker="o" if name.startswith("val") else None, label=name)
-axis.set(xlabel="step", ylabel="nats/token", title="distillation")
-axis.legend()
+for axis, title in zip(axes, ("KL to the teacher", "next-token loss"), strict=True):
+    axis.set(xlabel="step", ylabel="nats/token", title=title)
+    axis.legend()
 figure.tight_layout()
 
 # %% [markdown]

@@ -133,11 +133,16 @@ class GgufFile:
     def save_tokenizer(self, folder: Path) -> None:
         """Rebuild the HF tokenizer from the GGUF's metadata with transformers."""
         from transformers import AutoTokenizer
+        from transformers.utils import logging
 
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it advises on a Llama tokenizer's "legacy" switch, which a GGUF does not have
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise MinitronError(f"{self._path}: expected a tokenizer that transformers reads, found: {error}") from None
+        finally:
+            logging.set_verbosity(verbosity)
         add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")
         if add_bos is not None and hasattr(tokenizer, "add_bos_token"):
             tokenizer.add_bos_token = bool(add_bos.contents())  # transformers assumes true for every Llama

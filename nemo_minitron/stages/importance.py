@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,16 +146,23 @@ def _blocks(calibration: Calibration, length: int, reader: NemoReader) -> tuple[
         raise MinitronError(f"calibration.num_samples: expected at least 1, found {calibration.num_samples}")
     if calibration.path is None:
         return _draw(_parts(calibration), calibration, length, reader.shape)
-    from nemo_minitron.data.preprocess import preprocess
+    from nemo_minitron.data.blocks import text_blocks
+    from nemo_minitron.data.tokenizer import TokenizerSpec
 
     if not Path(calibration.path).exists():
         raise MinitronError(f"calibration.path: no file or folder '{calibration.path}'")
     folder = reader.tokenizer_folder()
     if folder is None:
         raise MinitronError(f"calibration.path: '{reader.path}' carries no tokenizer; give calibration.data_prefix")
-    with tempfile.TemporaryDirectory() as scratch:
-        prefixes = preprocess(calibration.path, Path(scratch) / "calibration", tokenizer_type=str(folder))
-        return _draw([(str(prefixes[0]), calibration.num_samples)], calibration, length, reader.shape)
+    drawn, fingerprint = text_blocks(
+        calibration.path,
+        TokenizerSpec("huggingface", str(folder), None),
+        length,
+        num_samples=calibration.num_samples,
+        seed=calibration.seed,
+        vocab_size=reader.shape.vocab_size,
+    )
+    return drawn[:, :-1], fingerprint
 
 
 def _parts(calibration: Calibration) -> list[tuple[str, int]]:
