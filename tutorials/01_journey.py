@@ -153,7 +153,7 @@ minitron("distill", "model.restore_from_path=pruned.nemo", f"model.kd_teacher_re
 rows = list(csv.DictReader(log.open()))
 figure, axes = plt.subplots(1, 2, figsize=(10, 3))
 for name in ("train_kd_loss", "val_kd_loss", "train_lm_loss", "val_lm_loss"):
-    axis = axes["lm" in name]
+    axis = axes[int("lm" in name)]
     logged = [row for row in rows if row.get(name)]
     steps, losses = [int(row["step"]) + 1 for row in logged], [float(row[name]) for row in logged]
     axis.plot(steps, losses, marker="o" if name.startswith("val") else None, label=name)
