@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_minitron import runtime
+from nemo_minitron.data.blocks import split_lists
+from nemo_minitron.data.preprocess import read_facts
+from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import weights
 from nemo_minitron.nemo.restore import load_model
@@ -88,6 +92,9 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     if folder is not None:
         trainer.loggers = [*trainer.loggers, CSVLogger(str(folder), name="", version="csv")]
     model = load_model(source, trainer, model_cfg, cls)
+    lists = plain(model_cfg.data).data_prefix
+    for items in lists.values() if isinstance(lists, Mapping) else [lists]:
+        check_tokens(model, [item for item in items if isinstance(item, str)], "model.data.data_prefix")
     if hasattr(model, "set_teacher"):
         model.set_teacher(required(cfg, "model.kd_teacher_restore_from_path"), cfg.get("distill", {}))
     trainer.fit(model)
@@ -98,10 +105,31 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     return model
 
 
+def check_tokens(model: MinitronGPTModel, prefixes: Sequence[str], key: str) -> None:
+    """Refuse token files that were made with another vocabulary than the checkpoint's.
+
+    Known where ``minitron preprocess`` left its record beside them; other tools' files are taken as they are.
+
+    Raises:
+        MinitronError: naming the key and the file.
+    """
+    tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    ours = vocabulary_fingerprint(tokenizer.get_vocab())
+    for prefix in prefixes:
+        if not Path(f"{prefix}.json").is_file():
+            continue
+        theirs = read_facts(prefix)["tokenizer"]
+        if theirs["fingerprint"] != ours:
+            raise MinitronError(
+                f"{key}: '{prefix}' was tokenized with another vocabulary ({theirs['vocab_size']} tokens) than the "
+                f"checkpoint's ({len(tokenizer)}); run minitron preprocess with tokenizer.type=CHECKPOINT.nemo"
+            )
+
+
 def split_data(data_prefix: Any) -> Any:
     """Check ``model.data.data_prefix`` and complete it: without a test split NeMo asks for one, validation serves."""
-    from nemo_minitron.data.blocks import split_lists
-
     lists = split_lists(data_prefix)
     if isinstance(lists, dict) and not lists.get("test"):
         lists = {**lists, "test": lists["validation"]}

@@ -18,6 +18,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     from nemo_minitron.evaluate import evaluate
     from nemo_minitron.nemo.restore import load_model
     from nemo_minitron.nemo.trainer import inference_trainer
+    from nemo_minitron.nemo.training import check_tokens
 
     source, prefix = required(cfg, "model.restore_from_path"), required(cfg, "evaluate.data_prefix")
     options = cfg.evaluate
@@ -35,6 +36,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     trainer = inference_trainer(precision, devices, nodes)
     model = load_model(source, trainer, {**cfg.model, "precision": precision, "encoder_seq_length": length})
+    check_tokens(model, [str(prefix)], "evaluate.data_prefix")
     metrics = evaluate(model, blocks, micro_batch_size=int(options.get("micro_batch_size", 1)))
     import torch
 

@@ -146,3 +146,19 @@ def test_restating_the_architecture_is_allowed(pair, trainer):
     _, nemo, shape = pair
     model = load_model(nemo, trainer, {"num_layers": shape.num_layers, "normalization": "RMSNorm", "bias": False})
     assert model.cfg.num_layers == shape.num_layers
+
+
+def test_tokens_of_another_vocabulary_are_refused(pair, trainer, tmp_path):
+    from nemo_minitron.data.preprocess import preprocess
+    from nemo_minitron.nemo.restore import load_model
+    from nemo_minitron.nemo.training import check_tokens
+    from nemo_minitron.synthetic import make_llama
+
+    hf, nemo, shape = pair
+    model = load_model(nemo, trainer)
+    (own,) = preprocess("pydoc_topics", tmp_path / "own", tokenizer_type=str(hf))
+    check_tokens(model, [str(own)], "model.data.data_prefix")
+    other = make_llama(tmp_path / "other", shape, tokenizer_texts=["entirely different words", "zebra quartz"] * 50)
+    (foreign,) = preprocess("pydoc_topics", tmp_path / "foreign", tokenizer_type=str(other))
+    with pytest.raises(MinitronError, match="model.data.data_prefix: .*foreign.*another vocabulary"):
+        check_tokens(model, [str(own), str(foreign)], "model.data.data_prefix")
