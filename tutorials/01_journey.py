@@ -90,6 +90,7 @@ DATA = [
     f"trainer.val_check_interval={training['steps'] // 2}",
     "trainer.limit_val_batches=4",
     "trainer.log_every_n_steps=1",
+    "++trainer.enable_progress_bar=false",  # in a terminal, leave it on: it has the time to go
 ]
 
 # %% [markdown]

@@ -76,10 +76,9 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
             merged[key] = value
     cfg = OmegaConf.create(merged)
     _check_seq_length(cfg, asked)
+    cfg.use_cpu_initialization = not runtime.has_cuda()
     if not runtime.has_cuda():
-        cfg.use_cpu_initialization = True
         cfg.megatron_amp_O2 = False
-        cfg.transformer_engine = False
     from nemo_minitron.nemo.spec import has_transformer_engine
 
     if not (runtime.has_cuda() and has_transformer_engine()):
@@ -177,6 +176,7 @@ def load_model(
 
         model = (cls or MinitronGPTModel)(cfg, trainer)
         model.shape = reader.shape
+        model.checkpoint_config = reader.config
         model.storage_dtype = reader.dtype
         model.tokenizer_folder = folder
         from nemo_minitron.nemo import weights

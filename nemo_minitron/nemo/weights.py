@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_minitron import layout, parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.nemo.trainer import plain
 from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -94,8 +92,8 @@ def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
         for _ in gather(model):
             pass
     else:
-        config = _portable(plain(model.cfg))
-        with NemoWriter(path, config, shape, dtype, tokenizer=model.tokenizer_folder) as writer:
+        # the config is the source's: the run's grid, paths and stand-ins for missing libraries are no part of a model
+        with NemoWriter(path, model.checkpoint_config, shape, dtype, tokenizer=model.tokenizer_folder) as writer:
             for parameter, layer, tensor in gather(model):
                 writer.write(parameter, pad_vocab(parameter, tensor, shape.padded_vocab_size).to("cpu", dtype), layer)
     parallel.barrier()
@@ -151,17 +149,3 @@ def _visit(
                 action(parameter, layer, local[name])
             elif parameter.per_layer:
                 raise MinitronError(f"the model has no parameter {parameter.memory_name(index)}")
-
-
-def _portable(cfg: DictConfig) -> dict[str, Any]:
-    """Config of a saved model: what belonged to the run (its grid, data paths, restore paths) is left out."""
-    run_only = ("restore_from_path", "restore_from_ckpt", "kd_teacher_restore_from_path", "nemo_path")
-    config = {str(k): v for k, v in cast(dict, OmegaConf.to_container(cfg)).items() if k not in run_only}
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        config[key] = 1
-    config.pop("num_layers_in_first_pipeline_stage", None)
-    config["sequence_parallel"] = False
-    config["target"] = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
-    if isinstance(config.get("data"), dict):
-        config["data"] = {**config["data"], "data_prefix": [], "index_mapping_dir": None}
-    return config
