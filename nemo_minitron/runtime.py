@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,18 +152,16 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
             f"model.pipeline_model_parallel_size ({pipeline_parallel}); start as many processes with trainer.devices"
         )
     if not torch.distributed.is_initialized():
-        if size == 1:
-            # another single-process run may hold the usual port on this machine
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        elif "LOCAL_RANK" not in os.environ:  # Slurm; its batch script may have said where to meet
+        # alone there is nobody to meet: no port that another run holds, nothing left in the environment of children
+        store = torch.distributed.HashStore() if size == 1 else None
+        if size > 1 and "LOCAL_RANK" not in os.environ:  # Slurm; its batch script may have said where to meet
             host, port = slurm_rendezvous()
             os.environ.setdefault("MASTER_ADDR", host)
             os.environ.setdefault("MASTER_PORT", str(port))
         where = place()
         if has_cuda():
             torch.cuda.set_device(where.local_rank if where else 0)
-        torch.distributed.init_process_group(backend(), rank=rank(), world_size=size)
+        torch.distributed.init_process_group(backend(), store=store, rank=rank(), world_size=size)
     if parallel_state.model_parallel_is_initialized():
         found = (
             torch.distributed.get_world_size(parallel_state.get_tensor_model_parallel_group()),
@@ -222,12 +219,6 @@ def peak_memory_bytes() -> int:
     if has_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def fill_missing(module: Any, **names: Any) -> None:

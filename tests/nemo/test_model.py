@@ -160,5 +160,5 @@ def test_tokens_of_another_vocabulary_are_refused(pair, trainer, tmp_path):
     check_tokens(model, [str(own)], "model.data.data_prefix")
     other = make_llama(tmp_path / "other", shape, tokenizer_texts=["entirely different words", "zebra quartz"] * 50)
     (foreign,) = preprocess("pydoc_topics", tmp_path / "foreign", tokenizer_type=str(other))
-    with pytest.raises(MinitronError, match="model.data.data_prefix: .*foreign.*another vocabulary"):
+    with pytest.raises(MinitronError, match=r"model\.data\.data_prefix: .*foreign.*another vocabulary"):
         check_tokens(model, [str(own), str(foreign)], "model.data.data_prefix")
