@@ -255,6 +255,11 @@ class MinitronGPTModel(MegatronGPTModel):
             {"params": plain, "weight_decay": 0.0, "is_expert": False},
         )
 
+    def allreduce_gradients(self) -> None:
+        """Average gradients over data-parallel ranks; alone, the parent would copy them all there and back."""
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+            super().allreduce_gradients()
+
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip by the global norm over TP and PP ranks in plain torch where Apex' kernels are missing."""
         clip = float(self.trainer.gradient_clip_val or 0.0)
