@@ -45,6 +45,23 @@ def _name_what_apex_would() -> None:
     runtime.fill_missing(nemo_utils, listify_model=lambda model: model if isinstance(model, list) else [model])
 
 
+class _Unpadded:
+    """A tokenizer without a padding token, for datasets of unpadded blocks.
+
+    Megatron-Core 0.13's GPTDataset takes every padding token out of the loss and out of the input, and writes that
+    into a mask that it keeps for all samples: where padding is the end-of-text token, as it often is, no model learns
+    to end, and the share of tokens that count shrinks with every document (6% within 40 steps of SmolLM2).
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pad":
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+
 class MinitronGPTModel(MegatronGPTModel):
     """A Llama in NeMo: builds on any device, trains with one global token mean.
 
@@ -102,6 +119,15 @@ class MinitronGPTModel(MegatronGPTModel):
             make_vocab_size_divisible_by=self.cfg.get("make_vocab_size_divisible_by", 128),
             tensor_model_parallel_size=self.cfg.get("tensor_model_parallel_size", 1),
         )
+
+    def build_train_valid_test_datasets(self) -> Any:
+        """The parent's datasets, none of whose tokens is padding."""
+        tokenizer = self.tokenizer
+        self.tokenizer = _Unpadded(tokenizer)
+        try:
+            return super().build_train_valid_test_datasets()
+        finally:
+            self.tokenizer = tokenizer
 
     def setup_transformer_engine_cp_groups(self) -> None:
         """Context-parallel streams exist only on CUDA."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from nemo_minitron import layout
 from nemo_minitron.checkpoint import NemoReader
@@ -17,6 +18,7 @@ from nemo_minitron.checkpoint.fuse import fuse
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.data.sources import Source
 from nemo_minitron.scores import Scores
 from nemo_minitron.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
@@ -149,8 +151,14 @@ def wide(tmp_path_factory):
     """A model with 8 groups and 4 layers, so that every grid can hold it and its pruned student."""
     folder = tmp_path_factory.mktemp("wide")
     make_llama(folder / "hf", ModelShape(4, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256), seed=2)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    tokenizer.pad_token = tokenizer.eos_token  # as many have it: ends of documents must count all the same
+    tokenizer.save_pretrained(folder / "hf")
     convert(folder / "hf", folder / "wide.nemo")
-    preprocess("pydoc_topics", folder / "wide", tokenizer_type=str(folder / "hf"))
+    lines = [line for topic in sorted(topics) for line in topics[topic].splitlines() if line.strip()]
+    (folder / "lines.txt").write_text("\n".join(lines[:2000]))  # short documents: their ends are many
+    text = Source(str(folder / "lines.txt"), document="line")
+    preprocess(text, folder / "wide", tokenizer_type=str(folder / "hf"))
     return folder
 
 
@@ -199,6 +207,7 @@ def tuned(zygote, wide):
 def test_finetuning_follows_the_same_curve(zygote, wide, tuned, grid, world, tmp_path):
     zygote.run(f"{JOBS}:train", world, "finetune", *_paths(wide), str(tmp_path), grid)
     assert len(tuned) == 10 and tuned[9] < tuned[0]
+    assert curve(tmp_path, "tokens")[9] == 10 * 8 * LENGTH
     assert curve(tmp_path) == pytest.approx(tuned, abs=1e-4)
 
 
