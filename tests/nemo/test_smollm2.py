@@ -68,7 +68,7 @@ def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, tmp_path):
     student = tmp_path / "student.nemo"
     sizes = ["prune.num_query_groups=2", f"prune.scores={tmp_path}/scores", f"export.save_path={student}"]
     assert prune.run(compose("prune", [*common, *sizes])).target.num_attention_heads == 6
-    extra = (f"model.kd_teacher_restore_from_path={smollm2}/teacher.nemo",)
+    extra = (f"model.kd_teacher_restore_from_path={smollm2}/teacher.nemo", "model.optim.lr=1e-4")
     zygote = Zygote()
     curves = []
     for name, grid, world in (("one", (1, 1, False), 1), ("tp2", (2, 1, False), 2), ("pp2", (1, 2, False), 2)):
