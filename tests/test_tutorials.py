@@ -31,4 +31,5 @@ def test_tutorial_executes_on_the_tiny_model(source, tmp_path, monkeypatch):
     assert any('MODEL = "tiny"' in cell.source for cell in notebook.cells)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     (result,) = [c for c in notebook.cells if c.cell_type == "code" and "closed" in c.source]
-    assert "distillation closed" in result.outputs[0].text
+    printed = "".join(output.get("text", "") for output in result.outputs)  # it may come in several pieces
+    assert "distillation closed" in printed
