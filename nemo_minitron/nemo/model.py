@@ -69,6 +69,8 @@ class MinitronGPTModel(MegatronGPTModel):
     ``context_parallel_size > 1`` is refused on restore.
     """
 
+    tokenizer: Any  # NeMo's own class gives it no type
+
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         _name_what_apex_would()
         super().__init__(cfg, trainer=trainer)
