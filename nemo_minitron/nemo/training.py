@@ -96,7 +96,9 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     for items in lists.values() if isinstance(lists, Mapping) else [lists]:
         check_tokens(model, [item for item in items if isinstance(item, str)], "model.data.data_prefix")
     if hasattr(model, "set_teacher"):
-        model.set_teacher(required(cfg, "model.kd_teacher_restore_from_path"), cfg.get("distill", {}))
+        distill = cfg.get("distill", {})
+        cached = distill.get("teacher_cache") is not None and cfg.model.get("kd_teacher_restore_from_path") is None
+        model.set_teacher(None if cached else required(cfg, "model.kd_teacher_restore_from_path"), distill)
     trainer.fit(model)
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
