@@ -100,9 +100,7 @@ class Distill:
     hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", ("cosine", "mse"))
     hidden_weight: float = key(1.0, "weight of the sum over distill.hidden_pairs")
     teacher_cache: str | None = key(None, "folder of the teacher's top-k answers (distill.loss=topk): written once")
-    loss_memory_mib: int | None = key(
-        None, "bound of what heads and losses take beside gradients; 512 on GPU, else 256"
-    )
+    loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 512 on GPU, else 256")
     monitor: str = key("val_loss", "logged value by which the best student is kept")
 
 
@@ -189,6 +187,7 @@ class DistillConfig:
     """Train a student to follow a teacher's predictions."""
 
     model: dict[str, Any] = _nemo()
+    plan_only: bool = key(False, "print the memory per rank by item and the largest micro-batch, and train nothing")
     distill: Distill = section(Distill, "the loss")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")

@@ -120,7 +120,8 @@ class MinitronDistillModel(MinitronGPTModel):
         datasets = super().build_train_valid_test_datasets()
         if self._cache is None:
             return datasets
-        self._train_ds, self._validation_ds = _Numbered(self._train_ds), _Numbered(self._validation_ds)
+        self._train_ds = _Numbered(self._train_ds)
+        self._validation_ds = None if self._validation_ds is None else _Numbered(self._validation_ds)
         self._fill_cache(self._cache)
         return self._train_ds, self._validation_ds, self._test_ds
 
