@@ -40,18 +40,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = prepare(source, Path(folder), options)
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        processor: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(options.runs + 1):
             for name, run in runs.items():
-                start = time.perf_counter()
+                start, spent = time.perf_counter(), time.process_time()
                 run()
                 if turn:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
+                    processor[name].append(time.process_time() - spent)
     found: dict[str, Any] = {"source": source.name, "ffn": options.ffn, "length": options.length}
     found |= {"batch": options.batch, "threads": torch.get_num_threads(), "all_seconds": seconds}
     found |= {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    cpu = {name: statistics.median(values) for name, values in processor.items()}
+    found["cpu_ratio"] = cpu["step"] / (cpu["teacher"] + cpu["student"])
     found["ratio"] = found["step_seconds"] / (found["teacher_seconds"] + found["student_seconds"])
     print({key: round(value, 3) for key, value in found.items() if key.endswith("_seconds") and key != "all_seconds"})
-    print(f"distillation step / (teacher forward + student step) = {found['ratio']:.3f} (bar 1.10)")
+    print(
+        f"distillation step / (teacher forward + student step) = {found['ratio']:.3f} (bar 1.10), "
+        f"in processor time {found['cpu_ratio']:.3f}"
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -102,8 +102,9 @@ class MinitronDistillModel(MinitronGPTModel):
         data = self.cfg.data
         lists = data.data_prefix
         parts: list[str] = [str(int(self.cfg.seed)), str(data.get("splits_string"))]
-        for items in [lists[split] for split in lists] if isinstance(lists, (Mapping, DictConfig)) else [lists]:
-            # weights, and what lies at the prefixes, in their order; test data teach nobody
+        by_split = isinstance(lists, (Mapping, DictConfig))  # then test data teach nobody
+        for items in [lists[split] for split in ("train", "validation")] if by_split else [lists]:
+            # weights, and what lies at the prefixes, in their order
             parts += [data_fingerprint(item) if isinstance(item, str) else str(item) for item in items]
         return Identity(
             teacher=teacher,
