@@ -153,9 +153,7 @@ def main() -> None:
     for name in VARIANTS:
         print(f"{name}: {found[f'{name}_bytes'] / 2**20:,.0f} MiB, {found[f'{name}_seconds']:.2f} s, "
               f"loss {losses[name]:.6f}")  # fmt: skip
-    print(
-        f"fused / dense: memory {memory:.3f} (bar 0.1), time {ratio:.3f} (bar 0.9), cpu {processor_ratio:.3f}"
-    )
+    print(f"fused / dense: memory {memory:.3f} (bar 0.1), time {ratio:.3f} (bar 0.9), cpu {processor_ratio:.3f}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
