@@ -133,6 +133,32 @@ def _same(asked: Any, found: Any) -> bool:
     return asked == found or (not asked and not found)
 
 
+def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[DictConfig, tuple[int, int]]:
+    """Config of a checkpoint's model on this job, and its (TP, PP): all that can be wrong without reading a weight.
+
+    Raises:
+        MinitronError: architecture override; sequence or batch sizes that contradict; a grid that does not fit the
+            model or the processes of the job; context parallelism.
+    """
+    run = run or {}
+    cfg = merge_config(reader.config, run, reader.path)
+    grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
+    multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
+    padded = -(-reader.shape.vocab_size // multiple) * multiple
+    reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
+    if cfg.get("num_layers_in_last_pipeline_stage") is None:
+        given = cfg.get("num_layers_in_first_pipeline_stage")
+        cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
+    if cfg.get("context_parallel_size", 1) not in (None, 1):
+        raise MinitronError(
+            f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "
+            "statistics here are not defined over split sequences"
+        )
+    runtime.check_world_size(*grid)
+    _set_batch_sizes(cfg, run, runtime.world_size() // (grid[0] * grid[1]))
+    return cfg, grid
+
+
 def load_model(
     path: str | Path,
     trainer: Trainer,
@@ -154,24 +180,11 @@ def load_model(
     runtime.prepare()
     path = Path(path)
     with NemoReader(path) as reader:
-        cfg = merge_config(reader.config, run or {}, path)
-        grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
-        multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
-        padded = -(-reader.shape.vocab_size // multiple) * multiple
-        reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
-        if cfg.get("num_layers_in_last_pipeline_stage") is None:
-            given = cfg.get("num_layers_in_first_pipeline_stage")
-            cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
-        if cfg.get("context_parallel_size", 1) not in (None, 1):
-            raise MinitronError(
-                f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "
-                "statistics here are not defined over split sequences"
-            )
+        cfg, grid = job_config(reader, run or {})
         folder = reader.tokenizer_folder()
         if folder is not None:
             cfg.tokenizer.type = str(folder)
         runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
-        _set_batch_sizes(cfg, run or {}, runtime.world_size() // (grid[0] * grid[1]))
         from nemo_minitron.nemo.model import MinitronGPTModel
 
         model = (cls or MinitronGPTModel)(cfg, trainer)
