@@ -15,6 +15,7 @@ SHAPES = {
         3, 48, 96, 6, 2, 16, 500, 500, True, 500000.0, RopeScaling(32.0, 1.0, 4.0, 64), 4096, 1e-6
     ),
     "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, None, 1024),
+    "qwen2": ModelShape(2, 64, 96, 8, 2, 8, 512, 512, True, 1000000.0, None, 1024, qkv_bias=True),
 }
 
 
@@ -46,16 +47,17 @@ def pair(request, tmp_path_factory):
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """transformers' own logits in float32, ``[b, s, V]``."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    assert type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
     with torch.no_grad():
         return model(tokens).logits
 
 
 def nemo_logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of a NeMo model over the true vocabulary, ``[b, s, V]``."""
+    """Logits of a NeMo model, ours or NeMo's own, over the true vocabulary, ``[b, s, V]``."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         logits = model.model.eval()(input_ids=tokens, position_ids=positions, attention_mask=None)
-    return logits[..., : model.true_vocab_size]
+    return logits[..., : getattr(model, "true_vocab_size", None)]
