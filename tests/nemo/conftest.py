@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_minitron.shape import ModelShape, RopeScaling
+from tests.llamas import GQA
+from tests.zygote import Zygote
 
 SHAPES = {
     "gqa_untied": ModelShape(2, 64, 128, 8, 4, 8, 512, 512),
@@ -17,6 +21,14 @@ SHAPES = {
     "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, None, 1024),
     "qwen2": ModelShape(2, 64, 96, 8, 2, 8, 512, 512, True, 1000000.0, None, 1024, qkv_bias=True),
 }
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Runs functions on grids of real processes that share one import of NeMo."""
+    handle = Zygote()
+    yield handle
+    handle.close()
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +55,33 @@ def pair(request, tmp_path_factory):
     nemo = folder / "model.nemo"
     convert(hf, nemo, make_vocab_size_divisible_by=128 if shape.vocab_size == 300 else None)
     return hf, nemo, shape
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """Folder with ``model.nemo``, others that do not go with it or are broken, and tokens of two vocabularies."""
+    from nemo_minitron.convert import convert
+    from nemo_minitron.data.preprocess import preprocess
+    from nemo_minitron.synthetic import make_llama
+
+    folder = tmp_path_factory.mktemp("models")
+    convert(make_llama(folder / "hf", GQA), folder / "model.nemo")
+    larger = GQA.replace(vocab_size=400, padded_vocab_size=400)
+    convert(make_llama(folder / "larger_hf", larger), folder / "larger.nemo")
+    shutil.copytree(folder / "hf", folder / "permuted_hf")
+    content = json.loads((folder / "hf" / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]  # equal sizes, two tokens exchanged
+    (folder / "permuted_hf" / "tokenizer.json").write_text(json.dumps(content))
+    convert(folder / "permuted_hf", folder / "permuted.nemo")
+    short = GQA.replace(max_position_embeddings=16)
+    convert(make_llama(folder / "short_hf", short), folder / "short.nemo")
+    bare = convert(folder / "hf", folder / "bare")
+    shutil.rmtree(bare / "model_weights")
+    (folder / "cut.nemo").write_bytes((folder / "model.nemo").read_bytes()[:-20_000])
+    for name, tokenizer in (("own", "hf"), ("foreign", "larger_hf"), ("permuted", "permuted_hf")):
+        preprocess("pydoc_topics", folder / name, tokenizer_type=str(folder / tokenizer))
+    return folder
 
 
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

@@ -61,8 +61,8 @@ def distillation_step(
     return float(loss), logged, gradients
 
 
-def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> None:
-    """``importance`` and ``prune`` at a grid, into ``folder``."""
+def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, int, bool], sizes: list[str]) -> None:
+    """``importance`` and ``prune`` to ``sizes`` at a grid, into ``folder``."""
     tp, pp, sp = grid
     common = [
         f"model.restore_from_path={source}",
@@ -75,9 +75,8 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
 
     calibration = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", f"calibration.seq_length={LENGTH}"]
     importance.run(compose("importance", [*common, *calibration, f"output_path={folder}/scores"]))
-    sizes = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
-    sizes += ["prune.hidden_size=32", "prune.ffn_hidden_size=64", "prune.num_query_groups=4", "prune.num_layers=2"]
-    prune.run(compose("prune", [*common, *sizes]))
+    files = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
+    prune.run(compose("prune", [*common, *files, *(f"prune.{size}" for size in sizes)]))
 
 
 def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> float:

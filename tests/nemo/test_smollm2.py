@@ -20,7 +20,6 @@ from nemo_minitron.data.blocks import document_heads
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.stages import importance, prune
 from tests.nemo.grid_jobs import curve
-from tests.zygote import Zygote
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,7 +61,7 @@ def test_loss_after_conversion_is_the_hf_models(smollm2, trainer):
     assert ours == pytest.approx(expected, abs=1e-3)
 
 
-def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, tmp_path):
+def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, zygote, tmp_path):
     """9 heads in 3 groups do not split over 2 ranks, 6 heads in 2 groups do: the teacher is then whole on each."""
     prefix = str(smollm2 / "text_text_document")
     common = [f"model.restore_from_path={smollm2}/teacher.nemo"]
@@ -72,13 +71,11 @@ def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, tmp_path):
     sizes = ["prune.num_query_groups=2", f"prune.scores={tmp_path}/scores", f"export.save_path={student}"]
     assert prune.run(compose("prune", [*common, *sizes])).target.num_attention_heads == 6
     extra = (f"model.kd_teacher_restore_from_path={smollm2}/teacher.nemo", "model.optim.lr=1e-4")
-    zygote = Zygote()
     curves = []
     for name, grid, world in (("one", (1, 1, False), 1), ("tp2", (2, 1, False), 2), ("pp2", (1, 2, False), 2)):
         zygote.run("tests.nemo.grid_jobs:train", world, "distill", str(student), prefix, str(tmp_path / name), grid,
                    10, extra)  # fmt: skip
         curves.append(curve(tmp_path / name, "train_kd_loss"))
-    zygote.close()
     assert len(curves[0]) == 10 and curves[0][9] < curves[0][0]
     for other in curves[1:]:
         assert other == pytest.approx(curves[0], abs=1e-3)

@@ -1,41 +1,57 @@
-"""What a training refuses: before it starts where it can, and with nothing of what was there replaced."""
+"""A training: which models it leaves, what it logs, and what it refuses before it starts, replacing nothing."""
 
 from __future__ import annotations
 
-import json
-import shutil
+import csv
 from pathlib import Path
 
 import pytest
 
+from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.cli import main
-from nemo_minitron.convert import convert
-from nemo_minitron.data.preprocess import preprocess
-from nemo_minitron.synthetic import make_llama
-from tests.llamas import GQA
+from tests.nemo.grid_jobs import curve
+
+LOSSES = ("kd_loss", "lm_loss", "top1_agreement")
+LOGGED = {f"{part}_{name}" for part in ("train", "val") for name in LOSSES} | {
+    "val_loss",
+    "tokens",
+    "tokens_per_second",
+}
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """``model.nemo``, others that do not go with it, and token files of each one's tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    convert(make_llama(folder / "hf", GQA), folder / "model.nemo")
-    larger = GQA.replace(vocab_size=400, padded_vocab_size=400)
-    convert(make_llama(folder / "larger_hf", larger), folder / "larger.nemo")
-    shutil.copytree(folder / "hf", folder / "permuted_hf")
-    content = json.loads((folder / "hf" / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]  # equal sizes, two tokens exchanged
-    (folder / "permuted_hf" / "tokenizer.json").write_text(json.dumps(content))
-    convert(folder / "permuted_hf", folder / "permuted.nemo")
-    short = GQA.replace(max_position_embeddings=16)
-    convert(make_llama(folder / "short_hf", short), folder / "short.nemo")
-    bare = convert(folder / "hf", folder / "bare")
-    shutil.rmtree(bare / "model_weights")
-    (folder / "cut.nemo").write_bytes((folder / "model.nemo").read_bytes()[:-20_000])
-    for name, tokenizer in (("own", "hf"), ("foreign", "larger_hf")):
-        preprocess("pydoc_topics", folder / name, tokenizer_type=str(folder / tokenizer))
-    return folder
+def test_best_and_last_are_kept_and_losses_logged_by_name(models, zygote, tmp_path):
+    """A student that starts as its teacher and learns the text alone leaves it: the first validation is the best."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def distil(folder: Path, steps: int) -> dict[int, float]:
+        keys = (
+            f"model.kd_teacher_restore_from_path={models}/model.nemo",
+            "distill.monitor=val_kd_loss",
+            "trainer.val_check_interval=2",
+            "distill.kd_weight=1e-6",
+            "distill.lm_weight=1",
+            "~model.optim.sched",  # else the rate depends on how many steps there will be
+        )
+        files = (str(models / "model.nemo"), str(models / "own_text_document"), str(folder))
+        zygote.run("tests.nemo.grid_jobs:train", 1, "distill", *files, (1, 1, False), steps, keys)
+        return curve(folder, "val_kd_loss")
+
+    short, long = distil(tmp_path / "short", 2), distil(tmp_path / "long", 6)
+    assert len(short) == 1 and len(long) == 3 and min(long, key=long.__getitem__) == next(iter(short))
+    digests = {}
+    for name in ("short/trained.nemo", "short/trained.last.nemo", "long/trained.nemo", "long/trained.last.nemo"):
+        with NemoReader(tmp_path / name) as reader:
+            digests[name] = reader.fingerprint()
+    assert digests["long/trained.nemo"] == digests["short/trained.last.nemo"] == digests["short/trained.nemo"]
+    assert digests["long/trained.last.nemo"] != digests["long/trained.nemo"]
+
+    (table,) = tmp_path.glob("long/exp/**/csv/metrics.csv")
+    with table.open() as stream:
+        assert set(csv.DictReader(stream).fieldnames) >= LOGGED
+    (events,) = tmp_path.glob("long/exp/**/events.out.tfevents.*")
+    board = EventAccumulator(str(events)).Reload()
+    assert set(board.Tags()["scalars"]) >= LOGGED
+    assert [e.value for e in board.Scalars("val_kd_loss")] == pytest.approx(list(long.values()), rel=1e-6)
 
 
 CASES = {
@@ -78,6 +94,7 @@ def test_bad_input_leaves_the_destination_untouched(name, case, models, tmp_path
         f"model.nemo_path={out}/out.nemo",
         f"model.data.data_prefix={{train: [{prefix}], validation: [{prefix}]}}",
         "model.data.seq_length=32",
+        "model.global_batch_size=1",  # NeMo keeps one per process, and other tests of this process run forward alone
         f"exp_manager.exp_dir={tmp_path}/exp",
         *([f"model.kd_teacher_restore_from_path={models}/{teacher}"] if name == "distill" else []),
         *(key for key in changes if not key.startswith("PREFIX=")),
