@@ -110,6 +110,24 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
             cfg.data.seq_length = length
 
 
+def _check_stages(cfg: DictConfig, layers: int, stages: int) -> None:
+    """Every pipeline stage whose layers are not given must get as many as the others, and at least one."""
+    if cfg.get("virtual_pipeline_model_parallel_size") is not None:
+        raise MinitronError(
+            f"model.virtual_pipeline_model_parallel_size={cfg.virtual_pipeline_model_parallel_size}: only null is "
+            "supported; a stage here is one piece"
+        )
+    ends = {name: cfg.get(f"num_layers_in_{name}_pipeline_stage") for name in ("first", "last")}
+    given = [int(number) for number in ends.values() if number]
+    rest, others = layers - sum(given), stages - len(given)
+    if given and (rest != 0 if others == 0 else others < 0 or rest < others or rest % others):
+        names = ", ".join(f"model.num_layers_in_{name}_pipeline_stage={n}" for name, n in ends.items() if n)
+        raise MinitronError(
+            f"{names}: leaves {rest} of {layers} layers for {max(0, others)} of "
+            f"model.pipeline_model_parallel_size={stages} stages, which cannot share them equally"
+        )
+
+
 def _set_batch_sizes(cfg: DictConfig, run: DictConfig | dict[str, Any], data_parallel: int) -> None:
     """A run that trains says its global batch; one that only runs forward has one micro-batch per rank."""
     micro = int(run.get("micro_batch_size") or 1)
@@ -149,6 +167,13 @@ def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[Di
     if cfg.get("num_layers_in_last_pipeline_stage") is None:
         given = cfg.get("num_layers_in_first_pipeline_stage")
         cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
+    _check_stages(cfg, reader.shape.num_layers, grid[1])
+    length = cfg.get("encoder_seq_length") or 0
+    if cfg.get("sequence_parallel") and length % grid[0]:
+        raise MinitronError(
+            f"the sequence length ({length}) must be a multiple of model.tensor_model_parallel_size ({grid[0]}) under "
+            "model.sequence_parallel"
+        )
     if cfg.get("context_parallel_size", 1) not in (None, 1):
         raise MinitronError(
             f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "

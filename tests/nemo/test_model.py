@@ -141,6 +141,15 @@ def test_pruned_model_agrees_between_nemo_and_hf(pair, trainer, tmp_path):
         ({"tensor_model_parallel_size": 3}, ["tensor_model_parallel_size (3)", "num_query_groups"]),
         ({"pipeline_model_parallel_size": 5}, ["pipeline_model_parallel_size (5)", "num_layers"]),
         ({"context_parallel_size": 2}, ["context_parallel_size=2"]),
+        ({"virtual_pipeline_model_parallel_size": 2}, ["virtual_pipeline_model_parallel_size=2"]),
+        (
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "encoder_seq_length": 33},
+            ["(33)", "tensor_model_parallel_size (2)", "sequence_parallel"],
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 3},
+            ["num_layers_in_first_pipeline_stage=3", "pipeline_model_parallel_size=2"],
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(pair, trainer, run, words):
