@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron import runtime
 from nemo_minitron.config.compose import compose
+from tests.zygote import end_children
 
 MICRO, LENGTH = 2, 32
 
@@ -113,6 +114,7 @@ def train(
 
     def on_train_batch_start(self: Any, *_: Any) -> None:
         if self.trainer.global_step == die_at:
+            end_children()
             os._exit(9)
 
     if die_at is not None:
