@@ -41,7 +41,11 @@ def llama(tmp_path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_round_trip_is_bit_identical(name, tmp_path):
     source = make_llama(tmp_path / "hf", SHAPES[name], dtype=DTYPES[name])
-    nemo = convert(source, tmp_path / "m.nemo", verify=True)
+    rows = 128 if name == "padded" else None
+    nemo = convert(source, tmp_path / "m.nemo", make_vocab_size_divisible_by=rows, verify=True)
+    with NemoReader(nemo) as reader:
+        padded = 256 if rows else SHAPES[name].vocab_size
+        assert reader.shape == SHAPES[name].replace(padded_vocab_size=padded) and reader.dtype == DTYPES[name]
     back = convert(nemo, tmp_path / "back", verify=True)
     same_tensors(tensors_of(source), tensors_of(back))
     before, after = tree(source), tree(back)

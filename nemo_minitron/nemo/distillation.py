@@ -20,7 +20,7 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.losses import TokenLosses, distillation_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import MinitronGPTModel
-from nemo_minitron.nemo.restore import load_model
+from nemo_minitron.nemo.restore import job_config, load_model
 from nemo_minitron.nemo.trainer import autocast
 
 if TYPE_CHECKING:
@@ -61,6 +61,22 @@ class MinitronDistillModel(MinitronGPTModel):
         self._teacher_grid: Callable[[], AbstractContextManager[None]] = nullcontext
         self.distill: dict[str, Any] = {}
 
+    @staticmethod
+    def check_teacher(path: str | Path, student: NemoReader, run: DictConfig) -> None:
+        """Whether a teacher can teach this student in this run, by the two files' configs and no weight.
+
+        Raises:
+            MinitronError: vocabularies differ in size; the teacher has fewer positions than a sequence is long, or
+                fewer layers than there are pipeline stages.
+        """
+        with NemoReader(path) as teacher:
+            _check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
+            asked = {key: run[key] for key in _SHARED_WITH_STUDENT if key in run}
+            asked |= {"global_batch_size": 0, "encoder_seq_length": run.data.get("seq_length")}
+            if not _splits(path, int(run.get("tensor_model_parallel_size") or 1)):
+                asked |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+            job_config(teacher, asked)
+
     def set_teacher(self, path: str | Path, distill: DictConfig | dict[str, Any]) -> None:
         """Load the teacher and check that it can teach this student.
 
@@ -74,11 +90,7 @@ class MinitronDistillModel(MinitronGPTModel):
             run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
         with self._teacher_grid(), _own_app_state():
             teacher = load_model(path, self.trainer, run)
-        if teacher.true_vocab_size != self.true_vocab_size:
-            raise MinitronError(
-                f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher.true_vocab_size} tokens, "
-                f"the student's {self.true_vocab_size}; distillation compares them token by token"
-            )
+        _check_vocabularies(teacher.true_vocab_size, self.true_vocab_size)
         if teacher.tokenizer is not None and self.tokenizer is not None:
             _check_tokenizers(teacher.tokenizer, self.tokenizer)
         self._teacher = teacher.get_model_module_list()
@@ -146,6 +158,14 @@ class MinitronDistillModel(MinitronGPTModel):
             vocab_size=self.true_vocab_size,
             vocab_start=self.vocab_start,
             group=self.tensor_parallel_group,
+        )
+
+
+def _check_vocabularies(teacher: int, student: int) -> None:
+    if teacher != student:
+        raise MinitronError(
+            f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher} tokens, the student's "
+            f"{student}; distillation compares them token by token"
         )
 
 
