@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -110,3 +111,17 @@ class Layer:
         """The residual stream ``[b, s, H]`` after this layer."""
         x = x + F.linear(self.attention(self.attention_input(x), rotary), self[layout.PROJ_WEIGHT])
         return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
+
+
+class LayerReader(Protocol):
+    """What streaming asks of a checkpoint (``nemo_minitron.checkpoint.NemoReader``, ``HfReader``)."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    def tensor(self, parameter: Parameter, layer: int | None = None) -> Tensor: ...
+
+
+def read_layer(reader: LayerReader, layer: int, device: torch.device | str = "cpu") -> Layer:
+    """One layer's canonical tensors in float32."""
+    rows = layout.layer_parameters(reader.shape)
+    return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, torch.float32) for row in rows})

@@ -1,0 +1,266 @@
+"""Compensated pruning: the kept weights are re-solved so that the student's stream follows the teacher's.
+
+Cutting rows and columns leaves weights that were made for inputs which are gone. Here every weight that reads changed
+inputs is solved anew, in closed form, from calibration tokens, and the student stays a plain Llama. The model is
+walked layer by layer, student and teacher side by side on the same tokens, x being the student's residual stream,
+x* the teacher's at the kept channels:
+
+1. where hidden channels were pruned, ``linear_qkv`` and ``linear_fc1`` are solved so that, on the student's normed
+   stream, they give what the teacher's give on its own: ``min |W h - W* h*|^2``;
+2. ``linear_proj`` and ``linear_fc2``, which write to the stream, are solved so that the student's stream *after* them
+   is the teacher's: ``min sum_t w_t |x + W a - x*|^2``, w_t the inverse mean square of x* at that token. Each layer so
+   corrects what the layers before it got wrong. After a layer that dropped layers follow, x* is the stream that leaves
+   the last of these, so that the kept layer stands in for them;
+3. the final norm is rescaled per channel and an untied output layer is solved like 1.
+
+All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Layers that nothing
+before them has changed are copied. A tied embedding stays tied and is only cut: it is also what the student reads.
+
+One layer's weights and one second moment are in memory at a time. Weights are whole: under any grid each process takes
+its share of the samples, and moments are added over all processes before anything is solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_minitron import layout, parallel
+from nemo_minitron.decoder import Layer, Rotary, read_layer, rms_norm
+from nemo_minitron.layout import Parameter
+from nemo_minitron.moments import ridge_solve, second_moment, stream_weights
+from nemo_minitron.plan import Compensation, Plan
+from nemo_minitron.rewrite import TensorReader, TensorWriter, check_source, kept, refuse_non_finite, rewrite
+
+ROWS_AT_ONCE = 16384
+"""Vocabulary rows of an untied output layer that are solved together."""
+
+
+@torch.no_grad()
+def compensate(
+    reader: TensorReader,
+    plan: Plan,
+    tokens: Tensor,
+    writer: TensorWriter | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    group: parallel.Group = None,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> None:
+    """Write the compensated student.
+
+    Args:
+        reader: the source, of ``plan.source``; read once, layer by layer.
+        plan: with its ``compensation``.
+        tokens: ``[n, s]`` int64, unpadded, this process's calibration samples; all work is done on their device.
+        writer: opened for ``plan.target``; None on processes that only contribute samples.
+        dtype: what is stored; the student is carried on in weights rounded to it.
+        group: the processes that share the samples.
+        progress: told after each source layer, of L.
+
+    Raises:
+        MinitronError: a plan for another checkpoint (before anything is written); a NaN or infinity in the source,
+            with its tensor.
+
+    Warns:
+        SingularMoments: weights that the tokens do not determine are cut and not re-solved.
+    """
+    check_source(plan, reader)
+    if plan.compensation is None:
+        raise ValueError("the plan asks for no compensation")
+    _Walk(reader, plan, tokens, writer, dtype, plan.compensation, group).run(progress)
+
+
+class _Walk:
+    """Teacher's and student's streams, ``[n, s, H]`` and ``[n, s, H']`` float32, on their way through the layers."""
+
+    def __init__(
+        self,
+        reader: TensorReader,
+        plan: Plan,
+        tokens: Tensor,
+        writer: TensorWriter | None,
+        dtype: torch.dtype,
+        ridge: Compensation,
+        group: parallel.Group,
+    ) -> None:
+        self.reader, self.plan, self.writer = reader, plan, writer
+        self.dtype, self.ridge, self.group = dtype, ridge, group
+        self.device = tokens.device
+        self.hidden = torch.tensor(plan.hidden, device=self.device)
+        self.narrower = plan.target.hidden_size < plan.source.hidden_size
+        self.changed = self.narrower
+        """Whether the student's stream differs from the teacher's so far."""
+        self.rotary = Rotary.of(plan.source, tokens.shape[1], self.device)
+        self.samples = range(len(tokens))
+        table = self._read(layout.EMBEDDING)
+        self.teacher = torch.empty(*tokens.shape, plan.source.hidden_size, device=self.device)
+        for sample, row in enumerate(tokens):
+            self.teacher[sample] = table[row].float()
+        self._write(layout.EMBEDDING, None, rewrite(plan, layout.EMBEDDING, None, table))
+        self.student = self.teacher[..., self.hidden].clone()
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """From the embedding to the output layer."""
+        source, kept_layers = self.plan.source, self.plan.layers
+        for number in range(kept_layers[0]):
+            self._pass_dropped(number)
+            progress(1)
+        for at, number in enumerate(kept_layers):
+            following = kept_layers[at + 1] if at + 1 < len(kept_layers) else source.num_layers
+            self._layer(number, range(number + 1, following))
+            progress(following - number)
+        self._head()
+
+    def _pass_dropped(self, number: int) -> None:
+        """The teacher goes through a layer that the student has not."""
+        layer = self._teacher_layer(number)
+        for sample in self.samples:
+            one = slice(sample, sample + 1)
+            self.teacher[one] = layer.forward(self.teacher[one], self.rotary)
+        self.changed = True
+
+    def _layer(self, number: int, dropped: range) -> None:
+        teacher = self._teacher_layer(number)
+        student = {key: rewrite(self.plan, row, number, teacher[row]) for key, row in self._rows()}
+        layer = Layer(self.plan.target, student)
+
+        if self.narrower:
+            read = self._solve_reader(number, layout.QKV_WEIGHT, teacher, layer, self.teacher)
+            student[layout.QKV_WEIGHT.key] = read
+        middle = torch.empty_like(self.teacher)
+        for sample in self.samples:
+            one = slice(sample, sample + 1)
+            inner = teacher.attention(teacher.attention_input(self.teacher[one]), self.rotary)
+            middle[one] = self.teacher[one] + F.linear(inner, teacher[layout.PROJ_WEIGHT])
+        self.changed |= self.plan.target.num_attention_heads < self.plan.source.num_attention_heads
+        inputs = self.student.new_empty(*self.student.shape[:2], layer.shape.proj_columns)
+        for sample in self.samples:
+            one = slice(sample, sample + 1)
+            inputs[one] = layer.attention(layer.attention_input(self.student[one]), self.rotary)
+        self._solve_writer(layout.PROJ_WEIGHT, student, inputs, middle, self.ridge.attention)
+        self.student += F.linear(inputs, student[layout.PROJ_WEIGHT.key])
+        del inputs
+
+        if self.narrower:
+            student[layout.FC1_WEIGHT.key] = self._solve_reader(number, layout.FC1_WEIGHT, teacher, layer, middle)
+        for sample in self.samples:
+            one = slice(sample, sample + 1)
+            inner = teacher.ffn(teacher.ffn_input(middle[one]))
+            self.teacher[one] = middle[one] + F.linear(inner, teacher[layout.FC2_WEIGHT])
+        del middle, teacher
+        for between in dropped:
+            self._pass_dropped(between)
+        self.changed |= self.plan.target.ffn_hidden_size < self.plan.source.ffn_hidden_size
+        inputs = self.student.new_empty(*self.student.shape[:2], layer.shape.ffn_hidden_size)
+        for sample in self.samples:
+            inputs[sample] = layer.ffn(layer.ffn_input(self.student[sample]))
+        self._solve_writer(layout.FC2_WEIGHT, student, inputs, self.teacher, self.ridge.ffn)
+        self.student += F.linear(inputs, student[layout.FC2_WEIGHT.key])
+
+        at = self.plan.position(number)
+        for key, row in self._rows():
+            self._write(row, at, student[key])
+
+    def _solve_reader(self, number: int, row: Parameter, teacher: Layer, student: Layer, stream: Tensor) -> Tensor:
+        """``linear_qkv`` or ``linear_fc1`` for the student's narrower normed stream.
+
+        Solved as if the norm had no weights, which leaves inputs of one scale, and divided by them afterwards.
+        """
+        norm = layout.QKV_NORM if row is layout.QKV_WEIGHT else layout.FC1_NORM
+        epsilon = self.plan.source.layernorm_epsilon
+        moment, cross = self._zeros(self.student, self.student), self._zeros(self.student, stream)
+        for sample in self.samples:
+            x = rms_norm(self.student[sample], None, epsilon)
+            moment += second_moment(x, x)
+            cross += second_moment(x, rms_norm(stream[sample], None, epsilon))
+        rows = kept(self.plan, row.axes[0], number)
+        weight = teacher[row] if rows is None else teacher[row][rows.to(self.device)]
+        folded = weight * teacher[norm]  # [rows, H]
+        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+        solved = ridge_solve(moment, cross @ folded.T.double(), folded[:, self.hidden], self.ridge.read)
+        gain = self._rounded(_divisible(student[norm]))
+        student.tensors[norm.key].copy_(gain)  # type: ignore[index]
+        return self._rounded(solved / gain)
+
+    def _solve_writer(
+        self, row: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, ridge: float
+    ) -> None:
+        """``linear_proj`` or ``linear_fc2``: the student's stream after it follows the teacher's."""
+        if not self.changed:
+            return
+        moment, cross = self._zeros(inputs, inputs), self._zeros(inputs, self.student)
+        for sample in self.samples:
+            wanted = target[sample][:, self.hidden]
+            weights = stream_weights(wanted)
+            moment += second_moment(inputs[sample], inputs[sample], weights)
+            cross += second_moment(inputs[sample], wanted - self.student[sample], weights)
+        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+        student[row.key] = self._rounded(ridge_solve(moment, cross, student[row.key], ridge))
+
+    def _head(self) -> None:
+        """Final norm and output layer."""
+        source = self.plan.source
+        gain = self._read(layout.FINAL_NORM).float()
+        cut = rewrite(self.plan, layout.FINAL_NORM, None, gain)
+        tied = source.share_embeddings_and_output_weights
+        output = None if tied else self._read(layout.OUTPUT)
+        if not self.narrower:
+            self._write(layout.FINAL_NORM, None, gain)
+            if output is not None:
+                self._write(layout.OUTPUT, None, output)
+            return
+        moment, cross = self._zeros(self.student, self.student), self._zeros(self.student, self.teacher)
+        for sample in self.samples:
+            x = rms_norm(self.student[sample], None, source.layernorm_epsilon)
+            moment += second_moment(x, x)
+            cross += second_moment(x, rms_norm(self.teacher[sample], None, source.layernorm_epsilon))
+        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+        if output is None:
+            own = cross[:, self.hidden].diagonal()
+            scale = (own / moment.diagonal().clamp_min(torch.finfo(torch.float64).tiny)).float()
+            self._write(layout.FINAL_NORM, None, cut * torch.where(scale > 0, scale, 1.0))
+            return
+        safe = self._rounded(_divisible(cut))
+        self._write(layout.FINAL_NORM, None, safe)
+        parts = []
+        for start in range(0, len(output), ROWS_AT_ONCE):
+            folded = output[start : start + ROWS_AT_ONCE].float() * gain
+            solved = ridge_solve(moment, cross @ folded.T.double(), folded[:, self.hidden], self.ridge.read)
+            parts.append((solved / safe).to(self.dtype))
+        self._write(layout.OUTPUT, None, torch.cat(parts))
+
+    def _rows(self) -> list[tuple[str, Parameter]]:
+        return [(row.key, row) for row in layout.layer_parameters(self.plan.source)]
+
+    def _teacher_layer(self, number: int) -> Layer:
+        layer = read_layer(self.reader, number, self.device)
+        for row in layout.layer_parameters(self.plan.source):
+            refuse_non_finite(row, number, layer[row])
+        return layer
+
+    def _read(self, row: Parameter) -> Tensor:
+        tensor = self.reader.tensor(row)
+        refuse_non_finite(row, None, tensor)
+        return tensor.to(self.device)
+
+    def _write(self, row: Parameter, at: int | None, tensor: Tensor) -> None:
+        if self.writer is not None:
+            self.writer.write(row, tensor.to(self.dtype), at)
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return weight.to(self.dtype).float()
+
+    @staticmethod
+    def _zeros(x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(x.shape[-1], y.shape[-1], dtype=torch.float64, device=x.device)
+
+
+def _divisible(gain: Tensor) -> Tensor:
+    """A norm's weights, those near zero moved away from it: solved weights are divided by them."""
+    gain = gain.float()
+    least = 0.05 * gain.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
