@@ -8,9 +8,9 @@ x* the teacher's at the kept channels:
 1. where hidden channels were pruned, ``linear_qkv`` and ``linear_fc1`` are solved so that, on the student's normed
    stream, they give what the teacher's give on its own: ``min |W h - W* h*|^2``;
 2. ``linear_proj`` and ``linear_fc2``, which write to the stream, are solved so that the student's stream *after* them
-   is the teacher's: ``min sum_t w_t |x + W a - x*|^2``, w_t the inverse mean square of x* at that token. Each layer so
-   corrects what the layers before it got wrong. After a layer that dropped layers follow, x* is the stream that leaves
-   the last of these, so that the kept layer stands in for them;
+   is the teacher's: ``min sum_t w_t |x + W a - x*|^2``, w_t the norm of the loss's gradient at that place of the
+   stream. Each layer so corrects what the layers before it got wrong. After a layer that dropped layers follow, x* is
+   the stream that leaves the last of these, so that the kept layer stands in for them;
 3. the final norm is rescaled per channel and an untied output layer is solved like 1.
 
 All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Layers that nothing
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from nemo_minitron import layout, parallel
 from nemo_minitron.decoder import Layer, Rotary, read_layer, rms_norm
 from nemo_minitron.layout import Parameter
-from nemo_minitron.moments import ridge_solve, second_moment, stream_weights
+from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares
 from nemo_minitron.plan import Compensation, Plan
 from nemo_minitron.rewrite import TensorReader, TensorWriter, check_source, kept, refuse_non_finite, rewrite
 
@@ -44,6 +44,7 @@ def compensate(
     reader: TensorReader,
     plan: Plan,
     tokens: Tensor,
+    sensitivity: Tensor,
     writer: TensorWriter | None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -56,6 +57,7 @@ def compensate(
         reader: the source, of ``plan.source``; read once, layer by layer.
         plan: with its ``compensation``.
         tokens: ``[n, s]`` int64, unpadded, this process's calibration samples; all work is done on their device.
+        sensitivity: ``[2L, n, s]`` of these samples, as ``Scores.sensitivity``.
         writer: opened for ``plan.target``; None on processes that only contribute samples.
         dtype: what is stored; the student is carried on in weights rounded to it.
         group: the processes that share the samples.
@@ -71,7 +73,7 @@ def compensate(
     check_source(plan, reader)
     if plan.compensation is None:
         raise ValueError("the plan asks for no compensation")
-    _Walk(reader, plan, tokens, writer, dtype, plan.compensation, group).run(progress)
+    _Walk(reader, plan, tokens, sensitivity, writer, dtype, plan.compensation, group).run(progress)
 
 
 class _Walk:
@@ -82,6 +84,7 @@ class _Walk:
         reader: TensorReader,
         plan: Plan,
         tokens: Tensor,
+        sensitivity: Tensor,
         writer: TensorWriter | None,
         dtype: torch.dtype,
         ridge: Compensation,
@@ -90,6 +93,7 @@ class _Walk:
         self.reader, self.plan, self.writer = reader, plan, writer
         self.dtype, self.ridge, self.group = dtype, ridge, group
         self.device = tokens.device
+        self.sensitivity = sensitivity
         self.hidden = torch.tensor(plan.hidden, device=self.device)
         self.narrower = plan.target.hidden_size < plan.source.hidden_size
         self.changed = self.narrower
@@ -141,7 +145,7 @@ class _Walk:
         for sample in self.samples:
             one = slice(sample, sample + 1)
             inputs[one] = layer.attention(layer.attention_input(self.student[one]), self.rotary)
-        self._solve_writer(layout.PROJ_WEIGHT, student, inputs, middle, self.ridge.attention)
+        self._solve_writer(layout.PROJ_WEIGHT, student, inputs, middle, 2 * number, self.ridge.attention)
         self.student += F.linear(inputs, student[layout.PROJ_WEIGHT.key])
         del inputs
 
@@ -158,7 +162,7 @@ class _Walk:
         inputs = self.student.new_empty(*self.student.shape[:2], layer.shape.ffn_hidden_size)
         for sample in self.samples:
             inputs[sample] = layer.ffn(layer.ffn_input(self.student[sample]))
-        self._solve_writer(layout.FC2_WEIGHT, student, inputs, self.teacher, self.ridge.ffn)
+        self._solve_writer(layout.FC2_WEIGHT, student, inputs, self.teacher, 2 * dropped.stop - 1, self.ridge.ffn)
         self.student += F.linear(inputs, student[layout.FC2_WEIGHT.key])
 
         at = self.plan.position(number)
@@ -171,34 +175,30 @@ class _Walk:
         Solved as if the norm had no weights, which leaves inputs of one scale, and divided by them afterwards.
         """
         norm = layout.QKV_NORM if row is layout.QKV_WEIGHT else layout.FC1_NORM
-        epsilon = self.plan.source.layernorm_epsilon
-        moment, cross = self._zeros(self.student, self.student), self._zeros(self.student, stream)
-        for sample in self.samples:
-            x = rms_norm(self.student[sample], None, epsilon)
-            moment += second_moment(x, x)
-            cross += second_moment(x, rms_norm(stream[sample], None, epsilon))
+        moment, cross = self._normed_moments(stream)
         rows = kept(self.plan, row.axes[0], number)
         weight = teacher[row] if rows is None else teacher[row][rows.to(self.device)]
         folded = weight * teacher[norm]  # [rows, H]
-        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
         solved = ridge_solve(moment, cross @ folded.T.double(), folded[:, self.hidden], self.ridge.read)
         gain = self._rounded(_divisible(student[norm]))
         student.tensors[norm.key].copy_(gain)  # type: ignore[index]
         return self._rounded(solved / gain)
 
     def _solve_writer(
-        self, row: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, ridge: float
+        self, row: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, place: int, ridge: float
     ) -> None:
-        """``linear_proj`` or ``linear_fc2``: the student's stream after it follows the teacher's."""
+        """``linear_proj`` or ``linear_fc2``: the student's stream after it follows the teacher's.
+
+        ``place``: row of the sensitivity that belongs to ``target``.
+        """
         if not self.changed:
             return
-        moment, cross = self._zeros(inputs, inputs), self._zeros(inputs, self.student)
-        for sample in self.samples:
+
+        def parts(sample: int) -> tuple[Tensor, Tensor, Tensor]:
             wanted = target[sample][:, self.hidden]
-            weights = stream_weights(wanted)
-            moment += second_moment(inputs[sample], inputs[sample], weights)
-            cross += second_moment(inputs[sample], wanted - self.student[sample], weights)
-        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+            return inputs[sample], wanted - self.student[sample], self.sensitivity[place, sample]
+
+        moment, cross = self._moments(parts, inputs.shape[-1], self.student.shape[-1])
         student[row.key] = self._rounded(ridge_solve(moment, cross, student[row.key], ridge))
 
     def _head(self) -> None:
@@ -213,12 +213,7 @@ class _Walk:
             if output is not None:
                 self._write(layout.OUTPUT, None, output)
             return
-        moment, cross = self._zeros(self.student, self.student), self._zeros(self.student, self.teacher)
-        for sample in self.samples:
-            x = rms_norm(self.student[sample], None, source.layernorm_epsilon)
-            moment += second_moment(x, x)
-            cross += second_moment(x, rms_norm(self.teacher[sample], None, source.layernorm_epsilon))
-        moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+        moment, cross = self._normed_moments(self.teacher)
         if output is None:
             own = cross[:, self.hidden].diagonal()
             scale = (own / moment.diagonal().clamp_min(torch.finfo(torch.float64).tiny)).float()
@@ -254,9 +249,36 @@ class _Walk:
     def _rounded(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).float()
 
-    @staticmethod
-    def _zeros(x: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros(x.shape[-1], y.shape[-1], dtype=torch.float64, device=x.device)
+    def _normed_moments(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of the student's normed stream, ``[H', H']``, and of it with the teacher's, ``[H', H]``."""
+        epsilon = self.plan.source.layernorm_epsilon
+
+        def parts(sample: int) -> tuple[Tensor, Tensor, None]:
+            return rms_norm(self.student[sample], None, epsilon), rms_norm(stream[sample], None, epsilon), None
+
+        return self._moments(parts, self.student.shape[-1], stream.shape[-1])
+
+    def _moments(
+        self, parts: Callable[[int], tuple[Tensor, Tensor, Tensor | None]], inputs: int, outputs: int
+    ) -> tuple[Tensor, Tensor]:
+        """``sum w x x^T`` and ``sum w x y^T`` over the job's samples, ``parts`` giving x, y and w of one of ours.
+
+        The same bits on every grid: two passes over the samples, the first for the quantum of the second's products.
+        """
+        x_squares, y_squares = (torch.zeros(n, dtype=torch.float64, device=self.device) for n in (inputs, outputs))
+        for sample in self.samples:
+            x, y, weights = parts(sample)
+            x_squares += squares(x, weights)
+            y_squares += squares(y, weights)
+        x_squares, y_squares = (parallel.all_reduce(value, self.group) for value in (x_squares, y_squares))
+        own, other = quantum(x_squares, x_squares), quantum(x_squares, y_squares)
+        moment = torch.zeros(inputs, inputs, dtype=torch.float64, device=self.device)
+        cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=self.device)
+        for sample in self.samples:
+            x, y, weights = parts(sample)
+            moment += second_moment(x, x, weights, own)
+            cross += second_moment(x, y, weights, other)
+        return parallel.all_reduce(moment, self.group), parallel.all_reduce(cross, self.group)
 
 
 def _divisible(gain: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ knows of ranks: moments are additive, so that the caller may add those of severa
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -19,11 +20,12 @@ class SingularMoments(UserWarning):
     """Calibration that does not determine a solution; the caller's fallback is in the message."""
 
 
-def second_moment(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+def second_moment(x: Tensor, y: Tensor, weights: Tensor | None = None, quantum: float = 0.0) -> Tensor:
     """Uncentred ``sum_t w_t x_t y_t^T``.
 
     Args:
         x: ``[…, C]``; y: ``[…, D]``, the same leading sizes. weights: ``[…]``, one per token; None: all 1.
+        quantum: of :func:`quantum`; products are rounded to its multiples, so that their sum does not depend on order.
 
     Returns:
         ``[C, D]`` float64 on the device of ``x``. Adding parts over tokens gives the whole.
@@ -36,8 +38,28 @@ def second_moment(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor
         left = x[some].float()
         if weights is not None:
             left = left * weights[some, None]
-        total += (left.T @ y[some].float()).double()
+        part = (left.T @ y[some].float()).double()
+        total += (part / quantum).round_().mul_(quantum) if quantum else part
     return total
+
+
+def squares(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_t w_t x_t^2`` per channel: ``[…, C]`` → ``[C]`` float64; the diagonal of the second moment."""
+    square = x.float().square()
+    if weights is not None:
+        square = square * weights.float()[..., None]
+    return square.flatten(0, -2).double().sum(dim=0)
+
+
+def quantum(x_squares: Tensor, y_squares: Tensor) -> float:
+    """A power of two to whose multiples products may be rounded so that float64 adds them without any error.
+
+    By Cauchy and Schwarz no partial sum of products exceeds ``sqrt(max(x_squares) max(y_squares))``, the sums of
+    squares of all tokens of the job; 2^51 quanta cover twice that. Sums of moments are then the same bits whatever
+    process saw which sample.
+    """
+    bound = math.sqrt(float(x_squares.max()) * float(y_squares.max()))
+    return 2.0 ** (math.ceil(math.log2(bound)) - 50) if bound > 0 and math.isfinite(bound) else 0.0
 
 
 def ridge_solve(moment: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:

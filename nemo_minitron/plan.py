@@ -64,7 +64,7 @@ class Compensation:
 
     tokens: str
     ffn: float = 0.3
-    attention: float = 1.0
+    attention: float = 0.5
     read: float = 0.03
 
 

@@ -73,7 +73,9 @@ class Scores:
             such as rms times downstream column norm.
         ranks: ``ffn_rank``, ``heads_rank``, ``groups_rank``, ``hidden_rank``, sized like their namesakes: worth once
             the others have been re-solved (:mod:`nemo_minitron.importance.reconstruction`); empty if not measured.
-        tokens: ``[n, s]`` int32, the calibration samples that ``ranks`` come from and compensation works with.
+        tokens: ``[n, s]`` int32, the calibration samples that ``ranks`` come from and compensation works with;
+            sensitivity: ``[2L, n, s]`` float32, how much an error in the residual stream matters at each of them, after
+            the attention and after the FFN of each layer. Both or neither.
 
     Raises:
         MinitronError: from the constructor, where an array has the wrong size or holds a NaN or infinity.
@@ -96,6 +98,7 @@ class Scores:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     ranks: Mapping[str, np.ndarray] = field(default_factory=dict)
     tokens: np.ndarray | None = None
+    sensitivity: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, size in array_sizes(self.shape).items():
@@ -115,6 +118,10 @@ class Scores:
                 )
             tokens.setflags(write=False)
             object.__setattr__(self, "tokens", tokens)
+            size = (2 * self.shape.num_layers, *tokens.shape)
+            weights = _checked("sensitivity", self.sensitivity, size).astype(np.float32)
+            weights.setflags(write=False)
+            object.__setattr__(self, "sensitivity", weights)
 
     def ranked_by(self, ranking: str) -> SimpleNamespace:
         """The arrays that planning reads (``nemo_minitron.plan.ScoreArrays``), worth being what ``ranking`` says.
@@ -151,6 +158,7 @@ class Scores:
             digest.update(np.ascontiguousarray(self.ranks[name]).astype("<f8").tobytes())
         if self.tokens is not None:
             digest.update(f"tokens {self.tokens_fingerprint()}".encode())
+            digest.update(np.ascontiguousarray(self.sensitivity).astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check_matches(self, source_fingerprint: str, shape: ModelShape) -> None:
@@ -179,7 +187,7 @@ class Scores:
         folder = Path(folder)
         arrays = {name: getattr(self, name) for name in array_sizes(self.shape)} | dict(self.ranks)
         if self.tokens is not None:
-            arrays["tokens"] = self.tokens
+            arrays |= {"tokens": self.tokens, "sensitivity": self.sensitivity}  # type: ignore[dict-item]
         np.savez(folder / NPZ, **arrays)
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
         (folder / JSON).write_text(json.dumps(metadata, indent=2) + "\n")
@@ -204,6 +212,8 @@ class Scores:
                 present = {member.removesuffix(".npy") for member in arrays.zip.namelist()}
                 ranks = {n: _bounded(arrays, n, size, path) for n, size in rank_sizes(shape).items() if n in present}
                 tokens = _bounded(arrays, "tokens", (_MOST_TOKENS,), path) if "tokens" in present else None
+                weights = None if tokens is None else (2 * shape.num_layers, *tokens.shape)
+                sensitivity = None if weights is None else _bounded(arrays, "sensitivity", weights, path)
             scores = cls(
                 shape=shape,
                 source_fingerprint=str(metadata["source_fingerprint"]),
@@ -211,6 +221,7 @@ class Scores:
                 calibration=metadata["calibration"],
                 ranks=ranks,
                 tokens=tokens,
+                sensitivity=sensitivity,
                 **values,
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:

@@ -53,7 +53,7 @@ def rank_by_reconstruction(
     *,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Worth of every unit by what is lost without it after re-solving the rest.
 
     Args:
@@ -66,7 +66,9 @@ def rank_by_reconstruction(
         float64 arrays as :class:`nemo_minitron.scores.Scores` names and sizes them: ``ffn_rank [L, F]``,
         ``heads_rank [L, A]``, ``groups_rank [L, G]`` (places in the elimination of that layer, larger is worth more)
         and ``hidden_rank [H]`` (energy of a channel of the residual stream relative to the token's mean square, summed
-        over all depths and tokens: better than norm outputs, and than Fisher-weighted energy, in our measurements).
+        over all depths and tokens: better than norm outputs, and than Fisher-weighted energy, in our measurements);
+        and ``sensitivity [2L, n, s]`` float32 of these samples: the norm of the gradient of the residual stream after
+        the attention and after the FFN of each layer, which is how much an error there matters to the loss.
 
     Raises:
         MinitronError: a loss that is not finite.
@@ -80,12 +82,14 @@ def rank_by_reconstruction(
         "groups_rank": np.zeros((shape.num_layers, shape.num_query_groups)),
         "hidden_rank": np.zeros(shape.hidden_size),
     }
+    sensitivity = np.zeros((2 * shape.num_layers, *tokens.shape), dtype=np.float32)
     with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
         streams = _forward(reader, tokens, rotary, Path(folder) / "streams", progress)
         gradient = _head_gradient(reader, streams[-1], tokens)
         for layer in reversed(range(shape.num_layers)):
             weights = read_layer(reader, layer, device)
-            gradient, moments = _backward(weights, streams[layer], gradient, rotary)
+            slopes = sensitivity[2 * layer : 2 * layer + 2]
+            gradient, moments = _backward(weights, streams[layer], gradient, rotary, slopes)
             moments = moments.reduced(group)
             fc2, proj = (weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT))
             head, r = shape.kv_channels, shape.heads_per_group
@@ -96,7 +100,17 @@ def rank_by_reconstruction(
             arrays["groups_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=r * head)
             arrays["hidden_rank"] += moments.energy.numpy()
             progress(1)
-    return arrays
+    return arrays, sensitivity
+
+
+def clipped(sensitivity: np.ndarray) -> np.ndarray:
+    """``sensitivity [2L, n, s]`` of all samples with the largest thousandth of each row cut to what bounds it.
+
+    Gradients have a long tail; one token of a hundred times the mean would decide a regression.
+    """
+    flat = sensitivity.reshape(len(sensitivity), -1)
+    bound = np.quantile(flat, 0.999, axis=1).astype(sensitivity.dtype)
+    return np.minimum(flat, bound[:, None]).reshape(sensitivity.shape)
 
 
 def _forward(
@@ -142,10 +156,13 @@ def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor
     return gradient
 
 
-def _backward(weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary) -> tuple[Tensor, _Moments]:
+def _backward(
+    weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary, slopes: np.ndarray
+) -> tuple[Tensor, _Moments]:
     """Through one layer, sample by sample: gradient at its input, and its moments.
 
-    ``x [n, s, H]`` enters the layer; ``gradient [n, s, H]`` belongs to the stream that leaves it.
+    ``x [n, s, H]`` enters the layer; ``gradient [n, s, H]`` belongs to the stream that leaves it. ``slopes [2, n, s]``
+    receives the gradient's norms after the attention and after the FFN.
     """
     shape, device = weights.shape, rotary.cos.device
     sizes = (shape.ffn_hidden_size, shape.proj_columns, shape.hidden_size, shape.hidden_size)
@@ -165,6 +182,8 @@ def _backward(weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary) -> tu
         before[one] = at_entering.cpu()
         ffn += second_moment(neurons.detach(), neurons.detach(), stream_weights(leaving.detach()))
         proj += second_moment(inner.detach(), inner.detach(), stream_weights(middle.detach()))
+        for row, slope in enumerate((at_middle, at_leaving)):
+            slopes[row, sample] = slope[0].norm(dim=-1).cpu().numpy()
         ffn_metric += second_moment(at_leaving, at_leaving)
         proj_metric += second_moment(at_middle, at_middle)
         for stream in (middle.detach(), leaving.detach()):

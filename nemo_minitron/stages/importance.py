@@ -82,7 +82,7 @@ def measure_and_save(
             _check_grid(calibration, blocks, model)
             arrays, counts = _measure(source, reader.shape, blocks, calibration, {**model}, trainer)
             kept = blocks[: max(1, calibration.reconstruction_tokens // length)] if calibration.reconstruction else None
-            ranks = {} if kept is None else _rank(reader, kept)
+            ranks, sensitivity = ({}, None) if kept is None else _rank(reader, kept)
             scores = Scores(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
@@ -97,6 +97,7 @@ def measure_and_save(
                 },
                 ranks=ranks,
                 tokens=None if kept is None else kept.numpy(),
+                sensitivity=sensitivity,
                 **arrays,
             )
         if staging is not None:
@@ -112,18 +113,24 @@ def measure_and_save(
     return scores
 
 
-def _rank(reader: NemoReader, tokens: Tensor) -> dict[str, Any]:
-    """Ranks by reconstruction; all processes of the job share the samples, whatever their grid."""
+def _rank(reader: NemoReader, tokens: Tensor) -> tuple[dict[str, Any], Any]:
+    """Ranks by reconstruction and sensitivity; all processes of the job share the samples, whatever their grid."""
+    import torch
     from tqdm import tqdm
 
     from nemo_minitron import parallel, runtime
-    from nemo_minitron.importance.reconstruction import rank_by_reconstruction
+    from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
 
     world = parallel.world()
     quiet = None if runtime.rank() == 0 else True
     with tqdm(total=2 * reader.shape.num_layers, desc="ranks", unit="layer", disable=quiet) as bar:
-        share = tokens[runtime.rank() :: parallel.size(world)].to(runtime.device())
-        return rank_by_reconstruction(reader, share, group=world, progress=bar.update)
+        mine = slice(runtime.rank(), None, parallel.size(world))
+        ranks, part = rank_by_reconstruction(
+            reader, tokens[mine].to(runtime.device()), group=world, progress=bar.update
+        )
+    whole = torch.zeros(len(part), *tokens.shape, device=runtime.device())
+    whole[:, mine] = torch.from_numpy(part).to(whole)
+    return ranks, clipped(parallel.all_reduce(whole, world).cpu().numpy())
 
 
 def _seq_length(calibration: Calibration, reader: NemoReader) -> int:

@@ -212,7 +212,9 @@ def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Sco
         runtime.init_distributed()
     world = parallel.world()
     tokens = torch.from_numpy(scores.tokens.astype("int64"))  # type: ignore[union-attr]
-    share = tokens[runtime.rank() :: parallel.size(world)].to(runtime.device())
+    sensitivity = torch.tensor(scores.sensitivity)
+    mine = slice(runtime.rank(), None, parallel.size(world))
+    share, weights = tokens[mine].to(runtime.device()), sensitivity[:, mine].to(runtime.device())
     quiet = None if runtime.rank() == 0 else True
     with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=quiet) as bar:
-        compensate(reader, plan, share, writer, dtype=reader.dtype, group=world, progress=bar.update)
+        compensate(reader, plan, share, weights, writer, dtype=reader.dtype, group=world, progress=bar.update)
