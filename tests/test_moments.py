@@ -1,6 +1,7 @@
 """Moments, ridge regression and elimination against dense float64 linear algebra."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from nemo_minitron.moments import (
     SingularMoments,
     elimination_order,
     metric_root,
+    quantum,
     ridge_solve,
     second_moment,
+    squares,
     stream_weights,
 )
 
@@ -31,6 +34,25 @@ def test_second_moment_is_the_weighted_sum_and_additive():
     parts = second_moment(x[:4000], y[:4000]) + second_moment(x[4000:], y[4000:])
     torch.testing.assert_close(parts, x.T @ y, rtol=1e-5, atol=1e-4 * float((x.T @ y).abs().max()))
     assert second_moment(x[:0], y[:0]).abs().sum() == 0
+
+
+def test_rounded_products_add_up_to_the_same_bits_in_any_order():
+    x, y = activations(4000, 9) * torch.logspace(-6, 3, 9), activations(4000, 5, seed=1)
+    weights = torch.rand(4000)
+    step = quantum(squares(x, weights), squares(y, weights))
+    sums = []
+    for seed in range(5):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        total = torch.zeros(9, 5, dtype=torch.float64)
+        for part in order.tolist():
+            some = slice(100 * part, 100 * part + 100)
+            total += second_moment(x[some], y[some], weights[some], step)
+        sums.append(total)
+    for other in sums[1:]:
+        assert torch.equal(other, sums[0])
+    exact = second_moment(x, y, weights)
+    assert float((sums[0] - exact).abs().max()) < 1e-6 * float(exact.abs().max())
+    assert math.log2(step).is_integer() and quantum(torch.zeros(3), torch.ones(3)) == 0
 
 
 def test_ridge_solution_is_that_of_the_stacked_least_squares():
