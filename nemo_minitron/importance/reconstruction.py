@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from nemo_minitron import layout, parallel
 from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.moments import elimination_order, metric_root, second_moment, stream_weights
+from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, second_moment, stream_weights
 
 RIDGE = 0.03
 """Of the elimination: small calibration sets make some units look replaceable that are not."""
@@ -166,7 +166,7 @@ def _backward(
     """
     shape, device = weights.shape, rotary.cos.device
     sizes = (shape.ffn_hidden_size, shape.proj_columns, shape.hidden_size, shape.hidden_size)
-    ffn, proj, ffn_metric, proj_metric = (torch.zeros(n, n, dtype=torch.float64, device=device) for n in sizes)
+    ffn, proj, ffn_metric, proj_metric = (_Gathered(size, device) for size in sizes)
     energy = torch.zeros(shape.hidden_size, dtype=torch.float64, device=device)
     before = torch.empty_like(gradient)
     for sample in range(len(x)):
@@ -180,12 +180,34 @@ def _backward(
             at_leaving = gradient[one].to(device)
             at_entering, at_middle = torch.autograd.grad(leaving, (entering, middle), at_leaving)
         before[one] = at_entering.cpu()
-        ffn += second_moment(neurons.detach(), neurons.detach(), stream_weights(leaving.detach()))
-        proj += second_moment(inner.detach(), inner.detach(), stream_weights(middle.detach()))
+        ffn.add(neurons.detach() * stream_weights(leaving.detach()).sqrt()[..., None])
+        proj.add(inner.detach() * stream_weights(middle.detach()).sqrt()[..., None])
         for row, slope in enumerate((at_middle, at_leaving)):
             slopes[row, sample] = slope[0].norm(dim=-1).cpu().numpy()
-        ffn_metric += second_moment(at_leaving, at_leaving)
-        proj_metric += second_moment(at_middle, at_middle)
+        ffn_metric.add(at_leaving)
+        proj_metric.add(at_middle)
         for stream in (middle.detach(), leaving.detach()):
             energy += (stream.square() * stream_weights(stream)[..., None]).double().sum(dim=(0, 1))
-    return before, _Moments(ffn, proj, ffn_metric, proj_metric, energy)
+    return before, _Moments(ffn.total(), proj.total(), ffn_metric.total(), proj_metric.total(), energy)
+
+
+class _Gathered:
+    """Second moment of activations that come a sample at a time; adding a large float64 matrix for each is slow."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._waiting: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """``[1, s, C]``, kept until there are enough."""
+        self._waiting.append(x[0])
+        if sum(map(len, self._waiting)) >= TOKENS_AT_ONCE:
+            self.total()
+
+    def total(self) -> Tensor:
+        """``[C, C]`` of all that was added."""
+        if self._waiting:
+            x = torch.cat(self._waiting)
+            self._sum += second_moment(x, x)
+            self._waiting.clear()
+        return self._sum
