@@ -17,16 +17,23 @@ import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive, read_member
-from nemo_minitron.checkpoint.distcp import DistcpWriter, Stored, read_index, read_tensor, stored_bytes
-from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.distcp import (
+    STORAGE_DTYPES,
+    DistcpWriter,
+    Stored,
+    read_index,
+    read_tensor,
+    stored_bytes,
+)
+from nemo_minitron.checkpoint.nemo_config import check_config, shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.staging import DISK_FULL
+from nemo_minitron.checkpoint.text import JSON_LIMIT, YAML_LIMIT, parse_json, parse_yaml
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"
-_CONFIG_LIMIT = 64 << 20
 _PREFIXES = ("model.", "model.module.")
 
 
@@ -81,7 +88,7 @@ class NemoReader:
         try:
             self.config = self._read_config()
             self._index = self._model_tensors()
-            rows = self._stored(EMBEDDING, None)[1].size[0]
+            rows = (*self._stored(EMBEDDING, None)[1].size, 0)[0]
             self.shape = shape_from_nemo(self.config, rows, where=f"{self.path}: {CONFIG}")
             self.dtype = self._check_sizes()
         except BaseException:
@@ -90,22 +97,11 @@ class NemoReader:
         self._fingerprint: str | None = None
 
     def _read_config(self) -> dict[str, Any]:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
         if CONFIG not in self._archive.names():
             raise MinitronError(f"{self.path}: expected the member {CONFIG}, found none")
-        text = read_member(self._archive, CONFIG, _CONFIG_LIMIT)
-        try:
-            config = OmegaConf.create(text.decode())
-            # Resolving `oc.env` of an untrusted file would copy the environment into what we write.
-            loaded = OmegaConf.to_container(config, resolve=b"${oc." not in text)
-        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise MinitronError(f"{self.path}: expected YAML in {CONFIG}, found: {error}") from None
-        if not isinstance(loaded, dict):
-            raise MinitronError(f"{self.path}: expected a mapping in {CONFIG}, found {type(loaded).__name__}")
-        return {str(key): value for key, value in loaded.items()}
+        config = parse_yaml(read_member(self._archive, CONFIG, YAML_LIMIT), f"{self.path}: {CONFIG}")
+        check_config(config, self._archive.names(), f"{self.path}: {CONFIG}")
+        return config
 
     def _model_tensors(self) -> dict[str, tuple[str, Stored]]:
         """Stored tensors by canonical key, whatever prefix they were saved under."""
@@ -132,6 +128,10 @@ class NemoReader:
             expected = ((self.shape.num_layers,) if stacked else ()) + parameter.size(self.shape)
             if stored.size != expected:
                 raise MinitronError(f"{self.path}: tensor '{key}' must have the size {expected}, found {stored.size}")
+            if stored.dtype not in STORAGE_DTYPES:
+                raise MinitronError(
+                    f"{self.path}: tensor '{key}' must be float32, bfloat16 or float16, found {stored.dtype}"
+                )
             dtype = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
         assert dtype is not None
         return dtype
@@ -171,10 +171,7 @@ class NemoReader:
         """The sidecar's digests by tensor name; None where the file carries none (NeMo wrote it)."""
         if CHECKSUMS not in self._archive.names():
             return None
-        try:
-            return dict(json.loads(read_member(self._archive, CHECKSUMS, _CONFIG_LIMIT)))
-        except (ValueError, TypeError):
-            raise MinitronError(f"{self.path}: expected JSON in {CHECKSUMS}, found something else") from None
+        return parse_json(read_member(self._archive, CHECKSUMS, JSON_LIMIT), f"{self.path}: {CHECKSUMS}")
 
     def tokenizer_folder(self) -> Path | None:
         """Folder of the HF tokenizer: ``tokenizer.type`` if it is a folder here, else the packed files, else None."""
