@@ -12,7 +12,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
@@ -21,7 +21,7 @@ from nemo_minitron.checkpoint.tar import BLOCK, MAX_MEMBERS, read_members
 from nemo_minitron.errors import MinitronError
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_GZIP_RATIO, _GZIP_FREE = 64, 1 << 30
+_GZIP_RATIO, _GZIP_FLOOR, _DISK_FREE = 64, 64 << 20, 1 << 30
 
 
 class Archive:
@@ -137,7 +137,7 @@ def _folder_members(path: Path) -> dict[str, tuple[Path, int, int]]:
 
 def _expand(path: Path, packed: IO[bytes]) -> IO[bytes]:
     """Gunzip into a temporary file: at most 64 times the packed size, never the last gigabyte of the disk."""
-    room = max(_GZIP_FREE, _GZIP_RATIO * path.stat().st_size)
+    room = max(_GZIP_FLOOR, _GZIP_RATIO * path.stat().st_size)
     plain = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115  # owned by the archive, closed with it
     try:
         packed.seek(0)
@@ -152,10 +152,10 @@ def _expand(path: Path, packed: IO[bytes]) -> IO[bytes]:
                 data = decoder.unused_data.lstrip(b"\0") if ended else decoder.unconsumed_tail
                 if plain.tell() > room:
                     raise MinitronError(
-                        f"{path}: expected a gzip of at most {room} bytes (1 GiB, or {_GZIP_RATIO} times its size), "
+                        f"{path}: expected a gzip of at most {room} bytes ({_GZIP_RATIO} times its size), "
                         "found more; gunzip it if you trust it"
                     )
-                if shutil.disk_usage(tempfile.gettempdir()).free < _GZIP_FREE:
+                if shutil.disk_usage(tempfile.gettempdir()).free < _DISK_FREE:
                     raise MinitronError(
                         f"{path}: expected room to unpack this gzip in {tempfile.gettempdir()}, found less than 1 GiB "
                         "left; set TMPDIR or gunzip it"
@@ -179,14 +179,17 @@ class ArchiveWriter:
     The tar has NeMo's own member names (``./name``), and no times or owners, so that equal content gives equal
     bytes. Sizes need not be known beforehand: a header is written empty and patched when its member ends (base-256
     sizes beyond 8 GiB, as GNU tar).
+
+    Args:
+        room: bytes to come, for which there must be room.
     """
 
     _PATTERNS = ("model_config.yaml", "model_weights", "minitron", "*_tokenizer.*", "*.model")
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, room: int = 0) -> None:
         path = Path(path)
         self.packed = path.suffix in (".nemo", ".tar")
-        self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS)
+        self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS, room=room)
         self._tar: IO[bytes] | None = self._staging.path.open("wb") if self.packed else None
 
     @contextmanager
@@ -215,20 +218,24 @@ class ArchiveWriter:
         with self.member(name) as file:
             file.write(data)
 
-    def commit(self) -> None:
-        """End the archive, flush it to disk and rename it into place."""
-        if self._tar is not None:
+    def end(self) -> Path:
+        """End the archive; return where it stands until :meth:`commit`."""
+        if self._tar is not None and not self._tar.closed:
             self._tar.write(b"\0" * (2 * BLOCK))
             self._tar.write(b"\0" * (-self._tar.tell() % tarfile.RECORDSIZE))
-            self._tar.flush()
-            os.fsync(self._tar.fileno())
             self._tar.close()
+        return self._staging.path
+
+    def commit(self) -> None:
+        """End the archive, flush it to disk and rename it into place."""
+        self.end()
         self._staging.commit()
 
     def abort(self) -> None:
         """Leave no trace."""
         if self._tar is not None:
-            self._tar.close()
+            with suppress(OSError):  # what is still to be flushed may not fit either
+                self._tar.close()
         self._staging.abort()
 
 

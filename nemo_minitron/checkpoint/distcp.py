@@ -120,12 +120,20 @@ def _check_unread(archive: Archive, objects: Mapping[str, tuple[str, int, int]],
     """Refuse code in what is not read here, but would be by NeMo."""
     for name in archive.names():
         if name.startswith(WEIGHTS) and name.endswith(".pt"):
-            _check_names(lambda start, size, name=name: archive.read(name, start, size), archive.size(name), where, name)
+            _check_names(_reader(archive, name, 0, archive.size(name)), archive.size(name), where, name)
     for key, (name, offset, length) in objects.items():
-        _check_names(
-            lambda start, size, name=name, offset=offset: archive.read(name, offset + start, size),
-            length, where, f"{name}' with '{key}",
-        )  # fmt: skip
+        _check_names(_reader(archive, name, offset, length), length, where, f"{name}' with '{key}")
+
+
+def _reader(archive: Archive, member: str, offset: int, length: int) -> Read:
+    """Bytes of one record of a member."""
+
+    def read(start: int, size: int) -> bytes:
+        if not 0 <= start <= start + size <= length:
+            raise RecordError(f"expected bytes {start}..{start + size} in it, found {length}")
+        return archive.read(member, offset + start, size)
+
+    return read
 
 
 def _check_names(read: Read, length: int, where: str, member: str) -> None:
@@ -147,7 +155,9 @@ def _check_format(archive: Archive, names: set[str], where: str) -> None:
         raise MinitronError(f"{where}: expected the member {WEIGHTS}, found none")
     backend = "torch_dist" if f"{WEIGHTS}.metadata" in names else "zarr"
     if f"{WEIGHTS}metadata.json" in names:
-        described = parse_json(read_member(archive, f"{WEIGHTS}metadata.json", 1 << 20), f"{where}: {WEIGHTS}metadata.json")
+        described = parse_json(
+            read_member(archive, f"{WEIGHTS}metadata.json", 1 << 20), f"{where}: {WEIGHTS}metadata.json"
+        )
         backend = str(described.get("sharded_backend", backend))
     if backend != "torch_dist":
         raise MinitronError(
@@ -167,10 +177,9 @@ def _index(metadata: Any, archive: Archive) -> tuple[dict[str, Stored], dict[str
         member, start, length = f"{WEIGHTS}{info.relative_path}", int(info.offset), int(info.length)
         if member not in names:
             raise ValueError(f"no member '{member}' for {index.fqn}")
-        if start < 0 or length < 0 or start + length > archive.size(member):
-            raise ValueError(
-                f"bytes {start}..{start + length} of member '{member}', which has {archive.size(member)}, for {index.fqn}"
-            )
+        size = archive.size(member)
+        if start < 0 or length < 0 or start + length > size:
+            raise ValueError(f"bytes {start}..{start + length} of member '{member}', which has {size}, for {index.fqn}")
         if getattr(index, "offset", None) is not None:  # absent for objects
             places[str(index.fqn), _numbers(index.offset)] = (member, start, length)
         else:
@@ -255,13 +264,8 @@ def _zip(chunk: Chunk, window: tuple[slice, ...]) -> Iterator[tuple[int, int, sl
 def _record(archive: Archive, key: str, stored: Stored, chunk: Chunk) -> torch.Tensor:
     """One ``torch.save`` record, its sizes checked before anything is allocated."""
 
-    def read(start: int, size: int) -> bytes:
-        if start < 0 or start + size > chunk.length:
-            raise RecordError(f"expected bytes {start}..{start + size} in it, found {chunk.length}")
-        return archive.read(chunk.member, chunk.start + start, size)
-
     try:
-        view = describe(read, chunk.length)
+        view = describe(_reader(archive, chunk.member, chunk.start, chunk.length), chunk.length)
         if (view.size, view.dtype) != (chunk.sizes, stored.dtype):
             raise RecordError(f"expected {chunk.sizes} {stored.dtype}, found {view.size} {view.dtype}")
     except RecordError as error:

@@ -6,8 +6,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -199,7 +199,9 @@ class SafetensorsFolder:
         if size < 8 or length > size - 8:
             raise MinitronError(f"{path}: expected a safetensors header, found a truncated or foreign file")
         if length > _HEADER_LIMIT:
-            raise MinitronError(f"{path}: expected a safetensors header of at most {_HEADER_LIMIT} bytes, found {length}")
+            raise MinitronError(
+                f"{path}: expected a safetensors header of at most {_HEADER_LIMIT} bytes, found {length}"
+            )
         header = parse_json(stream.read(length), f"{path}: safetensors header")
         header.pop("__metadata__", None)
         for name in sorted(names - set(header)) if names is not None else ():
@@ -266,6 +268,7 @@ class HfWriter:
         generation_config: written as it is; not written when None.
         tokenizer: folder whose tokenizer files are copied.
         max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
+        check: called with the path of the finished folder before it is renamed into place.
     """
 
     _PATTERNS = (
@@ -287,13 +290,16 @@ class HfWriter:
         generation_config: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         max_shard_size: int | str = "5GB",
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(folder), shape, dtype
         self._config = hf_config_from_shape(shape, dtype, hf_config)
         self._generation, self._tokenizer = generation_config, tokenizer
         self._shards = _plan_shards(shape, dtype, parse_size(max_shard_size))
+        self._check = check
         self._written: set[str] = set()
-        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS)
+        room = shape.num_parameters() * dtype.itemsize
+        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS, room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         try:
@@ -356,10 +362,13 @@ class HfWriter:
             total = sum(math.prod(size) for names in self._shards for size in names.values()) * self.dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             write_json(folder / "model.safetensors.index.json", index)
+        if self._check is not None:
+            self._check(folder)
         self._staging.commit()
 
     def _abort(self) -> None:
-        self._stack.close()
+        with suppress(OSError):  # what is still to be flushed may not fit either
+            self._stack.close()
         self._staging.abort()
 
     def __enter__(self) -> HfWriter:
@@ -368,16 +377,15 @@ class HfWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            try:
+        try:
+            if kind is None:
                 self._finish()
                 return
-            except BaseException as problem:
-                error = problem
-                raise
-            finally:
-                if error is not None:
-                    self._abort()
+        except BaseException as problem:
+            self._abort()
+            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
+                raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
+            raise
         self._abort()
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from nemo_minitron.checkpoint.distcp import (
 )
 from nemo_minitron.checkpoint.nemo_config import check_config, shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.staging import DISK_FULL
-from nemo_minitron.checkpoint.text import JSON_LIMIT, YAML_LIMIT, parse_json, parse_yaml
+from nemo_minitron.checkpoint.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
@@ -212,10 +212,16 @@ def verify(path: str | Path) -> None:
         if expected is None:
             raise MinitronError(f"{path}: expected checksums in {CHECKSUMS}, found none (not written by minitron)")
         for parameter, layer in each_tensor(reader.shape):
-            name = tensor_name(parameter, layer)
-            found = tensor_digest(reader.tensor(parameter, layer))
-            if expected.get(name) != found:
-                raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
+            check_digest(path, expected, parameter, layer, reader.tensor(parameter, layer))
+
+
+def check_digest(
+    path: str | Path, expected: Mapping[str, str], parameter: Parameter, layer: int | None, tensor: torch.Tensor
+) -> None:
+    """Compare one tensor with what its file's sidecar says of it."""
+    name, found = tensor_name(parameter, layer), tensor_digest(tensor)
+    if expected.get(name) != found:
+        raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
 
 
 class NemoWriter:
@@ -229,6 +235,7 @@ class NemoWriter:
         config: NeMo model config; the keys of the shape and the precision are brought into line with what is written.
         tokenizer: HF tokenizer folder to pack.
         extra_members: small members to add, by name; under ``minitron/`` NeMo ignores them.
+        check: called with the path of the finished file before it is renamed into place.
 
     Raises:
         MinitronError: the destination cannot be written (before any work); a tensor of the wrong size, written twice,
@@ -244,14 +251,18 @@ class NemoWriter:
         *,
         tokenizer: Path | None = None,
         extra_members: Mapping[str, bytes] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(path), shape, dtype
         self.config = with_precision(update_shape(_plain(config), shape), dtype)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
+        self._check = check
         self._digests: dict[str, str] = {}
-        self._archive = ArchiveWriter(path)
+        self._archive = ArchiveWriter(path, shape.num_parameters(padded=True) * dtype.itemsize)
         try:
-            self._archive.add(CONFIG, _yaml(self.config))
+            text = _yaml(self.config)
+            check_yaml(text, f"{self.path}: {CONFIG}")  # what could not be read again must not be written
+            self._archive.add(CONFIG, text)
             self._weights = DistcpWriter(self._archive)
         except BaseException:
             self._archive.abort()
@@ -294,6 +305,9 @@ class NemoWriter:
         self._archive.add(CHECKSUMS, json.dumps(self._digests, indent=1).encode())
         for name, data in self._extra.items():
             self._archive.add(name, data)
+        finished = self._archive.end()
+        if self._check is not None:
+            self._check(finished)
         self._archive.commit()
 
     def __enter__(self) -> NemoWriter:

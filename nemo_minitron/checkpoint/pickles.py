@@ -5,18 +5,19 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 from typing import Any
 
 import torch
 
 _MAX_TUPLE_DEPTH = 16
-_OPCODES = (
-    "PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 BINFLOAT "
-    "UNICODE BINUNICODE BINUNICODE8 SHORT_BINUNICODE BINBYTES BINBYTES8 SHORT_BINBYTES BINSTRING SHORT_BINSTRING STRING "
-    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS "
-    "EMPTY_SET ADDITEMS FROZENSET "
-    "GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD NEWOBJ NEWOBJ_EX BINPERSID"
-).split()
+_OPCODES = """
+    PROTO FRAME MARK STOP POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    BINFLOAT UNICODE BINUNICODE BINUNICODE8 SHORT_BINUNICODE BINBYTES BINBYTES8 SHORT_BINBYTES BINSTRING
+    SHORT_BINSTRING STRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+    SETITEM SETITEMS EMPTY_SET ADDITEMS FROZENSET GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL
+    STACK_GLOBAL REDUCE BUILD NEWOBJ NEWOBJ_EX BINPERSID
+"""
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
@@ -87,12 +88,13 @@ class InertUnpickler(_Base):
             RecursionError,
             TypeError,
             ValueError,
+            struct.error,
         ) as error:
             raise pickle.UnpicklingError(f"damaged: {' '.join(str(error).split())[:200]}") from None
 
     def _measure_tuple(self) -> None:
         made = self.stack[-1]
-        depth = 1 + max((self._depths.get(id(item), (0,))[0] for item in made if isinstance(item, tuple)), default=0)
+        depth = 1 + max((self._depths.get(id(item), (1,))[0] for item in made if isinstance(item, tuple)), default=0)
         if depth > _MAX_TUPLE_DEPTH:
             raise pickle.UnpicklingError(f"tuples must nest at most {_MAX_TUPLE_DEPTH} deep")
         if depth > 1:
@@ -109,7 +111,7 @@ def _measured(load: Any) -> Any:
 
 def _dispatch() -> dict[int, Any]:
     code_of = {opcode.name: ord(opcode.code) for opcode in pickletools.opcodes}
-    table = {code_of[name]: _Base.dispatch[code_of[name]] for name in _OPCODES}
+    table = {code_of[name]: _Base.dispatch[code_of[name]] for name in _OPCODES.split()}
     for name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
         table[code_of[name]] = _measured(table[code_of[name]])
     return table

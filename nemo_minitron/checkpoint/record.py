@@ -24,7 +24,7 @@ _CENTRAL, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 Read = Callable[[int, int], bytes]
-"""``read(start, size)``: bytes of the record, whose bounds the reader checks."""
+"""``read(start, size)``: bytes of the record; a :class:`RecordError` outside of its bounds."""
 
 
 class RecordError(Exception):

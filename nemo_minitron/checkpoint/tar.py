@@ -14,7 +14,7 @@ from typing import IO
 from nemo_minitron.errors import MinitronError
 
 BLOCK = tarfile.BLOCKSIZE
-MAX_MEMBERS = 100_000
+MAX_MEMBERS = 20_000
 _MAX_EXTENSION = 1 << 16  # bytes of a long name or of pax records
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 

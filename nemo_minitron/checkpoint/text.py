@@ -9,7 +9,7 @@ from nemo_minitron.errors import MinitronError
 
 YAML_LIMIT = 1 << 20
 JSON_LIMIT = 32 << 20
-_MAX_EVENTS, _MAX_DEPTH, _MAX_NUMBER = 50_000, 64, 400
+_MAX_EVENTS, _MAX_DEPTH, _MAX_NUMBER = 20_000, 64, 400
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -52,17 +52,26 @@ def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    if len(data) > YAML_LIMIT:
-        raise MinitronError(f"{where}: expected at most {YAML_LIMIT} bytes of YAML, found {len(data)}")
+    check_yaml(data, where)
     try:
-        text = data.decode("utf-8")
-        _check_events(text)
-        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        content = OmegaConf.to_container(OmegaConf.create(data.decode("utf-8")), resolve=False)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise MinitronError(f"{where}: expected YAML of plain values, found: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise MinitronError(f"{where}: expected a mapping, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
+
+
+def check_yaml(data: bytes, where: str) -> None:
+    """The checks of :func:`parse_yaml` that need no object: for what is about to be written, too."""
+    from yaml import YAMLError
+
+    if len(data) > YAML_LIMIT:
+        raise MinitronError(f"{where}: expected at most {YAML_LIMIT} bytes of YAML, found {len(data)}")
+    try:
+        _check_events(data.decode("utf-8"))
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise MinitronError(f"{where}: expected YAML of plain values, found: {one_line(error)}") from None
 
 
 def _check_events(text: str) -> None:
@@ -72,13 +81,16 @@ def _check_events(text: str) -> None:
     for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         if count > _MAX_EVENTS:
             raise ValueError(f"more than {_MAX_EVENTS} values")
+        if count == 2 and isinstance(event, yaml.ScalarEvent):
+            raise ValueError("a single value")
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"an alias, *{event.anchor}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise ValueError(f"values nested more than {_MAX_DEPTH} deep")
-        if getattr(event, "tag", None) not in (None, "!", *_TAGS):
-            raise ValueError(f"the tag {event.tag}")
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", *_TAGS):
+            raise ValueError(f"the tag {tag}")
         if isinstance(event, yaml.ScalarEvent):
             if "${" in event.value:
                 raise ValueError(f"the interpolation {event.value[:80]!r}")

@@ -64,7 +64,9 @@ def tokenizer_size(folder: Path) -> int:
     try:
         return len(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
     except Exception as error:  # what a hostile file makes of foreign code, tokenizers' bare Exception among it
-        raise MinitronError(f"{folder}: expected a tokenizer that transformers loads, found: {one_line(error)}") from None
+        raise MinitronError(
+            f"{folder}: expected a tokenizer that transformers loads, found: {one_line(error)}"
+        ) from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
