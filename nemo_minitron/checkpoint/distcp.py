@@ -286,12 +286,17 @@ class _Counter(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.count = file, 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        done = self._file.write(data)
+        try:
+            done = self._file.write(data)
+        except OSError as error:
+            self.failure = error  # torch.save makes a RuntimeError of its own of it
+            raise
         self.count += done
         return done
 
@@ -329,7 +334,12 @@ class DistcpWriter:
 
     def _write(self, save: Callable[[Any], None]) -> tuple[int, int]:
         start = self._out.count
-        save(self._out)
+        try:
+            save(self._out)
+        except RuntimeError:
+            if self._out.failure is not None:
+                raise self._out.failure from None
+            raise
         return start, self._out.count - start
 
     def close(self) -> None:

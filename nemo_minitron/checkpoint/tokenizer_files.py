@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
-from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.checkpoint.staging import Staging, remove_leftovers
 from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
 
@@ -98,6 +98,7 @@ def unpack(archive: Archive) -> Path | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "nemo_minitron" / "tokenizers" / digest.hexdigest()[:16]
     if folder.is_dir():
+        remove_leftovers(folder)  # of a process that was killed here while another was faster
         return folder
     staging = Staging(folder, folder=True)
     try:

@@ -4,7 +4,6 @@ differ in the model class alone."""
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_minitron import runtime
+from nemo_minitron.checkpoint.staging import copy_file
 from nemo_minitron.data.blocks import split_lists
 from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
@@ -62,7 +62,7 @@ class KeepBest(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(module, self.last_path)
         if math.isinf(self.best) and trainer.is_global_zero:
-            shutil.copyfile(self.last_path, self.path)
+            copy_file(self.last_path, self.path)
 
     @staticmethod
     def _save(module: LightningModule, path: Path) -> None:

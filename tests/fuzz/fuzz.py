@@ -16,7 +16,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["nemo_minitron.checkpoint", "nemo_minitron.shape", "pickle", "gguf"]):
+with atheris.instrument_imports(include=["nemo_minitron.checkpoint", "nemo_minitron.shape", "pickle"]):
     from tests.fuzz.readers import Readers
 
 
