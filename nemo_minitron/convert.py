@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -115,11 +116,20 @@ def _to_hf(source: Path, target: Path, precision: str | int | None, max_shard_si
 
 
 def _copy(reader: HfReader | NemoReader, writer: HfWriter | NemoWriter) -> None:
+    """Every tensor in the order of the files, the next one read while one is written.
+
+    Only a vocabulary table is large, and its neighbours are small, so two tensors at a time take little more than one.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.path.name}", disable=None) as bar:
-        for parameter, layer in each_tensor(reader.shape):
-            tensor = reader.tensor(parameter, layer)
+    order = list(each_tensor(reader.shape))
+    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.path.name}", disable=None)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(reader.tensor, *order[0])
+        for number, (parameter, layer) in enumerate(order, start=1):
+            tensor = following.result()
+            if number < len(order):
+                following = ahead.submit(reader.tensor, *order[number])
             writer.write(parameter, tensor, layer)
             bar.update(tensor.numel() * tensor.element_size())
 

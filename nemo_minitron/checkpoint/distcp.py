@@ -27,7 +27,7 @@ from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
 
 WEIGHTS = "model_weights/"
-_METADATA_LIMIT, _OBJECT_LIMIT = 64 << 20, 1 << 20
+_METADATA_LIMIT, _OBJECT_LIMIT = 64 << 20, 16 << 20
 _MAX_CHUNKS, _MAX_DIMENSIONS, _MAX_OVERLAPPING = 1_000_000, 8, 4096
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,7 +76,7 @@ _HARMLESS = re.compile(
     r"|_codecs\.encode|copyreg\._reconstructor|enum\.\w+|functools\.partial"
     r"|(builtins|__builtin__)\.(set|frozenset|bytearray|bytes|complex|slice|list|dict|tuple|int|float|bool|str|object)"
     r"|torch\.(\w+Storage|Size|device|dtype|Generator|serialization\._get_layout|storage\.\w+|nn\.parameter\.\w+|_tensor\.\w+)"
-    r"|torch\._utils\._rebuild_\w+|torch\.(distributed|optim)\.[\w.]+|torch\.(b?float|u?int|complex|bool)\w*"
+    r"|torch\._utils\._rebuild_\w+|torch\.distributed\.(checkpoint|_shard|_?tensor)\.[\w.]+|torch\.(b?float|u?int|complex|bool)\w*"
     r"|numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)|random\.[\w.]+)"
     r"|(megatron\.core|transformer_engine|omegaconf|nemo\.collections\.nlp)\.[\w.]+"
     r"|(lightning|pytorch_lightning|lightning_fabric)\.[\w.]*AttributeDict"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -257,6 +258,7 @@ class NemoWriter:
         self.config = with_precision(update_shape(_plain(config), shape), dtype)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
         self._check = check
+        self._hashing = ThreadPoolExecutor(1)
         self._digests: dict[str, str] = {}
         self._archive = ArchiveWriter(path, shape.num_parameters(padded=True) * dtype.itemsize)
         try:
@@ -279,6 +281,7 @@ class NemoWriter:
         tensor = checked_cast(tensor, self.dtype, name)
         if tensor.shape[0] != size[0]:
             tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
+        digest = self._hashing.submit(tensor_digest, tensor)  # while it is written: neither holds the interpreter
         key = f"model.{parameter.key}"
         if parameter.per_layer:
             depth = self.shape.num_layers
@@ -287,7 +290,7 @@ class NemoWriter:
             self._weights.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
         else:
             self._weights.add(key, tensor, size, (0,) * len(size))
-        self._digests[name] = tensor_digest(tensor)
+        self._digests[name] = digest.result()
 
     def _finish(self) -> None:
         missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
@@ -316,6 +319,7 @@ class NemoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._hashing.shutdown()
         if kind is not None:
             self._archive.abort()
             if isinstance(error, OSError) and error.errno in DISK_FULL:

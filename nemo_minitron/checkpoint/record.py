@@ -17,7 +17,8 @@ import torch
 
 from nemo_minitron.checkpoint.pickles import InertUnpickler, NameCollector
 
-_MAX_ENTRIES, _MAX_DIRECTORY, _MAX_PICKLE = 64, 1 << 16, 1 << 16
+_MAX_ENTRIES, _MAX_PICKLE = 64, 1 << 16
+_MAX_FOREIGN_ENTRIES, _ENTRY_BYTES = 20_000, 1 << 10
 _STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
 _END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _CENTRAL, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
@@ -97,7 +98,7 @@ def names_in(read: Read, length: int, limit: int) -> set[str]:
                 raise RecordError(f"expected a pickle of at most {limit} bytes, found {length}")
             data = read(0, length)
         else:
-            data = _pickled(_entries(read, length), read, limit)[1]
+            data = _pickled(_entries(read, length, _MAX_FOREIGN_ENTRIES), read, limit)[1]
         collector = NameCollector(data)
         collector.read_all()
         return collector.names
@@ -174,12 +175,12 @@ def _unpickled(data: bytes) -> _Tensor:
 # ---------------------------------------------------------------------------------------------------------- the zip
 
 
-def _entries(read: Read, length: int) -> dict[str, tuple[int, int]]:
+def _entries(read: Read, length: int, limit: int = _MAX_ENTRIES) -> dict[str, tuple[int, int]]:
     """(start, size) of each entry; the format is PKWARE's APPNOTE, of which ``torch.save`` uses the stored method."""
     try:
         count, size, start = _directory(read, length)
-        if count > _MAX_ENTRIES or size > _MAX_DIRECTORY or start + size > length:
-            raise RecordError(f"expected a zip of at most {_MAX_ENTRIES} entries inside the record, found another")
+        if count > limit or size > count * _ENTRY_BYTES or start + size > length:
+            raise RecordError(f"expected a zip of at most {limit} entries inside the record, found another")
         data, at = read(start, size), 0
         entries: dict[str, tuple[int, int]] = {}
         for _ in range(count):

@@ -120,13 +120,18 @@ class Staging:
         else:
             os.replace(self.path, self.destination)
         _sync(self.destination.parent)
-        os.close(self._lock)
+        self._release()
 
     def abort(self) -> None:
         """Remove the temporary and the parents that were made for it."""
         _remove(self.path)
-        os.close(self._lock)
+        self._release()
         self._remove_parents()
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
 
 def copy_file(source: Path, destination: Path) -> None:
