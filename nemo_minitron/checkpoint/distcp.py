@@ -14,7 +14,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -341,6 +341,11 @@ class DistcpWriter:
                 raise self._out.failure from None
             raise
         return start, self._out.count - start
+
+    def abort(self) -> None:
+        """Release the file that was being written, which may not even take its end any more."""
+        with suppress(OSError):
+            self._stack.close()
 
     def close(self) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json``."""

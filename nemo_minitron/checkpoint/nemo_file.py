@@ -320,18 +320,22 @@ class NemoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._hashing.shutdown()
-        if kind is not None:
-            self._archive.abort()
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
-            return
         try:
-            self._finish()
+            if kind is None:
+                self._finish()
+                return
         except BaseException as problem:
-            self._archive.abort()
+            self._abort()
             if isinstance(problem, OSError) and problem.errno in DISK_FULL:
                 raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
             raise
+        self._abort()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
+
+    def _abort(self) -> None:
+        self._weights.abort()
+        self._archive.abort()
 
 
 def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -215,9 +215,9 @@ def test_any_flipped_byte_is_found(nemo, tmp_path):
                     with pytest.raises(MinitronError, match=name):
                         convert(bad, tmp_path / "out", verify=True)
                     assert not (tmp_path / "out").exists()
-                with NemoReader(bad) if path == bad else HfReader(hf) as after:
-                    with pytest.raises(MinitronError, match=name):
-                        compare(reader, after)
+                after = NemoReader(bad) if path == bad else HfReader(hf)
+                with after, pytest.raises(MinitronError, match=name):
+                    compare(reader, after)
                 data[at] ^= bit
 
 
