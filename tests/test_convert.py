@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
-from nemo_minitron.convert import convert
+from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages import convert as stage
 from nemo_minitron.synthetic import make_llama
@@ -120,6 +120,14 @@ def test_precision_and_padding(llama, tmp_path):
     )
     config = json.loads((back / "config.json").read_text())
     assert config == json.loads((llama / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+
+
+def test_verify_sees_the_sign_of_a_zero(llama, tmp_path):
+    put(llama, **{"model.norm.weight": torch.zeros(64)})
+    nemo = convert(llama, tmp_path / "m.nemo")
+    put(llama, **{"model.norm.weight": -torch.zeros(64)})
+    with HfReader(llama) as before, NemoReader(nemo) as after, pytest.raises(MinitronError, match="final_layernorm"):
+        compare(before, after)
 
 
 def test_mixed_dtypes_widen(llama, tmp_path):
