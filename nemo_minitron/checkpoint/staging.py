@@ -134,17 +134,6 @@ class Staging:
         self._lock = -1
 
 
-def copy_file(source: Path, destination: Path) -> None:
-    """Copy a file so that the copy appears whole or not at all."""
-    staging = Staging(destination, room=source.stat().st_size)
-    try:
-        shutil.copyfile(source, staging.path)
-        staging.commit()
-    except BaseException:
-        staging.abort()
-        raise
-
-
 def remove_leftovers(destination: Path) -> None:
     """Remove what processes that are gone left of their work on ``destination``.
 
