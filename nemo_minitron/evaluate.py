@@ -46,10 +46,11 @@ def evaluate(model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = 1)
         positions = torch.arange(block.shape[1] - 1, device=block.device).expand_as(batch["tokens"])
 
         def forward_step(iterator: Any, stage: torch.nn.Module, batch=batch, positions=positions) -> tuple[Tensor, Any]:
-            output = stage(input_ids=batch["tokens"], position_ids=positions, attention_mask=None)
+            tokens = batch["tokens"]
+            output = stage(input_ids=tokens, position_ids=positions, attention_mask=None, hidden_only=True)
 
-            def reduce(logits: Tensor) -> tuple[Tensor, Tensor]:
-                loss = model.losses(logits, batch).terms["lm_loss"]
+            def reduce(hidden: Tensor) -> tuple[Tensor, Tensor]:
+                loss = model.losses(hidden, batch, torch.ones_like(tokens)).terms["lm_loss"]
                 return loss.sum(), loss.double().sum()
 
             return output, reduce

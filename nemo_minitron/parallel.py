@@ -42,6 +42,15 @@ def all_gather(tensor: Tensor, group: Group, dim: int = 0) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def reduce_scatter(tensor: Tensor, group: Group) -> Tensor:
+    """Sum ``tensor`` ``[n, …]`` over ``group``; each rank receives its equal part ``[n/size, …]`` of dimension 0."""
+    if size(group) == 1:
+        return tensor
+    part = tensor.new_empty(tensor.shape[0] // size(group), *tensor.shape[1:])
+    dist.reduce_scatter_tensor(part, tensor.detach().contiguous(), group=group)
+    return part
+
+
 def broadcast(tensor: Tensor, source: int, group: Group) -> Tensor:
     """Give every rank of ``group`` the tensor of the rank at position ``source`` in it; overwrites ``tensor``."""
     if size(group) > 1:

@@ -100,7 +100,10 @@ class Distill:
     temperature: float = key(1.0, "softmax temperature tau; the loss is scaled by tau squared")
     kd_weight: float = key(1.0, "weight of the distillation term")
     lm_weight: float = key(0.0, "weight of the next-token cross-entropy")
-    loss: str = key("forward_kl", "distillation term", ("forward_kl",))
+    loss: str = key("forward_kl", "distillation term", ("forward_kl", "reverse_kl", "jsd", "topk"))
+    jsd_beta: float = key(0.5, "of distill.loss=jsd: the teacher's share of the mixture; near 0 it is forward_kl")
+    top_k: int = key(64, "of distill.loss=topk: the teacher's likeliest tokens; all others share one bucket")
+    loss_memory_mib: int = key(512, "bound of what heads and losses need at a time beside gradients")
     monitor: str = key("val_loss", "logged value by which the best student is kept")
 
 

@@ -1,1 +1,1 @@
-"""Distillation losses on vocabulary-sharded logits."""
+"""Distillation losses, fused with the output head, on a vocabulary sharded over tensor-parallel ranks."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,14 +18,11 @@ from torch import Tensor
 
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.distill.losses import TokenLosses, distillation_losses
+from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
+from nemo_minitron.distill.losses import Mix
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.nemo.model import MinitronGPTModel
+from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
 from nemo_minitron.nemo.restore import job_config, load_model
-from nemo_minitron.nemo.trainer import autocast
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
 
 _SHARED_WITH_STUDENT = (
     "tensor_model_parallel_size",
@@ -56,10 +54,11 @@ class MinitronDistillModel(MinitronGPTModel):
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         super().__init__(cfg, trainer)
-        self._teacher: list[GPTModel] = []  # in a list, so that it is no submodule
+        self._teacher: list[HeadlessGPT] = []  # in a list, so that it is no submodule
         self._teacher_hidden: deque[Tensor] = deque()
         self._teacher_grid: Callable[[], AbstractContextManager[None]] = nullcontext
-        self.distill: dict[str, Any] = {}
+        self.mix = Mix()
+        self.loss_memory_bytes: int | None = None
 
     @staticmethod
     def check_teacher(path: str | Path, student: NemoReader, run: DictConfig) -> None:
@@ -81,8 +80,11 @@ class MinitronDistillModel(MinitronGPTModel):
         """Load the teacher and check that it can teach this student.
 
         Raises:
-            MinitronError: vocabularies or tokenizers differ.
+            MinitronError: vocabularies or tokenizers differ, or a key of ``distill`` has a value that cannot be.
         """
+        self.mix = Mix(**{f.name: distill[f.name] for f in fields(Mix) if f.name in distill})
+        if distill.get("loss_memory_mib") is not None:
+            self.loss_memory_bytes = int(distill["loss_memory_mib"]) << 20
         run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg} | {"global_batch_size": 0}
         if not _splits(path, self.cfg.get("tensor_model_parallel_size", 1) or 1):
             # its heads or groups do not divide over the student's ranks
@@ -96,8 +98,6 @@ class MinitronDistillModel(MinitronGPTModel):
         self._teacher = teacher.get_model_module_list()
         for module in self._teacher:
             module.requires_grad_(False).eval()
-            module.post_process = False  # its forward then ends with the final norm; the head runs with the loss
-        self.distill = dict(distill)
 
     @torch.no_grad()
     def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
@@ -111,7 +111,9 @@ class MinitronDistillModel(MinitronGPTModel):
 
         def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            hidden = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+            hidden = model(
+                input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
+            )
             return hidden, lambda output, non_loss_data: output
 
         with self._teacher_grid():
@@ -127,38 +129,31 @@ class MinitronDistillModel(MinitronGPTModel):
             )
         self._teacher_hidden = deque(hidden)
 
-    @torch.no_grad()
-    def _teacher_logits(self) -> Tensor:
-        """Logits ``[b, s, Vp/tp]`` of the next micro-batch from the kept hidden states (last stage).
+    def _teacher_head(self) -> Head:
+        """Kept hidden states of the next micro-batch with the teacher's output weight (last stage).
 
-        A teacher that is whole on each rank is asked for this rank's rows of the vocabulary only; its table may end
-        before the student's padding does.
+        Of a teacher that is whole on each rank, this rank's rows of the vocabulary only; its table may end before the
+        student's padding does.
         """
         (teacher,) = self._teacher
-        hidden = self._teacher_hidden.popleft()
-        weight = teacher.shared_embedding_or_output_weight() if teacher.share_embeddings_and_output_weights else None
-        with autocast(self.cfg.precision):
-            if self._teacher_grid is nullcontext:
-                logits, _ = teacher.output_layer(hidden, weight=weight)
-            else:
-                rows = slice(self.vocab_start, self.vocab_start + self.vocab_part)
-                table = teacher.output_layer.weight if weight is None else weight
-                logits = torch.nn.functional.linear(hidden, table[rows])
-        return logits.transpose(0, 1)
+        head = teacher.head(self._teacher_hidden.popleft())
+        if self._teacher_grid is nullcontext:
+            return head
+        return Head(head.hidden, head.weight[self.vocab_start : self.vocab_start + self.vocab_part])
 
-    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
-        """KL to the teacher mixed with cross entropy, per token."""
-        return distillation_losses(
-            logits,
-            self._teacher_logits(),
-            batch["labels"],
-            temperature=float(self.distill.get("temperature", 1.0)),
-            kd_weight=float(self.distill.get("kd_weight", 1.0)),
-            lm_weight=float(self.distill.get("lm_weight", 0.0)),
-            vocab_size=self.true_vocab_size,
-            vocab_start=self.vocab_start,
-            group=self.tensor_parallel_group,
-        )
+    def losses(self, hidden: Tensor, batch: dict[str, Tensor], weights: Tensor) -> TokenLosses:
+        """Distance to the teacher mixed with cross entropy; both heads run inside."""
+        (student,) = self.get_model_module_list()
+        with self.autocast():
+            return head_losses(
+                student.head(hidden),
+                batch["labels"],
+                weights,
+                teacher=self._teacher_head(),
+                mix=self.mix,
+                memory_bytes=self.loss_memory_bytes,
+                **self.head_place(),
+            )
 
 
 def _check_vocabularies(teacher: int, student: int) -> None:

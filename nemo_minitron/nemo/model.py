@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_minitron import parallel, runtime
-from nemo_minitron.distill.losses import TokenLosses, cross_entropy_losses
+from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
 
@@ -63,6 +63,28 @@ class _Unpadded:
         return getattr(self._tokenizer, name)
 
 
+class HeadlessGPT(GPTModel):
+    """Megatron's GPTModel that can stop at its final norm: the output head then runs together with the loss."""
+
+    _hidden_only = False
+
+    def forward(self, *args: Any, hidden_only: bool = False, **kwargs: Any) -> Tensor:
+        """As the parent's; with ``hidden_only`` the last stage returns ``[s, b, H]`` (``[s/tp, b, H]`` under sequence
+        parallelism) in place of logits."""
+        self._hidden_only = hidden_only
+        return super().forward(*args, **kwargs)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._hidden_only:
+            return hidden_states
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def head(self, hidden: Tensor) -> Head:
+        """Hidden states with this rank's rows of the output weight, tied or not (last stage only)."""
+        tied = self.share_embeddings_and_output_weights
+        return Head(hidden, self.shared_embedding_or_output_weight() if tied else self.output_layer.weight)
+
+
 class MinitronGPTModel(MegatronGPTModel):
     """A Llama in NeMo: builds on any device, trains with one global token mean.
 
@@ -81,7 +103,7 @@ class MinitronGPTModel(MegatronGPTModel):
 
     # ---- construction -------------------------------------------------------------------------------------------
 
-    def model_provider_func(self, pre_process: bool, post_process: bool) -> GPTModel:
+    def model_provider_func(self, pre_process: bool, post_process: bool) -> HeadlessGPT:
         """Build this stage's GPTModel; the parent builds every known layer spec, which fails without TE.
 
         RoPE scaling of the checkpoint is applied by NeMo's ``mcore_model_customize`` for teacher and student alike
@@ -92,7 +114,7 @@ class MinitronGPTModel(MegatronGPTModel):
         if not use_te:
             layers = get_num_layers_to_build(self.transformer_config)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
-        model = GPTModel(
+        model = HeadlessGPT(
             config=self.transformer_config,
             transformer_layer_spec=spec,
             vocab_size=self.padded_vocab_size,
@@ -140,18 +162,30 @@ class MinitronGPTModel(MegatronGPTModel):
 
     # ---- one training or validation step --------------------------------------------------------------------------
 
-    def losses(self, logits: Tensor, batch: dict[str, Tensor]) -> TokenLosses:
-        """Named losses per token from this micro-batch's logits ``[b, s, Vp/tp]`` (last pipeline stage only)."""
-        return cross_entropy_losses(
-            logits,
-            batch["labels"],
-            vocab_size=self.true_vocab_size,
-            vocab_start=self.vocab_start,
-            group=self.tensor_parallel_group,
-        )
+    def losses(self, hidden: Tensor, batch: dict[str, Tensor], weights: Tensor) -> TokenLosses:
+        """Loss Σ weights·L and named terms of this micro-batch (last pipeline stage only).
 
-    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
-        """Hook for distillation: called with the micro-batches of a step before the student's schedule runs."""
+        Args:
+            hidden: ``[s, b, H]``, or ``[s/tp, b, H]`` under sequence parallelism: the output with ``hidden_only``.
+            batch: ``labels [b, s]``.
+            weights: ``[b, s]``.
+        """
+        (module,) = self.get_model_module_list()
+        with self.autocast():
+            return head_losses(module.head(hidden), batch["labels"], weights, **self.head_place())
+
+    def autocast(self) -> torch.autocast:
+        """The schedules' own autocast, which they leave before a loss is computed."""
+        config = self.transformer_config
+        return torch.autocast(runtime.device().type, dtype=config.autocast_dtype, enabled=config.enable_autocast)
+
+    def head_place(self) -> dict[str, Any]:
+        """Where this rank's rows of the output head lie, as the fused losses take it."""
+        return {
+            "vocab_size": self.true_vocab_size,
+            "vocab_start": self.vocab_start,
+            "group": self.tensor_parallel_group,
+        }
 
     @property
     def tensor_parallel_group(self) -> torch.distributed.ProcessGroup | None:
@@ -194,13 +228,14 @@ class MinitronGPTModel(MegatronGPTModel):
 
         def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            output = model(input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None)
+            output = model(
+                input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
+            )
 
-            def reduce(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                found = self.losses(logits, batch)
+            def reduce(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 mask = batch["loss_mask"].float()
-                sums = {name: (value.detach() * mask).sum() for name, value in found.terms.items()}
-                return (found.loss * mask).sum() * scale, sums
+                found = self.losses(hidden, batch, mask)
+                return found.loss * scale, {name: (value * mask).sum() for name, value in found.terms.items()}
 
             return output, reduce
 
