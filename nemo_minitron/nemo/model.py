@@ -187,6 +187,9 @@ class MinitronGPTModel(MegatronGPTModel):
             "group": self.tensor_parallel_group,
         }
 
+    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
+        """Hook for distillation: called with the micro-batches of a step before the student's schedule runs."""
+
     @property
     def tensor_parallel_group(self) -> torch.distributed.ProcessGroup | None:
         """The tensor-parallel group, or None when it has one member."""
