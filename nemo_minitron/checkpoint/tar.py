@@ -78,7 +78,9 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
         at += _padded(size)
     if not members:
         raise MinitronError(f"{path}: expected a .nemo (tar), found no member")
-    return members
+    raise MinitronError(
+        f"{path}: the archive is truncated, found an unexpected end of data instead of the mark of its end"
+    )
 
 
 def _padded(size: int) -> int:
