@@ -51,7 +51,8 @@ def run(cfg: DictConfig) -> Plan:
         wanted = needs_scores(reader.shape, new, options.get("drop_layers")) or options.get("compensate")
         if plan is None and scores is None and wanted:
             calibration = _calibration(options, int(cfg.get("seed") or 1234))
-        _check_writable(save_path, plan_path)
+        if runtime.rank() == 0:  # who writes; others would take its temporaries for leftovers
+            _check_writable(save_path, plan_path)
         if calibration is not None:
             scores_path = save_path.with_name(f"{name}.scores")
             scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
