@@ -69,6 +69,7 @@ def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, zygote, tmp
     importance.run(compose("importance", [*common, *data, f"output_path={tmp_path}/scores"]))
     student = tmp_path / "student.nemo"
     sizes = ["prune.num_query_groups=2", f"prune.scores={tmp_path}/scores", f"export.save_path={student}"]
+    sizes.append("prune.compensate=false")  # a re-solved student begins too near its teacher to be seen learning
     assert prune.run(compose("prune", [*common, *sizes])).target.num_attention_heads == 6
     extra = (f"model.kd_teacher_restore_from_path={smollm2}/teacher.nemo", "model.optim.lr=1e-4")
     curves = []
