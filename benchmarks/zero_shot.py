@@ -125,6 +125,7 @@ def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets
         if "ours" in methods:
             ranks, slopes = rank_by_reconstruction(reader, calibration)
             ways["ours"] = scores | {name.removesuffix("_rank"): array for name, array in ranks.items()}
+            stream_moment = torch.from_numpy(ranks["stream_moment"])
         result["ranks_s"] = time.perf_counter() - start
         for name in targets:
             row = result["rows"][name] = {}
@@ -136,7 +137,7 @@ def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets
                     SimpleNamespace(**ways[method]),
                     TARGETS[name],
                     source_fingerprint=fingerprint,
-                    compensation=Compensation("of this benchmark") if method == "ours" else None,
+                    compensation=Compensation("of this benchmark", rotate=True) if method == "ours" else None,
                 )
                 student = folder / "student.nemo"
                 with NemoWriter(student, reader.config, plan.target, reader.dtype) as writer:
@@ -144,7 +145,13 @@ def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets
                         prune_checkpoint(reader, plan, writer)
                     else:
                         compensate(
-                            reader, plan, calibration, torch.from_numpy(clipped(slopes)), writer, dtype=reader.dtype
+                            reader,
+                            plan,
+                            calibration,
+                            torch.from_numpy(clipped(slopes)),
+                            writer,
+                            stream_moment=stream_moment,
+                            dtype=reader.dtype,
                         )
                 row[method] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak()}
                 found = losses(student)

@@ -3,10 +3,11 @@
 Cutting rows and columns leaves weights that were made for inputs which are gone. Here every weight that reads changed
 inputs is solved anew, in closed form, from calibration tokens, and the student stays a plain Llama. The model is
 walked layer by layer, student and teacher side by side on the same tokens, x being the student's residual stream,
-x* the teacher's at the kept channels:
+x* the teacher's in the student's channels, which are the kept ones, or, where the plan turns the stream first, those of
+:mod:`nemo_minitron.rotation`:
 
 1. where hidden channels were pruned, ``linear_qkv`` and ``linear_fc1`` are solved so that, on the student's normed
-   stream, they give what the teacher's give on its own: ``min |W h - W* h*|^2``;
+   stream, they give what the teacher's give on its own: ``min sum_t w_t |W h - W* h*|^2``;
 2. ``linear_proj`` and ``linear_fc2``, which write to the stream, are solved so that the student's stream *after* them
    is the teacher's: ``min sum_t w_t |x + W a - x*|^2``, w_t the norm of the loss's gradient at that place of the
    stream. Each layer so corrects what the layers before it got wrong. After a layer that dropped layers follow, x* is
@@ -14,7 +15,7 @@ x* the teacher's at the kept channels:
 3. the final norm is rescaled per channel and an untied output layer is solved like 1.
 
 All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Layers that nothing
-before them has changed are copied. A tied embedding stays tied and is only cut: it is also what the student reads.
+before them has changed are copied. A tied embedding stays tied and is only cut or turned: the student reads it too.
 
 One layer's weights and one second moment are in memory at a time. Weights are whole: under any grid each process takes
 its share of the samples, and moments are added over all processes before anything is solved.
@@ -34,7 +35,9 @@ from nemo_minitron.layout import Parameter
 from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares
 from nemo_minitron.plan import Compensation, Plan
 from nemo_minitron.rewrite import TensorReader, TensorWriter, check_source, kept, refuse_non_finite, rewrite
+from nemo_minitron.rotation import Basis, principal_basis, selection
 
+TINY = torch.finfo(torch.float64).tiny
 ROWS_AT_ONCE = 16384
 """Vocabulary rows of an untied output layer that are solved together."""
 
@@ -47,6 +50,7 @@ def compensate(
     sensitivity: Tensor,
     writer: TensorWriter | None,
     *,
+    stream_moment: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
@@ -59,6 +63,7 @@ def compensate(
         tokens: ``[n, s]`` int64, unpadded, this process's calibration samples; all work is done on their device.
         sensitivity: ``[2L, n, s]`` of these samples, as ``Scores.sensitivity``.
         writer: opened for ``plan.target``; None on processes that only contribute samples.
+        stream_moment: ``[H, H]`` of the scores, which a plan that turns the stream needs.
         dtype: what is stored; the student is carried on in weights rounded to it.
         group: the processes that share the samples.
         progress: told after each source layer, of L.
@@ -73,7 +78,7 @@ def compensate(
     check_source(plan, reader)
     if plan.compensation is None:
         raise ValueError("the plan asks for no compensation")
-    _Walk(reader, plan, tokens, sensitivity, writer, dtype, plan.compensation, group).run(progress)
+    _Walk(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group).run(progress)
 
 
 class _Walk:
@@ -85,6 +90,7 @@ class _Walk:
         plan: Plan,
         tokens: Tensor,
         sensitivity: Tensor,
+        stream_moment: Tensor | None,
         writer: TensorWriter | None,
         dtype: torch.dtype,
         ridge: Compensation,
@@ -94,8 +100,8 @@ class _Walk:
         self.dtype, self.ridge, self.group = dtype, ridge, group
         self.device = tokens.device
         self.sensitivity = sensitivity
-        self.hidden = torch.tensor(plan.hidden, device=self.device)
         self.narrower = plan.target.hidden_size < plan.source.hidden_size
+        self.basis, self.turned = self._basis(stream_moment)
         self.changed = self.narrower
         """Whether the student's stream differs from the teacher's so far."""
         self.rotary = Rotary.of(plan.source, tokens.shape[1], self.device)
@@ -104,8 +110,39 @@ class _Walk:
         self.teacher = torch.empty(*tokens.shape, plan.source.hidden_size, device=self.device)
         for sample, row in enumerate(tokens):
             self.teacher[sample] = table[row].float()
-        self._write(layout.EMBEDDING, None, rewrite(plan, layout.EMBEDDING, None, table))
-        self.student = self.teacher[..., self.hidden].clone()
+        table = self._cut(layout.EMBEDDING, None, table).to(dtype)
+        self._write(layout.EMBEDDING, None, table)
+        self.student = torch.empty(*tokens.shape, plan.target.hidden_size, device=self.device)
+        for sample, row in enumerate(tokens):
+            self.student[sample] = table[row].float()
+
+    def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
+        """Of the student's stream, and whether it is turned."""
+        source, size = self.plan.source, self.plan.target.hidden_size
+        if self.narrower and self.ridge.rotate:
+            if moment is None:
+                raise ValueError("the plan turns the stream: stream_moment is needed")
+            tied = source.share_embeddings_and_output_weights
+            gain = self._read(layout.FINAL_NORM) if tied else None
+            found = principal_basis(moment.to(self.device), size, gain)
+            if found is not None:
+                return found, True
+        return selection(torch.tensor(self.plan.hidden, device=self.device), source.hidden_size), False
+
+    def _cut(self, row: Parameter, number: int | None, tensor: Tensor) -> Tensor:
+        """The student's part of one canonical tensor before anything is solved; turned norms have no weights."""
+        if not self.turned:
+            return rewrite(self.plan, row, number, tensor)
+        for dim, axis in enumerate(row.axes):
+            rows = None if axis == layout.HIDDEN else kept(self.plan, axis, number)
+            tensor = tensor if rows is None else tensor.index_select(dim, rows.to(tensor.device))
+        if row.axes == (layout.HIDDEN,):
+            return torch.ones(self.plan.target.hidden_size, device=self.device)
+        if row is layout.EMBEDDING:
+            return torch.cat([self.basis.project(part.float()).to(self.dtype) for part in tensor.split(ROWS_AT_ONCE)])
+        if row.axes[0] == layout.HIDDEN:
+            return self.basis.down @ tensor.float()
+        return tensor.float() @ self.basis.up if row.axes[-1] == layout.HIDDEN else tensor
 
     def run(self, progress: Callable[[int], None]) -> None:
         """From the embedding to the output layer."""
@@ -129,11 +166,11 @@ class _Walk:
 
     def _layer(self, number: int, dropped: range) -> None:
         teacher = self._teacher_layer(number)
-        student = {key: rewrite(self.plan, row, number, teacher[row]) for key, row in self._rows()}
+        student = {key: self._cut(row, number, teacher[row]) for key, row in self._rows()}
         layer = Layer(self.plan.target, student)
 
         if self.narrower:
-            read = self._solve_reader(number, layout.QKV_WEIGHT, teacher, layer, self.teacher)
+            read = self._solve_reader(number, layout.QKV_WEIGHT, teacher, layer, self.teacher, 2 * number - 1)
             student[layout.QKV_WEIGHT.key] = read
         middle = torch.empty_like(self.teacher)
         for sample in self.samples:
@@ -150,7 +187,8 @@ class _Walk:
         del inputs
 
         if self.narrower:
-            student[layout.FC1_WEIGHT.key] = self._solve_reader(number, layout.FC1_WEIGHT, teacher, layer, middle)
+            read = self._solve_reader(number, layout.FC1_WEIGHT, teacher, layer, middle, 2 * number)
+            student[layout.FC1_WEIGHT.key] = read
         for sample in self.samples:
             one = slice(sample, sample + 1)
             inner = teacher.ffn(teacher.ffn_input(middle[one]))
@@ -169,20 +207,28 @@ class _Walk:
         for key, row in self._rows():
             self._write(row, at, student[key])
 
-    def _solve_reader(self, number: int, row: Parameter, teacher: Layer, student: Layer, stream: Tensor) -> Tensor:
+    def _solve_reader(
+        self, number: int, row: Parameter, teacher: Layer, student: Layer, stream: Tensor, place: int
+    ) -> Tensor:
         """``linear_qkv`` or ``linear_fc1`` for the student's narrower normed stream.
 
         Solved as if the norm had no weights, which leaves inputs of one scale, and divided by them afterwards.
+        ``place``: row of the sensitivity that belongs to ``stream``; the embeddings have none.
         """
         norm = layout.QKV_NORM if row is layout.QKV_WEIGHT else layout.FC1_NORM
-        moment, cross = self._normed_moments(stream)
+        moment, cross = self._normed_moments(stream, place if place >= 0 else None)
         rows = kept(self.plan, row.axes[0], number)
         weight = teacher[row] if rows is None else teacher[row][rows.to(self.device)]
-        folded = weight * teacher[norm]  # [rows, H]
-        solved = ridge_solve(moment, cross @ folded.T.double(), folded[:, self.hidden], self.ridge.read)
+        solved = self._solve_read(moment, cross, weight * teacher[norm])
         gain = self._rounded(_divisible(student[norm]))
         student.tensors[norm.key].copy_(gain)  # type: ignore[index]
         return self._rounded(solved / gain)
+
+    def _solve_read(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
+        """``[rows, k]`` on the student's normed stream for ``folded [rows, H]`` on the teacher's."""
+        shrunk = (cross @ self.basis.down.T.double()).trace() / moment.trace().clamp_min(TINY)  # of the two norms
+        prior = folded @ self.basis.up * shrunk.float()
+        return ridge_solve(moment, cross @ folded.T.double(), prior, self.ridge.read)
 
     def _solve_writer(
         self, row: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, place: int, ridge: float
@@ -195,7 +241,7 @@ class _Walk:
             return
 
         def parts(sample: int) -> tuple[Tensor, Tensor, Tensor]:
-            wanted = target[sample][:, self.hidden]
+            wanted = self._wanted(target[sample])
             return inputs[sample], wanted - self.student[sample], self.sensitivity[place, sample]
 
         moment, cross = self._moments(parts, inputs.shape[-1], self.student.shape[-1])
@@ -205,7 +251,6 @@ class _Walk:
         """Final norm and output layer."""
         source = self.plan.source
         gain = self._read(layout.FINAL_NORM).float()
-        cut = rewrite(self.plan, layout.FINAL_NORM, None, gain)
         tied = source.share_embeddings_and_output_weights
         output = None if tied else self._read(layout.OUTPUT)
         if not self.narrower:
@@ -213,20 +258,24 @@ class _Walk:
             if output is not None:
                 self._write(layout.OUTPUT, None, output)
             return
-        moment, cross = self._normed_moments(self.teacher)
+        moment, cross = self._normed_moments(self.teacher, 2 * source.num_layers - 1)
+        cut = self._cut(layout.FINAL_NORM, None, gain)
         if output is None:
-            own = cross[:, self.hidden].diagonal()
-            scale = (own / moment.diagonal().clamp_min(torch.finfo(torch.float64).tiny)).float()
-            self._write(layout.FINAL_NORM, None, cut * torch.where(scale > 0, scale, 1.0))
+            own = (cross * gain @ self.basis.up.double()).diagonal()
+            scale = (own / moment.diagonal().clamp_min(TINY)).float()
+            self._write(layout.FINAL_NORM, None, torch.where(scale * cut > 0, scale, cut))
             return
         safe = self._rounded(_divisible(cut))
         self._write(layout.FINAL_NORM, None, safe)
         parts = []
         for start in range(0, len(output), ROWS_AT_ONCE):
-            folded = output[start : start + ROWS_AT_ONCE].float() * gain
-            solved = ridge_solve(moment, cross @ folded.T.double(), folded[:, self.hidden], self.ridge.read)
+            solved = self._solve_read(moment, cross, output[start : start + ROWS_AT_ONCE].float() * gain)
             parts.append((solved / safe).to(self.dtype))
         self._write(layout.OUTPUT, None, torch.cat(parts))
+
+    def _wanted(self, stream: Tensor) -> Tensor:
+        """The teacher's stream of one sample in the student's channels."""
+        return self.basis.project(stream) if self.turned else stream[..., list(self.plan.hidden)]
 
     def _rows(self) -> list[tuple[str, Parameter]]:
         return [(row.key, row) for row in layout.layer_parameters(self.plan.source)]
@@ -249,12 +298,13 @@ class _Walk:
     def _rounded(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).float()
 
-    def _normed_moments(self, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of the student's normed stream, ``[H', H']``, and of it with the teacher's, ``[H', H]``."""
+    def _normed_moments(self, stream: Tensor, place: int | None) -> tuple[Tensor, Tensor]:
+        """Moments of the student's normed stream, ``[k, k]``, and of it with the teacher's, ``[k, H]``."""
         epsilon = self.plan.source.layernorm_epsilon
 
-        def parts(sample: int) -> tuple[Tensor, Tensor, None]:
-            return rms_norm(self.student[sample], None, epsilon), rms_norm(stream[sample], None, epsilon), None
+        def parts(sample: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            own, other = (rms_norm(x[sample], None, epsilon) for x in (self.student, stream))
+            return own, other, None if place is None else self.sensitivity[place, sample]
 
         return self._moments(parts, self.student.shape[-1], stream.shape[-1])
 

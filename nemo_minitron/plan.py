@@ -60,12 +60,15 @@ class Compensation:
         tokens: fingerprint of the calibration tokens, which the scores folder holds.
         ffn, attention, read: pull towards the cut weights of ``linear_fc2``, of ``linear_proj``, and of what reads the
             normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1.
+        rotate: whether a narrower residual stream is turned first (:mod:`nemo_minitron.rotation`), from the scores'
+            ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what would be cut to.
     """
 
     tokens: str
     ffn: float = 0.3
     attention: float = 0.5
     read: float = 0.03
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,10 +247,13 @@ def _compensation(section: object) -> Compensation | None:
         return None
     if not isinstance(section, dict):
         raise MinitronError(f"expected keys below 'compensation', found {section!r}")
-    strengths = {name: float(value) for name, value in section.items() if name != "tokens"}
+    rotate = section.get("rotate", False)
+    if not isinstance(rotate, bool):
+        raise MinitronError(f"compensation.rotate: expected true or false, found {rotate!r}")
+    strengths = {name: float(value) for name, value in section.items() if name not in ("tokens", "rotate")}
     if not all(0 < value < float("inf") for value in strengths.values()):
         raise MinitronError(f"compensation: expected positive numbers, found {strengths}")
-    return Compensation(tokens=str(section["tokens"]), **strengths)
+    return Compensation(tokens=str(section["tokens"]), rotate=rotate, **strengths)
 
 
 def target_shape(

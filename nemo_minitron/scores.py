@@ -50,7 +50,8 @@ RANKINGS = ("minitron", "reconstruction")
 
 def rank_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Size of every array of ``Scores.ranks``."""
-    return {f"{name}_rank": array_sizes(shape)[name] for name in ("ffn", "heads", "groups", "hidden")}
+    ranks = {f"{name}_rank": array_sizes(shape)[name] for name in ("ffn", "heads", "groups", "hidden")}
+    return ranks | {"stream_moment": (shape.hidden_size, shape.hidden_size)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,8 @@ class Scores:
             square over tokens of the same activations (the diagonal of their uncentred second moment), for rankings
             such as rms times downstream column norm.
         ranks: ``ffn_rank``, ``heads_rank``, ``groups_rank``, ``hidden_rank``, sized like their namesakes: worth once
-            the others have been re-solved (:mod:`nemo_minitron.importance.reconstruction`); empty if not measured.
+            the others have been re-solved (:mod:`nemo_minitron.importance.reconstruction`), and ``stream_moment``
+            ``[H, H]``, from which compensation turns the stream; empty if not measured.
         tokens: ``[n, s]`` int32, the calibration samples that ``ranks`` come from and compensation works with;
             sensitivity: ``[2L, n, s]`` float32, how much an error in the residual stream matters at each of them, after
             the attention and after the FFN of each layer. Both or neither.
@@ -137,7 +139,9 @@ class Scores:
                     "prune.ranking: these scores have no ranks by reconstruction; "
                     "run `minitron importance calibration.reconstruction=true`, or choose prune.ranking=minitron"
                 )
-            arrays |= {name.removesuffix("_rank"): array for name, array in self.ranks.items()}
+            arrays |= {
+                name.removesuffix("_rank"): array for name, array in self.ranks.items() if name.endswith("_rank")
+            }
         return SimpleNamespace(**arrays)
 
     def tokens_fingerprint(self) -> str | None:

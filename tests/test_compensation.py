@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from nemo_minitron import layout
 from nemo_minitron.compensation import compensate
-from nemo_minitron.decoder import Rotary, read_layer
+from nemo_minitron.decoder import Rotary, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.moments import SingularMoments
 from nemo_minitron.plan import Compensation, Plan, make_plan
@@ -183,3 +183,51 @@ def test_a_nan_in_the_source_stops_with_its_tensor():
     model.tensors[layout.PROJ_WEIGHT.key, 1][0, 0] = float("nan")
     with pytest.raises(MinitronError, match=r"decoder\.layers\.1\.self_attention\.linear_proj.*NaN"):
         student_of(model, plan_for(SHAPE, TARGETS["ffn"]))
+
+
+def predictions(model):
+    """Logits ``[n, s, Vp]``, tied or not."""
+    row = layout.EMBEDDING if model.shape.share_embeddings_and_output_weights else layout.OUTPUT
+    h = rms_norm(stream(model, TOKENS), model.tensor(layout.FINAL_NORM).float(), model.shape.layernorm_epsilon)
+    return h @ model.tensor(row).float().T
+
+
+def low_dimensional(shape, size):
+    """A model whose stream stays in ``size`` directions that are no channels, and its stream's moment."""
+    model = model_in_float32(shape)
+    q = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(5))).Q[:, :size]
+    gain = torch.ones(24)
+    if shape.share_embeddings_and_output_weights:
+        model.tensors[layout.FINAL_NORM.key, None] = gain * 1.7
+    for (key, _), tensor in model.tensors.items():
+        if key == layout.EMBEDDING.key:
+            tensor.copy_(tensor @ q @ q.T)
+        elif key in (layout.PROJ_WEIGHT.key, layout.FC2_WEIGHT.key):
+            tensor.copy_(q @ q.T @ tensor)
+    x = stream(model, TOKENS).flatten(0, 1).double()
+    return model, x.T @ x
+
+
+@pytest.mark.parametrize("shape", [SHAPE, TIED, SHAPE.replace(qkv_bias=True)], ids=["untied", "tied", "bias"])
+def test_turning_loses_nothing_where_the_stream_is_narrow(shape):
+    model, moment = low_dimensional(shape, 16)
+    how = Compensation("t" * 64, ffn=1e-6, attention=1e-6, read=1e-6, rotate=True)
+    plan = make_plan(shape, scores(shape), {"hidden_size": 16}, source_fingerprint=FINGERPRINT, compensation=how)
+    turned = Memory(plan.target)
+    compensate(model, plan, TOKENS, EVEN, turned, stream_moment=moment)
+    for slot, tensor in turned.tensors.items():
+        row = next(row for row in layout.parameters(shape) if row.key == slot[0])
+        assert tuple(tensor.shape) == row.size(plan.target), slot
+    cut = student_of(model, Plan(**{**vars(plan), "compensation": Compensation("t" * 64)}))
+    before, after, worse = (predictions(one) for one in (model, turned, cut))
+    scale = before.square().mean().sqrt()
+    assert float((after - before).square().mean().sqrt() / scale) < 0.02
+    assert float((worse - before).square().mean().sqrt() / scale) > 0.1
+
+
+def test_a_plan_that_turns_needs_the_moment():
+    model, _ = low_dimensional(SHAPE, 16)
+    how = Compensation("t" * 64, rotate=True)
+    plan = make_plan(SHAPE, scores(SHAPE), {"hidden_size": 16}, source_fingerprint=FINGERPRINT, compensation=how)
+    with pytest.raises(ValueError, match="stream_moment"):
+        compensate(model, plan, TOKENS, EVEN, Memory(plan.target))

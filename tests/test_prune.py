@@ -305,7 +305,7 @@ def measured(teacher):
 
 def test_importance_keeps_tokens_and_ranks_for_compensation(measured):
     assert measured.tokens.shape == (8, 32) and measured.sensitivity.shape == (6, 8, 32)  # 256 of 12 * 32 tokens
-    assert set(measured.ranks) == {"ffn_rank", "heads_rank", "groups_rank", "hidden_rank"}
+    assert set(measured.ranks) == {"ffn_rank", "heads_rank", "groups_rank", "hidden_rank", "stream_moment"}
 
 
 def test_weights_are_resolved_by_default_and_again_from_the_plan(teacher, measured, prune, tmp_path):

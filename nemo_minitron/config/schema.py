@@ -78,6 +78,9 @@ class Prune:
     )
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
     compensate: bool | None = key(None, "re-solve the kept weights; when null: if the scores hold calibration tokens")
+    rotate: bool | None = key(
+        None, "turn the residual stream before hidden channels are cut; when null: if weights are re-solved"
+    )
     ranking: str | None = key(
         None,
         "what worth is: minitron (arXiv 2407.14679), or reconstruction (loss once re-solved; when compensating)",

@@ -25,10 +25,13 @@ from torch.nn import functional as F
 from nemo_minitron import layout, parallel
 from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, second_moment, stream_weights
+from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
+from nemo_minitron.shape import ModelShape
 
 RIDGE = 0.03
 """Of the elimination: small calibration sets make some units look replaceable that are not."""
+EMBEDDING_SHARE = 0.3
+"""Weight of the embeddings in the stream's moment: what is lost there, no layer before can make good."""
 HEAD_BYTES = 256 << 20
 """Bounds the logits that are alive at once."""
 
@@ -41,7 +44,6 @@ class _Moments:
     proj: Tensor  # [A*d, A*d], inputs of linear_proj, likewise
     ffn_metric: Tensor  # [H, H], gradients of the stream after the layer
     proj_metric: Tensor  # [H, H], gradients of the stream after the attention
-    energy: Tensor  # [H], squares of both streams, each token by its inverse mean square
 
     def reduced(self, group: parallel.Group) -> _Moments:
         return _Moments(*(parallel.all_reduce(value, group).cpu() for value in vars(self).values()))
@@ -64,9 +66,11 @@ def rank_by_reconstruction(
 
     Returns:
         float64 arrays as :class:`nemo_minitron.scores.Scores` names and sizes them: ``ffn_rank [L, F]``,
-        ``heads_rank [L, A]``, ``groups_rank [L, G]`` (places in the elimination of that layer, larger is worth more)
-        and ``hidden_rank [H]`` (energy of a channel of the residual stream relative to the token's mean square, summed
-        over all depths and tokens: better than norm outputs, and than Fisher-weighted energy, in our measurements);
+        ``heads_rank [L, A]``, ``groups_rank [L, G]`` (places in the elimination of that layer, larger is worth more),
+        ``stream_moment [H, H]`` (second moment of the residual stream relative to the token's mean square, summed over
+        tokens and all depths, the embeddings counting as ``EMBEDDING_SHARE`` of the others together; the same bits on
+        every grid) and its diagonal ``hidden_rank [H]`` (better than norm outputs, and than Fisher-weighted energy, in
+        our measurements);
         and ``sensitivity [2L, n, s]`` float32 of these samples: the norm of the gradient of the residual stream after
         the attention and after the FFN of each layer, which is how much an error there matters to the loss.
 
@@ -80,16 +84,17 @@ def rank_by_reconstruction(
         "ffn_rank": np.zeros((shape.num_layers, shape.ffn_hidden_size)),
         "heads_rank": np.zeros((shape.num_layers, shape.num_attention_heads)),
         "groups_rank": np.zeros((shape.num_layers, shape.num_query_groups)),
-        "hidden_rank": np.zeros(shape.hidden_size),
     }
     sensitivity = np.zeros((2 * shape.num_layers, *tokens.shape), dtype=np.float32)
+    job = int(parallel.all_reduce(torch.tensor(tokens.numel(), device=device), group))
+    moment = _StreamMoment(shape, job, device)
     with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
         streams = _forward(reader, tokens, rotary, Path(folder) / "streams", progress)
         gradient = _head_gradient(reader, streams[-1], tokens)
         for layer in reversed(range(shape.num_layers)):
             weights = read_layer(reader, layer, device)
             slopes = sensitivity[2 * layer : 2 * layer + 2]
-            gradient, moments = _backward(weights, streams[layer], gradient, rotary, slopes)
+            gradient, moments = _backward(weights, streams[layer], gradient, rotary, slopes, moment)
             moments = moments.reduced(group)
             fc2, proj = (weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT))
             head, r = shape.kv_channels, shape.heads_per_group
@@ -98,8 +103,11 @@ def rank_by_reconstruction(
             proj = metric_root(moments.proj_metric) @ proj
             arrays["heads_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=head)
             arrays["groups_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=r * head)
-            arrays["hidden_rank"] += moments.energy.numpy()
             progress(1)
+        for sample in range(len(tokens)):
+            moment.add(streams[0, sample].to(device), 2 * shape.num_layers * EMBEDDING_SHARE)
+    arrays["stream_moment"] = parallel.all_reduce(moment.sum, group).cpu().numpy()
+    arrays["hidden_rank"] = arrays["stream_moment"].diagonal().copy()
     return arrays, sensitivity
 
 
@@ -157,17 +165,16 @@ def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor
 
 
 def _backward(
-    weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary, slopes: np.ndarray
+    weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary, slopes: np.ndarray, moment: _StreamMoment
 ) -> tuple[Tensor, _Moments]:
     """Through one layer, sample by sample: gradient at its input, and its moments.
 
     ``x [n, s, H]`` enters the layer; ``gradient [n, s, H]`` belongs to the stream that leaves it. ``slopes [2, n, s]``
-    receives the gradient's norms after the attention and after the FFN.
+    receives the gradient's norms after the attention and after the FFN; both streams are added to ``moment``.
     """
     shape, device = weights.shape, rotary.cos.device
     sizes = (shape.ffn_hidden_size, shape.proj_columns, shape.hidden_size, shape.hidden_size)
     ffn, proj, ffn_metric, proj_metric = (_Gathered(size, device) for size in sizes)
-    energy = torch.zeros(shape.hidden_size, dtype=torch.float64, device=device)
     before = torch.empty_like(gradient)
     for sample in range(len(x)):
         one = slice(sample, sample + 1)
@@ -187,8 +194,23 @@ def _backward(
         ffn_metric.add(at_leaving)
         proj_metric.add(at_middle)
         for stream in (middle.detach(), leaving.detach()):
-            energy += (stream.square() * stream_weights(stream)[..., None]).double().sum(dim=(0, 1))
-    return before, _Moments(ffn.total(), proj.total(), ffn_metric.total(), proj_metric.total(), energy)
+            moment.add(stream[0])
+    return before, _Moments(ffn.total(), proj.total(), ffn_metric.total(), proj_metric.total())
+
+
+class _StreamMoment:
+    """``sum x x^T / mean(x^2)`` over tokens of residual streams; the same bits whatever process saw which sample."""
+
+    def __init__(self, shape: ModelShape, tokens: int, device: torch.device) -> None:
+        """``tokens``: of the whole job."""
+        self.sum = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device)
+        # relative to its token's mean square, no square exceeds the number of channels
+        bound = torch.tensor(2.0 * shape.num_layers * (1 + EMBEDDING_SHARE) * tokens * shape.hidden_size)
+        self._quantum = quantum(bound, bound)
+
+    def add(self, stream: Tensor, weight: float = 1.0) -> None:
+        """``[s, H]`` of one sample."""
+        self.sum += second_moment(stream, stream, weight * stream_weights(stream), self._quantum)
 
 
 class _Gathered:

@@ -77,6 +77,8 @@ def table(plan: Plan) -> str:
     dropped = sorted(set(range(1, source.num_layers + 1)) - {layer + 1 for layer in plan.layers})
     if dropped:
         lines.append(f"layers removed (counted from 1): {format_ranges(dropped)}")
+    if plan.compensation is not None and plan.compensation.rotate:
+        lines.append("residual stream turned onto its directions of most energy")
     lines.append("kept weights " + ("cut" if plan.compensation is None else "re-solved on the calibration tokens"))
     return "\n".join(lines)
 
@@ -146,8 +148,16 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
             "prune.compensate: the scores hold no calibration tokens to re-solve weights on; "
             "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
         )
-    compensation = None if tokens is None or compensate is False else Compensation(tokens)
     ranked = bool(scores and scores.ranks)
+    narrower = (options.get("hidden_size") or reader.shape.hidden_size) < reader.shape.hidden_size
+    rotate = options.get("rotate")
+    if rotate and not (ranked and narrower and tokens is not None and compensate is not False):
+        raise MinitronError(
+            "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
+        )
+    compensation = None
+    if tokens is not None and compensate is not False:
+        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False)
     ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
     return make_plan(
         reader.shape,
@@ -175,6 +185,8 @@ def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | No
             f"prune.scores: the plan re-solves weights on calibration tokens {plan.compensation.tokens[:16]}, "
             f"found {'none' if found is None else found[:16]}; give the scores folder that it was made with"
         )
+    if plan.compensation.rotate and "stream_moment" not in scores.ranks:  # type: ignore[union-attr]
+        raise MinitronError("prune.scores: the plan turns the residual stream, but these scores lack 'stream_moment'")
 
 
 def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path, scores: Scores | None) -> None:
@@ -216,6 +228,17 @@ def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Sco
     sensitivity = torch.tensor(scores.sensitivity)
     mine = slice(runtime.rank(), None, parallel.size(world))
     share, weights = tokens[mine].to(runtime.device()), sensitivity[:, mine].to(runtime.device())
+    moment = torch.tensor(scores.ranks["stream_moment"]) if plan.compensation.rotate else None
     quiet = None if runtime.rank() == 0 else True
     with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=quiet) as bar:
-        compensate(reader, plan, share, weights, writer, dtype=reader.dtype, group=world, progress=bar.update)
+        compensate(
+            reader,
+            plan,
+            share,
+            weights,
+            writer,
+            stream_moment=moment,
+            dtype=reader.dtype,
+            group=world,
+            progress=bar.update,
+        )

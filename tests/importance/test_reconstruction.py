@@ -28,8 +28,12 @@ def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
     expected = torch.stack([g.norm(dim=-1) for g in torch.autograd.grad(loss, streams)])
     assert sensitivity.shape == (2 * shape.num_layers, 3, 40)
     np.testing.assert_allclose(sensitivity, expected.numpy(), rtol=1e-3, atol=1e-6)
-    energy = sum((x.square() / x.square().mean(-1, keepdim=True)).sum((0, 1)) for x in streams)
-    np.testing.assert_allclose(arrays["hidden_rank"], energy.detach().numpy(), rtol=1e-4)
+    relative = [(x / x.square().mean(-1, keepdim=True).sqrt()).detach().flatten(0, 1).double() for x in streams]
+    embeddings = model.model.embed_tokens.weight.detach()[tokens].flatten(0, 1).double()
+    embeddings = embeddings / embeddings.square().mean(-1, keepdim=True).sqrt()
+    moment = sum(x.T @ x for x in relative) + 0.3 * len(relative) * embeddings.T @ embeddings
+    np.testing.assert_allclose(arrays["stream_moment"], moment.numpy(), rtol=1e-4, atol=1e-2)
+    np.testing.assert_array_equal(arrays["hidden_rank"], arrays["stream_moment"].diagonal())
     for unit, count in (("ffn", shape.ffn_hidden_size), ("heads", 8), ("groups", shape.num_query_groups)):
         assert np.array_equal(np.sort(arrays[f"{unit}_rank"], axis=1), np.tile(np.arange(count), (3, 1)))
 
