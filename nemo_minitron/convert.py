@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from nemo_minitron.checkpoint import (
     tensor_name,
 )
 from nemo_minitron.checkpoint.nemo_config import SECTION, dtype_from_precision, padded_vocab, vocab_divisor
+from nemo_minitron.checkpoint.nemo_file import check_digest
 from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_size
 from nemo_minitron.errors import MinitronError
@@ -43,7 +46,8 @@ def convert(
             None.
         make_vocab_size_divisible_by: pads the table of a ``.nemo``; NeMo's own choice, which pads nothing at TP=1, when
             None. Meaningless towards HF.
-        verify: read the output again and compare every tensor, bit by bit, with the input's.
+        verify: before the output appears at its place, read it again and compare every tensor, bit by bit, with the
+            input's, and both with the checksums that a ``.nemo`` carries.
         max_shard_size: of HF's safetensors files.
 
     Raises:
@@ -55,15 +59,13 @@ def convert(
     if source.suffix == ".nemo" or (source / "model_config.yaml").is_file():
         if make_vocab_size_divisible_by is not None:
             raise MinitronError("make_vocab_size_divisible_by must be absent towards HF, whose tables have no padding")
-        _to_hf(source, target, precision, max_shard_size)
+        _to_hf(source, target, precision, max_shard_size, verify)
     else:
-        _to_nemo(source, target, precision, make_vocab_size_divisible_by)
-    if verify:
-        _compare(source, target)
+        _to_nemo(source, target, precision, make_vocab_size_divisible_by, verify)
     return target
 
 
-def _to_nemo(source: Path, target: Path, precision: str | int | None, divisor: int | None) -> None:
+def _to_nemo(source: Path, target: Path, precision: str | int | None, divisor: int | None, verify: bool) -> None:
     with ExitStack() as stack:
         reader = stack.enter_context(HfReader(source))
         dtype = reader.dtype if precision is None else dtype_from_precision(precision)
@@ -91,11 +93,12 @@ def _to_nemo(source: Path, target: Path, precision: str | int | None, divisor: i
             tokenizer_size=entries,
             generation_config=reader.generation_config,
         )
-        with NemoWriter(target, config, shape, dtype, tokenizer=made or tokenizer) as writer:
+        check = _comparison(reader, NemoReader) if verify else None
+        with NemoWriter(target, config, shape, dtype, tokenizer=made or tokenizer, check=check) as writer:
             _copy(reader, writer)
 
 
-def _to_hf(source: Path, target: Path, precision: str | int | None, max_shard_size: int | str) -> None:
+def _to_hf(source: Path, target: Path, precision: str | int | None, max_shard_size: int | str, verify: bool) -> None:
     with NemoReader(source) as reader:
         dtype = reader.dtype if precision is None else dtype_from_precision(precision)
         kept = reader.config.get(SECTION) or {}
@@ -107,33 +110,56 @@ def _to_hf(source: Path, target: Path, precision: str | int | None, max_shard_si
             generation_config=kept.get("generation_config"),
             tokenizer=reader.tokenizer_folder(),
             max_shard_size=max_shard_size,
+            check=_comparison(reader, HfReader) if verify else None,
         ) as writer:
             _copy(reader, writer)
 
 
 def _copy(reader: HfReader | NemoReader, writer: HfWriter | NemoWriter) -> None:
+    """Every tensor in the order of the files, the next one read while one is written.
+
+    Only a vocabulary table is large, and its neighbours are small, so two tensors at a time take little more than one.
+    """
     from tqdm import tqdm
 
-    with tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.path.name}", disable=None) as bar:
-        for parameter, layer in each_tensor(reader.shape):
-            tensor = reader.tensor(parameter, layer)
+    order = list(each_tensor(reader.shape))
+    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.path.name}", disable=None)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(reader.tensor, *order[0])
+        for number, (parameter, layer) in enumerate(order, start=1):
+            tensor = following.result()
+            if number < len(order):
+                following = ahead.submit(reader.tensor, *order[number])
             writer.write(parameter, tensor, layer)
             bar.update(tensor.numel() * tensor.element_size())
 
 
-def _compare(source: Path, target: Path) -> None:
-    """Every tensor of ``target`` against the same one of ``source``, cast as the conversion cast it."""
-    with _open(source) as before, _open(target) as after:
-        for parameter, layer in each_tensor(after.shape):
-            rows = slice(0, after.shape.vocab_size) if parameter.axes[0] == VOCAB else None
-            expected = before.tensor(parameter, layer, rows).to(after.dtype)
-            if not torch.equal(expected, after.tensor(parameter, layer, rows)):
-                raise MinitronError(f"{target}: tensor '{tensor_name(parameter, layer)}' differs from {source}'s")
+def _comparison(reader: HfReader | NemoReader, kind: type[HfReader] | type[NemoReader]) -> Callable[[Path], None]:
+    def check(written: Path) -> None:
+        with kind(written) as after:
+            compare(reader, after)
+
+    return check
 
 
-def _open(path: Path) -> HfReader | NemoReader:
-    is_nemo = path.suffix == ".nemo" or (path / "model_config.yaml").is_file()
-    return NemoReader(path) if is_nemo else HfReader(path)
+def compare(before: HfReader | NemoReader, after: HfReader | NemoReader) -> None:
+    """Every tensor of ``after`` against the same one of ``before`` cast to its dtype, bit by bit; checksums as well.
+
+    Raises:
+        MinitronError: the first tensor that differs from the other's or from its own file's checksum, by name.
+    """
+    sums = [reader.checksums() if isinstance(reader, NemoReader) else None for reader in (before, after)]
+    for parameter, layer in each_tensor(after.shape):
+        tensors = [reader.tensor(parameter, layer) for reader in (before, after)]
+        for reader, expected, tensor in zip((before, after), sums, tensors, strict=True):
+            if expected is not None:
+                check_digest(reader.path, expected, parameter, layer, tensor)
+        if parameter.axes[0] == VOCAB:
+            tensors = [tensor[: after.shape.vocab_size] for tensor in tensors]
+        # as bytes: as numbers, a zero would equal its negative
+        old, new = (tensor.to(after.dtype).contiguous().view(torch.uint8) for tensor in tensors)
+        if not torch.equal(old, new):
+            raise MinitronError(f"{after.path}: tensor '{tensor_name(parameter, layer)}' differs from {before.path}'s")
 
 
 class _TokenizerFolder:

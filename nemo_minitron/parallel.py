@@ -16,6 +16,11 @@ def size(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def world() -> Group:
+    """All processes of the job; None where there is no job."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
 def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
     """Reduce ``tensor`` (any shape, not changed in place) over ``group`` by ``sum``, ``max`` or ``min``.
 

@@ -53,6 +53,25 @@ class ScoreArrays(Protocol):
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """How the kept weights are re-solved (:mod:`nemo_minitron.compensation`); the same values give the same student.
+
+    Attributes:
+        tokens: fingerprint of the calibration tokens, which the scores folder holds.
+        ffn, attention, read: pull towards the cut weights of ``linear_fc2``, of ``linear_proj``, and of what reads the
+            normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1.
+        rotate: whether a narrower residual stream is turned first (:mod:`nemo_minitron.rotation`), from the scores'
+            ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what would be cut to.
+    """
+
+    tokens: str
+    ffn: float = 0.3
+    attention: float = 0.5
+    read: float = 0.03
+    rotate: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Kept indices of every axis, ascending, 0-based, in the numbering of the source.
 
@@ -63,6 +82,7 @@ class Plan:
         layers: kept layers. hidden: kept channels, the same in all layers.
         ffn, groups, heads: one tuple per kept layer, in the order of ``layers``. Heads are absolute group-major ids
             (head a belongs to group ``a // r``) and belong to the kept groups, equally many to each.
+        compensation: how the kept weights are re-solved; None: they are cut only.
 
     Raises:
         MinitronError: from the constructor, where any of this does not hold.
@@ -76,6 +96,7 @@ class Plan:
     ffn: tuple[Indices, ...]
     groups: tuple[Indices, ...]
     heads: tuple[Indices, ...]
+    compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -155,6 +176,8 @@ class Plan:
                 },
             },
         }
+        if self.compensation is not None:
+            document["compensation"] = dataclasses.asdict(self.compensation)
         return yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=False, allow_unicode=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -208,6 +231,7 @@ class Plan:
                 ffn=tuple(parse_ranges(keep["ffn"][layer], source.ffn_hidden_size) for layer in layers),
                 groups=tuple(parse_ranges(keep["groups"][layer], source.num_query_groups) for layer in layers),
                 heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads) for layer in layers),
+                compensation=_compensation(document.get("compensation")),
             )
         except KeyError as error:
             raise MinitronError(f"prune.plan: '{path}' lacks {error}") from None
@@ -215,6 +239,21 @@ class Plan:
             raise MinitronError(f"prune.plan: '{path}': {error}") from None
         except MinitronError as error:
             raise MinitronError(f"prune.plan: '{path}': {error}") from None
+
+
+def _compensation(section: object) -> Compensation | None:
+    """The optional section of a plan file."""
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise MinitronError(f"expected keys below 'compensation', found {section!r}")
+    rotate = section.get("rotate", False)
+    if not isinstance(rotate, bool):
+        raise MinitronError(f"compensation.rotate: expected true or false, found {rotate!r}")
+    strengths = {name: float(value) for name, value in section.items() if name not in ("tokens", "rotate")}
+    if not all(0 < value < float("inf") for value in strengths.values()):
+        raise MinitronError(f"compensation: expected positive numbers, found {strengths}")
+    return Compensation(tokens=str(section["tokens"]), rotate=rotate, **strengths)
 
 
 def target_shape(
@@ -271,6 +310,7 @@ def make_plan(
     drop_layers: Sequence[int] | None = None,
     layer_selection: str = "block_influence",
     source_fingerprint: str,
+    compensation: Compensation | None = None,
 ) -> Plan:
     """Choose what to keep.
 
@@ -310,7 +350,7 @@ def make_plan(
             _choose_heads(shape, scores, layer, kept, new.heads_per_group)
             for layer, kept in zip(layers, groups, strict=True)
         )
-    return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads)
+    return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads, compensation)
 
 
 def keep_top(worth: np.ndarray, count: int) -> Indices:

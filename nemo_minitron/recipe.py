@@ -210,13 +210,18 @@ def _launch(argv: list[str]) -> int:
 
     A stage's process is forked from a server that has imported NeMo once, which takes some nine seconds; with an
     NVIDIA device, whose driver does not survive a fork, it starts from nothing. When interrupted, the stage may leave
-    its destination in order first: the terminal has interrupted it as well.
+    its destination in order first: the terminal has interrupted it as well. SIGTERM reaches this process alone and is
+    passed on.
     """
     if Path("/dev/nvidiactl").exists():
         started = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *argv])
         try:
             return started.wait()
         except KeyboardInterrupt:
+            started.wait()
+            raise
+        except BaseException:
+            started.terminate()
             started.wait()
             raise
     context = multiprocessing.get_context("forkserver")
@@ -226,6 +231,10 @@ def _launch(argv: list[str]) -> int:
     try:
         forked.join()
     except KeyboardInterrupt:
+        forked.join()
+        raise
+    except BaseException:
+        forked.terminate()
         forked.join()
         raise
     return forked.exitcode or 0

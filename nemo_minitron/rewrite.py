@@ -129,10 +129,15 @@ def prune_checkpoint(reader: TensorReader, plan: Plan, writer: TensorWriter) -> 
     for parameter in layout.parameters(plan.source):
         for layer in plan.layers if parameter.per_layer else (None,):
             tensor = reader.tensor(parameter, layer)
-            if not torch.isfinite(tensor).all():
-                raise MinitronError(f"{_named(parameter, layer)}: holds NaN or infinite values")
+            refuse_non_finite(parameter, layer, tensor)
             at = None if layer is None else plan.position(layer)
             writer.write(parameter, rewrite(plan, parameter, layer, tensor), at)
+
+
+def refuse_non_finite(parameter: Parameter, layer: int | None, tensor: Tensor) -> None:
+    """Raise :class:`MinitronError` with the tensor's name if it holds a NaN or an infinity."""
+    if not torch.isfinite(tensor).all():
+        raise MinitronError(f"{_named(parameter, layer)}: holds NaN or infinite values")
 
 
 def _cells(cells: Tensor, width: int) -> Tensor:

@@ -132,6 +132,20 @@ def world_size() -> int:
     return where.world_size if where else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_world_size(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
+    """Refuse a grid that this job's processes do not fill.
+
+    Raises:
+        MinitronError: naming the three numbers.
+    """
+    size = world_size()
+    if size % (tensor_parallel * pipeline_parallel):
+        raise MinitronError(
+            f"world size ({size}) must be a multiple of model.tensor_model_parallel_size ({tensor_parallel}) x "
+            f"model.pipeline_model_parallel_size ({pipeline_parallel}); start as many processes with trainer.devices"
+        )
+
+
 def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234) -> None:
     """Initialise torch.distributed (NCCL or gloo) and Megatron's groups, before any model is built.
 
@@ -145,12 +159,8 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
     from megatron.core import parallel_state
     from megatron.core import tensor_parallel as tp
 
+    check_world_size(tensor_parallel, pipeline_parallel)
     size = world_size()
-    if size % (tensor_parallel * pipeline_parallel):
-        raise MinitronError(
-            f"world size ({size}) must be a multiple of model.tensor_model_parallel_size ({tensor_parallel}) x "
-            f"model.pipeline_model_parallel_size ({pipeline_parallel}); start as many processes with trainer.devices"
-        )
     if not torch.distributed.is_initialized():
         # alone there is nobody to meet: no port that another run holds, nothing left in the environment of children
         store = torch.distributed.HashStore() if size == 1 else None

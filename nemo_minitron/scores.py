@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from nemo_minitron.shape import ModelShape
 
 FORMAT = "nemo_minitron.scores/1"
 JSON, NPZ = "scores.json", "arrays.npz"
+_MOST_TOKENS = 1 << 27
 
 
 def array_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -43,6 +45,15 @@ def array_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
+RANKINGS = ("minitron", "reconstruction")
+
+
+def rank_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Size of every array of ``Scores.ranks``."""
+    ranks = {f"{name}_rank": array_sizes(shape)[name] for name in ("ffn", "heads", "groups", "hidden")}
+    return ranks | {"stream_moment": (shape.hidden_size, shape.hidden_size)}
+
+
 @dataclass(frozen=True, eq=False)
 class Scores:
     """What each unit of a model is worth; float64, unsharded, larger is worth more (except where said).
@@ -61,6 +72,12 @@ class Scores:
         ffn_rms ``[L, F]``, proj_rms ``[L, A*d]``, norm_rms ``[2L+1, H]``, residual_rms ``[L+1, H]``: root mean
             square over tokens of the same activations (the diagonal of their uncentred second moment), for rankings
             such as rms times downstream column norm.
+        ranks: ``ffn_rank``, ``heads_rank``, ``groups_rank``, ``hidden_rank``, sized like their namesakes: worth once
+            the others have been re-solved (:mod:`nemo_minitron.importance.reconstruction`), and ``stream_moment``
+            ``[H, H]``, from which compensation turns the stream; empty if not measured.
+        tokens: ``[n, s]`` int32, the calibration samples that ``ranks`` come from and compensation works with;
+            sensitivity: ``[2L, n, s]`` float32, how much an error in the residual stream matters at each of them, after
+            the attention and after the FFN of each layer. Both or neither.
 
     Raises:
         MinitronError: from the constructor, where an array has the wrong size or holds a NaN or infinity.
@@ -81,16 +98,58 @@ class Scores:
     norm_rms: np.ndarray
     residual_rms: np.ndarray
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tokens: np.ndarray | None = None
+    sensitivity: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name, size in array_sizes(self.shape).items():
-            array = np.array(getattr(self, name), dtype=np.float64)  # a copy: frozen means nobody else can write it
-            if array.shape != size:
-                raise MinitronError(f"scores: '{name}' must have size {list(size)}, found {list(array.shape)}")
-            if not np.isfinite(array).all():
-                raise MinitronError(f"scores: '{name}' holds {int((~np.isfinite(array)).sum())} NaN or infinite values")
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, _checked(name, getattr(self, name), size))
+        if self.ranks:
+            sizes = rank_sizes(self.shape)
+            if self.ranks.keys() != sizes.keys():
+                raise MinitronError(f"scores: expected the ranks {', '.join(sizes)}, found {', '.join(self.ranks)}")
+            ranks = {name: _checked(name, self.ranks[name], size) for name, size in sizes.items()}
+            object.__setattr__(self, "ranks", ranks)
+        if self.tokens is not None:
+            tokens = np.array(self.tokens, dtype=np.int32)
+            if tokens.ndim != 2 or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.shape.vocab_size:
+                raise MinitronError(
+                    f"scores: 'tokens' must be [n, s] ids from 0 to {self.shape.vocab_size - 1}, "
+                    f"found size {list(tokens.shape)} with ids {tokens.min(initial=0)} to {tokens.max(initial=0)}"
+                )
+            tokens.setflags(write=False)
+            object.__setattr__(self, "tokens", tokens)
+            size = (2 * self.shape.num_layers, *tokens.shape)
+            weights = _checked("sensitivity", self.sensitivity, size).astype(np.float32)
+            weights.setflags(write=False)
+            object.__setattr__(self, "sensitivity", weights)
+
+    def ranked_by(self, ranking: str) -> SimpleNamespace:
+        """The arrays that planning reads (``nemo_minitron.plan.ScoreArrays``), worth being what ``ranking`` says.
+
+        Raises:
+            MinitronError: ``reconstruction`` where it was not measured.
+        """
+        names = ("ffn", "heads", "groups", "hidden", "block_influence", "residual_cosine")
+        arrays = {name: getattr(self, name) for name in names}
+        if ranking == "reconstruction":
+            if not self.ranks:
+                raise MinitronError(
+                    "prune.ranking: these scores have no ranks by reconstruction; "
+                    "run `minitron importance calibration.reconstruction=true`, or choose prune.ranking=minitron"
+                )
+            arrays |= {
+                name.removesuffix("_rank"): array for name, array in self.ranks.items() if name.endswith("_rank")
+            }
+        return SimpleNamespace(**arrays)
+
+    def tokens_fingerprint(self) -> str | None:
+        """SHA-256 of ``tokens``; None without them."""
+        if self.tokens is None:
+            return None
+        size = str(list(self.tokens.shape)).encode()
+        return hashlib.sha256(size + np.ascontiguousarray(self.tokens).astype("<i4").tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 over arrays and metadata, independent of how they are stored."""
@@ -98,6 +157,12 @@ class Scores:
         for name in array_sizes(self.shape):
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(getattr(self, name)).astype("<f8").tobytes())
+        for name in sorted(self.ranks):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(self.ranks[name]).astype("<f8").tobytes())
+        if self.tokens is not None:
+            digest.update(f"tokens {self.tokens_fingerprint()}".encode())
+            digest.update(np.ascontiguousarray(self.sensitivity).astype("<f4").tobytes())
         return digest.hexdigest()
 
     def check_matches(self, source_fingerprint: str, shape: ModelShape) -> None:
@@ -124,7 +189,10 @@ class Scores:
         To make a whole output appear at once, write into a ``checkpoint.staging.Staging`` folder.
         """
         folder = Path(folder)
-        np.savez(folder / NPZ, **{name: getattr(self, name) for name in array_sizes(self.shape)})
+        arrays = {name: getattr(self, name) for name in array_sizes(self.shape)} | dict(self.ranks)
+        if self.tokens is not None:
+            arrays |= {"tokens": self.tokens, "sensitivity": self.sensitivity}  # type: ignore[dict-item]
+        np.savez(folder / NPZ, **arrays)
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
         (folder / JSON).write_text(json.dumps(metadata, indent=2) + "\n")
 
@@ -145,11 +213,19 @@ class Scores:
             shape = ModelShape.from_dict(metadata["shape"])
             with np.load(path / NPZ, allow_pickle=False) as arrays:
                 values = {name: _bounded(arrays, name, size, path) for name, size in array_sizes(shape).items()}
+                present = {member.removesuffix(".npy") for member in arrays.zip.namelist()}
+                ranks = {n: _bounded(arrays, n, size, path) for n, size in rank_sizes(shape).items() if n in present}
+                tokens = _bounded(arrays, "tokens", (_MOST_TOKENS,), path) if "tokens" in present else None
+                weights = None if tokens is None else (2 * shape.num_layers, *tokens.shape)
+                sensitivity = None if weights is None else _bounded(arrays, "sensitivity", weights, path)
             scores = cls(
                 shape=shape,
                 source_fingerprint=str(metadata["source_fingerprint"]),
                 data_fingerprint=str(metadata["data_fingerprint"]),
                 calibration=metadata["calibration"],
+                ranks=ranks,
+                tokens=tokens,
+                sensitivity=sensitivity,
                 **values,
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -165,6 +241,17 @@ class Scores:
             "calibration": dict(self.calibration),
             "shape": dataclasses.asdict(self.shape),
         }
+
+
+def _checked(name: str, array: Any, size: tuple[int, ...]) -> np.ndarray:
+    """A read-only float64 copy (frozen means that nobody else can write it) of the right size, finite."""
+    array = np.array(array, dtype=np.float64)
+    if array.shape != size:
+        raise MinitronError(f"scores: '{name}' must have size {list(size)}, found {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise MinitronError(f"scores: '{name}' holds {int((~np.isfinite(array)).sum())} NaN or infinite values")
+    array.setflags(write=False)
+    return array
 
 
 def _bounded(arrays: Any, name: str, size: tuple[int, ...], path: Path) -> np.ndarray:

@@ -1,21 +1,24 @@
-"""A small random Llama with its tokenizer, as a complete HF folder: the input of tests and of the tiny recipe."""
+"""A random Llama of any shape with its tokenizer, as a complete HF folder, streamed to disk a tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from nemo_minitron.checkpoint.fuse import hf_part_rows
+from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
+from nemo_minitron.checkpoint.hf import HfWriter
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, FC2_WEIGHT, OUTPUT, PROJ_WEIGHT, Parameter, parameters
 from nemo_minitron.shape import ModelShape
 
 EOS = "<|endoftext|>"
+_BLOCK_ROWS = 8192
 
 
 def make_llama(
@@ -25,47 +28,57 @@ def make_llama(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tokenizer_texts: Iterable[str] | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write a random model of ``shape`` and a byte-level BPE tokenizer of exactly V entries; return ``folder``.
 
     Weights have the scale of a trained model's: matrices N(0, 1/fan_in), those that write to the residual stream
     divided by sqrt(2L) as GPT-2 does, norms near 1. The same seed, shape and texts give the same bytes.
-    HF tables have V rows; ``shape.padded_vocab_size`` is not HF's concern.
+    HF tables have V rows; ``shape.padded_vocab_size`` is not HF's concern. The folder appears whole or not at all.
 
     Args:
         tokenizer_texts: what the tokenizer is trained on; CPython's ``pydoc_data.topics`` when None.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    shape = shape.replace(padded_vocab_size=shape.vocab_size)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for parameter in parameters(shape):
-        for layer in range(shape.num_layers if parameter.per_layer else 1):
-            for name, tensor in _random_parts(parameter, shape, generator):
-                tensors[name.format(l=layer)] = tensor.to(dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    eos = _write_tokenizer(folder, shape, _topics() if tokenizer_texts is None else tokenizer_texts)
-    ids = {"bos_token_id": eos, "eos_token_id": eos}
-    _write_json(folder / "config.json", hf_config_from_shape(shape, dtype) | ids)
-    _write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer = Path(made)
+        eos = _write_tokenizer(tokenizer, shape, _topics() if tokenizer_texts is None else tokenizer_texts)
+        ids = {"bos_token_id": eos, "eos_token_id": eos}
+        config, generation = hf_config_from_shape(shape, dtype) | ids, {"_from_model_config": True} | ids
+        with HfWriter(
+            folder,
+            config,
+            shape,
+            dtype,
+            generation_config=generation,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+        ) as writer:
+            for parameter in parameters(shape):
+                for layer in range(shape.num_layers) if parameter.per_layer else (None,):
+                    parts = list(_random_parts(parameter, shape, dtype, generator))
+                    writer.write(parameter, fuse(parameter, parts, shape), layer)
     return folder
 
 
 def _random_parts(
-    parameter: Parameter, shape: ModelShape, generator: torch.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
+    parameter: Parameter, shape: ModelShape, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
     size = parameter.size(shape)
     for name, rows in zip(parameter.hf, hf_part_rows(parameter, shape), strict=True):
-        noise = torch.randn((rows, *size[1:]), generator=generator)
         if len(size) == 1:  # norms around one, biases around zero
-            yield name, noise * 0.1 + (0.0 if name.endswith("bias") else 1.0)
+            noise = torch.randn((rows,), generator=generator)
+            yield (noise * 0.1 + (0.0 if name.endswith("bias") else 1.0)).to(dtype)
             continue
         scale = 1 / math.sqrt(shape.hidden_size if parameter in (EMBEDDING, OUTPUT) else size[1])
         if parameter in (PROJ_WEIGHT, FC2_WEIGHT):
             scale /= math.sqrt(2 * shape.num_layers)
-        yield name, noise * scale
+        tensor = torch.empty((rows, *size[1:]), dtype=dtype)
+        for block in tensor.split(_BLOCK_ROWS):  # a table in float32 would be twice the largest tensor of the file
+            block.copy_(torch.randn(block.shape, generator=generator).mul_(scale))
+        yield tensor
 
 
 def _topics() -> list[str]:

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
-from nemo_minitron.convert import convert
+from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.stages import convert as stage
 from nemo_minitron.synthetic import make_llama
@@ -41,7 +41,11 @@ def llama(tmp_path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_round_trip_is_bit_identical(name, tmp_path):
     source = make_llama(tmp_path / "hf", SHAPES[name], dtype=DTYPES[name])
-    nemo = convert(source, tmp_path / "m.nemo", verify=True)
+    rows = 128 if name == "padded" else None
+    nemo = convert(source, tmp_path / "m.nemo", make_vocab_size_divisible_by=rows, verify=True)
+    with NemoReader(nemo) as reader:
+        padded = 256 if rows else SHAPES[name].vocab_size
+        assert reader.shape == SHAPES[name].replace(padded_vocab_size=padded) and reader.dtype == DTYPES[name]
     back = convert(nemo, tmp_path / "back", verify=True)
     same_tensors(tensors_of(source), tensors_of(back))
     before, after = tree(source), tree(back)
@@ -116,6 +120,14 @@ def test_precision_and_padding(llama, tmp_path):
     )
     config = json.loads((back / "config.json").read_text())
     assert config == json.loads((llama / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+
+
+def test_verify_sees_the_sign_of_a_zero(llama, tmp_path):
+    put(llama, **{"model.norm.weight": torch.zeros(64)})
+    nemo = convert(llama, tmp_path / "m.nemo")
+    put(llama, **{"model.norm.weight": -torch.zeros(64)})
+    with HfReader(llama) as before, NemoReader(nemo) as after, pytest.raises(MinitronError, match="final_layernorm"):
+        compare(before, after)
 
 
 def test_mixed_dtypes_widen(llama, tmp_path):

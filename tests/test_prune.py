@@ -251,6 +251,7 @@ def test_prune_computes_the_published_metric_in_nemo(teacher, tmp_path):
         f"export.save_path={tmp_path}/student.nemo",
         "prune.ffn_hidden_size=50",
         "prune.num_layers=2",
+        "prune.ranking=minitron",
         f"prune.calib_dataset={prefix}",
         "prune.num_calib_size=6",
         "prune.calib_seq_length=32",
@@ -288,3 +289,59 @@ def test_calibration_draws_the_same_from_text_as_from_its_tokens(teacher):
     assert tuple(tokens.shape) == (5, 32)
     assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
     assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
+
+
+@pytest.fixture(scope="module")
+def measured(teacher):
+    """Scores with ranks and tokens, from ``minitron importance``."""
+    keys = [
+        f"model.restore_from_path={teacher}/teacher.nemo",
+        f"calibration.data_prefix={teacher}/tokens_text_document",
+    ]
+    sizes = ["calibration.num_samples=12", "calibration.seq_length=32", "calibration.reconstruction_tokens=256"]
+    assert main(["importance", *keys, *sizes, f"output_path={teacher}/measured"]) == 0
+    return Scores.load(teacher / "measured")
+
+
+def test_importance_keeps_tokens_and_ranks_for_compensation(measured):
+    assert measured.tokens.shape == (8, 32) and measured.sensitivity.shape == (6, 8, 32)  # 256 of 12 * 32 tokens
+    assert set(measured.ranks) == {"ffn_rank", "heads_rank", "groups_rank", "hidden_rank", "stream_moment"}
+
+
+def test_weights_are_resolved_by_default_and_again_from_the_plan(teacher, measured, prune, tmp_path):
+    sizes = ["prune.ffn_hidden_size=50", "prune.hidden_size=48", "prune.num_query_groups=2"]
+    status, said = prune(f"prune.scores={teacher}/measured", *sizes)
+    assert status == 0 and "re-solved on the calibration tokens" in said
+    plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
+    assert plan.compensation.tokens == measured.tokens_fingerprint()
+    assert plan.ffn[0] == tuple(best(measured.ranks["ffn_rank"][0], 50))
+    assert plan.hidden == tuple(best(measured.ranks["hidden_rank"], 48))
+    student = (tmp_path / "out" / "student.nemo").read_bytes()
+    convert(tmp_path / "out" / "student.nemo", tmp_path / "hf")
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model(torch.arange(9)[None]).logits.isfinite().all()
+
+    file = tmp_path / "plan.yaml"
+    shutil.copy(tmp_path / "out" / "student.plan.yaml", file)
+    again = f"export.save_path={tmp_path}/again/student.nemo"
+    status, said = prune(f"prune.plan={file}", f"prune.scores={teacher}/measured", again, save=False)
+    assert status == 0, said
+    assert (tmp_path / "again" / "student.nemo").read_bytes() == student
+    for keys, message in (
+        ([], "the plan re-solves weights on calibration tokens"),
+        ([f"prune.scores={teacher}/measured", "prune.compensate=false"], "false asked, but the plan says"),
+    ):
+        status, said = prune(f"prune.plan={file}", *keys, again.replace("again", "never"), save=False)
+        assert status == 2 and message in said and not (tmp_path / "never").exists()
+
+
+def test_compensation_can_be_declined_and_needs_tokens(teacher, scores, measured, prune, tmp_path):
+    status, said = prune(f"prune.scores={teacher}/measured", "prune.ffn_hidden_size=50", "prune.compensate=false")
+    assert status == 0 and "kept weights cut" in said
+    plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
+    assert plan.compensation is None and plan.ffn[0] == tuple(best(measured.ffn[0], 50))
+    status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.compensate=true")
+    assert status == 2 and "hold no calibration tokens" in said
+    status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.ranking=reconstruction")
+    assert status == 2 and "no ranks by reconstruction" in said

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -293,3 +294,25 @@ def test_tiny_recipe_from_nothing_to_an_hf_folder(tmp_path):
 
     second = subprocess.run(command, capture_output=True, text=True, check=False)
     assert second.returncode == 0 and second.stdout.count("up to date, skipped") == 12
+
+
+def test_sigterm_is_passed_on_to_the_stage(monkeypatch):
+    """It leaves ``join`` as SystemExit; at exit multiprocessing would wait for the stage to end by itself."""
+    done = []
+
+    class Forked:
+        exitcode = -15
+
+        def join(self):
+            done.append("join")
+            if len(done) == 2:
+                raise SystemExit(143)
+
+    for name in ("start", "terminate"):
+        setattr(Forked, name, lambda _, name=name: done.append(name))
+    context = SimpleNamespace(set_forkserver_preload=lambda names: None, Process=lambda **_: Forked())
+    monkeypatch.setattr(recipe.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(recipe.Path, "exists", lambda self: False)
+    with pytest.raises(SystemExit):
+        recipe._launch(["convert"])
+    assert done == ["start", "join", "terminate", "join"]

@@ -3,6 +3,7 @@ import filecmp
 import pytest
 import torch
 
+from nemo_minitron.cli import main
 from nemo_minitron.synthetic import EOS, make_llama
 from tests.llamas import DTYPES, GQA, SHAPES
 
@@ -39,3 +40,19 @@ def test_few_texts_still_fill_the_vocabulary(tmp_path):
 
     folder = make_llama(tmp_path / "m", GQA, tokenizer_texts=["abc abc"])
     assert len(AutoTokenizer.from_pretrained(folder)) == GQA.vocab_size
+
+
+def test_command_replaces_its_own_output_and_nothing_else(tmp_path, capsys):
+    command = ["synthesize", "model=tiny", f"output_path={tmp_path}/m"]
+    assert main(command) == 0
+    first = (tmp_path / "m" / "model.safetensors").read_bytes()
+    assert main([*command, "seed=5"]) == 0
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() != first
+    (tmp_path / "m" / "thesis.tex").write_text("years")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    assert main(command) == 2 and "thesis.tex" in capsys.readouterr().err
+    assert main([*command, f"output_path={tmp_path}/m/thesis.tex/m"]) == 2
+    assert "writable destination" in capsys.readouterr().err
+    assert main([*command, "model.num_query_groups=3"]) == 2
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -6,66 +6,84 @@ and an archive with an absolute path, a ``..``, a link, a device or a name given
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, Protocol, cast
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, cast
 
 from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.checkpoint.tar import BLOCK, MAX_MEMBERS, read_members
 from nemo_minitron.errors import MinitronError
 
-_BLOCK = tarfile.BLOCKSIZE
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP_RATIO, _GZIP_FLOOR, _DISK_FREE = 64, 64 << 20, 1 << 30
 
 
-class Slice(io.RawIOBase):
-    """A seekable, read-only window of ``size`` bytes at ``start`` of an open file (which it does not close)."""
+class Archive:
+    """Read access to the members of a ``.nemo``, by name without leading ``./``; from any thread.
 
-    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
+    Args:
+        path: for messages. places: (path of the file, offset, size) of each member.
+    """
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]  # a writable buffer has no name in typing
-        count = max(0, min(len(buffer), self._size - self._at))
-        self._file.seek(self._start + self._at)
-        done = cast(io.BufferedReader, self._file).readinto(memoryview(buffer)[:count])
-        self._at += done
-        return done
-
-
-class Archive(Protocol):
-    """Read access to the members of a ``.nemo``, by name without leading ``./``."""
+    def __init__(self, path: Path, places: dict[str, tuple[Path, int, int]], file: IO[bytes] | None = None) -> None:
+        self._path, self._places = path, places
+        self._files: dict[Path, IO[bytes]] = {} if file is None else {path: file}
 
     def names(self) -> list[str]:
         """Names of all regular members, sorted."""
+        return sorted(self._places)
 
     def size(self, name: str) -> int:
         """Bytes of a member."""
+        return self._places[name][2]
 
-    def window(self, name: str, start: int = 0, size: int | None = None) -> Slice:
-        """A seekable window of a member; bounds are checked against the member."""
+    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes:
+        """Bytes ``start .. start + size`` of a member, to its end by default.
+
+        Raises:
+            MinitronError: bounds outside of the member, or a file that has become shorter.
+        """
+        size = self.size(name) - start if size is None else size
+        self._check(name, start, size)
+        data = bytearray(size)
+        self.read_into(name, start, memoryview(data))
+        return bytes(data)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` (of bytes) from ``start`` of a member; raises as :meth:`read`."""
+        self._check(name, start, len(buffer))
+        path, offset, _ = self._places[name]
+        if path not in self._files:
+            self._files[path] = path.open("rb")
+        read_exactly(self._files[path], offset + start, buffer, f"{self._path}: member '{name}'")
+
+    def _check(self, name: str, start: int, size: int) -> None:
+        length = self.size(name)
+        if start < 0 or size < 0 or start + size > length:
+            end = start + size
+            raise MinitronError(f"{self._path}: expected bytes {start}..{end} in member '{name}', which has {length}")
 
     def close(self) -> None:
         """Release files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def read_exactly(file: IO[bytes], start: int, buffer: memoryview, what: str) -> None:
+    """Fill ``buffer`` from byte ``start`` of a file, whose position stays; ``what`` is named where it is too short."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(file.fileno(), [buffer[done : done + (1 << 30)]], start + done)
+        if count == 0:
+            raise MinitronError(f"{what}: the file is truncated")
+        done += count
 
 
 def read_member(archive: Archive, name: str, limit: int) -> bytes:
@@ -73,134 +91,86 @@ def read_member(archive: Archive, name: str, limit: int) -> bytes:
     size = archive.size(name)
     if size > limit:
         raise MinitronError(f"member '{name}': expected at most {limit} bytes, found {size}")
-    return archive.window(name).read()
+    return archive.read(name)
 
 
 def open_archive(path: Path) -> Archive:
-    """Open a ``.nemo`` file or folder.
+    """Open a ``.nemo`` file or folder (as NeMo leaves it with ``pack_nemo_file=False``).
+
+    A gzipped tar is first expanded into an unnamed temporary file.
 
     Raises:
         MinitronError: no such file, not a tar, truncated, or a hostile member.
     """
     if path.is_dir():
-        return FolderArchive(path)
+        return Archive(path, _folder_members(path))
     if not path.is_file():
         raise MinitronError(f"{path}: expected a .nemo file or folder, found none")
-    return TarArchive(path)
+    try:
+        file: IO[bytes] = path.open("rb")
+    except OSError as error:
+        raise MinitronError(f"{path}: expected a readable file, found: {error.strerror}") from None
+    try:
+        if file.read(2) == _GZIP_MAGIC:
+            file = _expand(path, file)
+        places = {name: (path, offset, size) for name, (offset, size) in read_members(path, file).items()}
+        return Archive(path, places, file)
+    except BaseException:
+        file.close()
+        raise
 
 
-class FolderArchive:
-    """A folder with the members of a ``.nemo``, as NeMo leaves it with ``pack_nemo_file=False``."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files: dict[str, IO[bytes]] = {}
-        self._members = {p.relative_to(path).as_posix(): p for p in sorted(path.rglob("*")) if p.is_file()}
-
-    def names(self) -> list[str]:
-        return sorted(self._members)
-
-    def size(self, name: str) -> int:
-        return self._members[name].stat().st_size
-
-    def window(self, name: str, start: int = 0, size: int | None = None) -> Slice:
-        if name not in self._files:
-            self._files[name] = self._members[name].open("rb")
-        return _window(self._path, name, self._files[name], 0, self.size(name), start, size)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-
-class TarArchive:
-    """A tar read in place; a gzipped one is first expanded into an unnamed temporary file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] = path.open("rb")
-        try:
-            if self._file.read(2) == _GZIP_MAGIC:
-                self._file = _expand(path, self._file)
-            self._members = dict(_checked_members(path, self._file))
-        except BaseException:
-            self._file.close()
-            raise
-
-    def names(self) -> list[str]:
-        return sorted(self._members)
-
-    def size(self, name: str) -> int:
-        return self._members[name][1]
-
-    def window(self, name: str, start: int = 0, size: int | None = None) -> Slice:
-        offset, length = self._members[name]
-        return _window(self._path, name, self._file, offset, length, start, size)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _window(path: Path, name: str, file: IO[bytes], offset: int, length: int, start: int, size: int | None) -> Slice:
-    size = length - start if size is None else size
-    if start < 0 or size < 0 or start + size > length:
-        raise MinitronError(f"{path}: expected bytes {start}..{start + size} in member '{name}', which has {length}")
-    return Slice(file, offset + start, size)
+def _folder_members(path: Path) -> dict[str, tuple[Path, int, int]]:
+    root, places = path.resolve(), {}
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink() and not file.resolve().is_relative_to(root):
+            raise MinitronError(f"{path}: member '{name}' must be a plain file, found a link out of the folder")
+        if file.is_file():
+            places[name] = (file, 0, file.stat().st_size)
+        elif not file.is_dir():
+            raise MinitronError(f"{path}: member '{name}' must be a plain file, found a device or a broken link")
+        if len(places) > MAX_MEMBERS:
+            raise MinitronError(f"{path}: expected at most {MAX_MEMBERS} members, found more from '{name}' on")
+    return places
 
 
 def _expand(path: Path, packed: IO[bytes]) -> IO[bytes]:
-    """Gunzip into a temporary file, never filling the disk beyond its last gigabyte."""
-    packed.seek(0)
+    """Gunzip into a temporary file: at most 64 times the packed size, never the last gigabyte of the disk."""
+    room = max(_GZIP_FLOOR, _GZIP_RATIO * path.stat().st_size)
     plain = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115  # owned by the archive, closed with it
-    decoder = zlib.decompressobj(wbits=31)
     try:
-        for block in iter(lambda: packed.read(1 << 20), b""):
+        packed.seek(0)
+        decoder, ended = zlib.decompressobj(wbits=31), False
+        for block in iter(lambda: packed.read(1 << 16), b""):
             data = block
             while data:
+                if ended:  # another gzip member may follow, as in files of several packers
+                    decoder = zlib.decompressobj(wbits=31)
                 plain.write(decoder.decompress(data, 1 << 24))
-                data = decoder.unconsumed_tail
-                if shutil.disk_usage(tempfile.gettempdir()).free < 1 << 30:
+                ended = decoder.eof
+                data = decoder.unused_data.lstrip(b"\0") if ended else decoder.unconsumed_tail
+                if plain.tell() > room:
+                    raise MinitronError(
+                        f"{path}: expected a gzip of at most {room} bytes ({_GZIP_RATIO} times its size), "
+                        "found more; gunzip it if you trust it"
+                    )
+                if shutil.disk_usage(tempfile.gettempdir()).free < _DISK_FREE:
                     raise MinitronError(
                         f"{path}: expected room to unpack this gzip in {tempfile.gettempdir()}, found less than 1 GiB "
                         "left; set TMPDIR or gunzip it"
                     )
-        if not decoder.eof:
+        if not ended:
             raise MinitronError(f"{path}: expected a whole gzip, found its end missing")
-    except zlib.error as error:
+        plain.flush()
+    except (zlib.error, OSError) as error:
         plain.close()
-        raise MinitronError(f"{path}: expected a gzipped tar, found damage: {error}") from None
-    except MinitronError:
+        raise MinitronError(f"{path}: expected a gzipped tar and room to unpack it, found: {error}") from None
+    except BaseException:
         plain.close()
         raise
     packed.close()
     return plain
-
-
-def _checked_members(path: Path, file: IO[bytes]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Name, and (offset, size), of each regular member."""
-    total = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    seen: set[str] = set()
-    try:
-        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r:") as tar:
-            for member in tar:
-                pure = PurePosixPath(member.name)
-                if pure.is_absolute() or ".." in pure.parts or "\\" in member.name or "\0" in member.name:
-                    raise MinitronError(f"{path}: member '{member.name}' must be a relative path inside the archive")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise MinitronError(f"{path}: member '{member.name}' must be a plain file, found a link or device")
-                name = pure.as_posix()
-                if name in seen:
-                    raise MinitronError(f"{path}: member '{name}' must be there once, found twice")
-                seen.add(name)
-                if member.offset_data + member.size > total:
-                    raise MinitronError(f"{path}: the archive is truncated inside member '{name}'")
-                yield name, (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise MinitronError(f"{path}: expected a .nemo (tar), found: {error}") from None
 
 
 class ArchiveWriter:
@@ -209,14 +179,17 @@ class ArchiveWriter:
     The tar has NeMo's own member names (``./name``), and no times or owners, so that equal content gives equal
     bytes. Sizes need not be known beforehand: a header is written empty and patched when its member ends (base-256
     sizes beyond 8 GiB, as GNU tar).
+
+    Args:
+        room: bytes to come, for which there must be room.
     """
 
     _PATTERNS = ("model_config.yaml", "model_weights", "minitron", "*_tokenizer.*", "*.model")
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, room: int = 0) -> None:
         path = Path(path)
         self.packed = path.suffix in (".nemo", ".tar")
-        self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS)
+        self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS, room=room)
         self._tar: IO[bytes] | None = self._staging.path.open("wb") if self.packed else None
 
     @contextmanager
@@ -234,7 +207,7 @@ class ArchiveWriter:
         start = self._tar.tell()
         yield self._tar
         info.size = self._tar.tell() - start
-        self._tar.write(b"\0" * (-info.size % _BLOCK))
+        self._tar.write(b"\0" * (-info.size % BLOCK))
         end = self._tar.tell()
         self._tar.seek(head)
         self._tar.write(_header(info))
@@ -245,25 +218,29 @@ class ArchiveWriter:
         with self.member(name) as file:
             file.write(data)
 
+    def end(self) -> Path:
+        """End the archive; return where it stands until :meth:`commit`."""
+        if self._tar is not None and not self._tar.closed:
+            self._tar.write(b"\0" * (2 * BLOCK))
+            self._tar.write(b"\0" * (-self._tar.tell() % tarfile.RECORDSIZE))
+            self._tar.close()
+        return self._staging.path
+
     def commit(self) -> None:
         """End the archive, flush it to disk and rename it into place."""
-        if self._tar is not None:
-            self._tar.write(b"\0" * (2 * _BLOCK))
-            self._tar.write(b"\0" * (-self._tar.tell() % tarfile.RECORDSIZE))
-            self._tar.flush()
-            os.fsync(self._tar.fileno())
-            self._tar.close()
+        self.end()
         self._staging.commit()
 
     def abort(self) -> None:
         """Leave no trace."""
         if self._tar is not None:
-            self._tar.close()
+            with suppress(OSError):  # what is still to be flushed may not fit either
+                self._tar.close()
         self._staging.abort()
 
 
 def _header(info: tarfile.TarInfo) -> bytes:
     header = info.tobuf(format=tarfile.GNU_FORMAT)
-    if len(header) != _BLOCK:  # a long-name record would move when the size is patched
+    if len(header) != BLOCK:  # a long-name record would move when the size is patched
         raise MinitronError(f"member name '{info.name}' must have at most 100 bytes")
     return header

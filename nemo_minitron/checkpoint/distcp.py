@@ -12,20 +12,24 @@ import io
 import json
 import math
 import pickle
-import zipfile
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
+from nemo_minitron.checkpoint.pickles import DTYPES, Inert, InertUnpickler
+from nemo_minitron.checkpoint.record import Read, RecordError, describe, names_in
+from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
 
 WEIGHTS = "model_weights/"
-_METADATA_LIMIT = 1 << 30
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_METADATA_LIMIT, _OBJECT_LIMIT = 64 << 20, 16 << 20
+_MAX_CHUNKS, _MAX_DIMENSIONS, _MAX_OVERLAPPING = 1_000_000, 8, 4096
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -51,64 +55,94 @@ class Stored:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-class _Inert:
-    """Stands for every class of a pickled ``Metadata``: it keeps what it is given and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.state = state
-
-
 _INERT_MODULES = (
     "torch.distributed.checkpoint.",
     "torch.distributed._shard.",
     "megatron.core.dist_checkpointing.",
 )
+_STAND_INS = {
+    "torch.Size": tuple,
+    "collections.OrderedDict": dict,
+    "torch.serialization._get_layout": str,
+    "torch.device": str,
+} | dict.fromkeys(
+    (f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath", "Path")),
+    Inert,
+)
+# What Megatron-Core, NeMo and Transformer Engine leave in members that are not read here. Where NeMo unpickles such a
+# member, it would run what the names say, so names outside of these are refused.
+_HARMLESS = re.compile(
+    r"collections\.(OrderedDict|defaultdict)|argparse\.Namespace|datetime\.\w+|pathlib\.\w+|signal\.Signals|_io\.BytesIO"
+    r"|_codecs\.encode|copyreg\._reconstructor|enum\.\w+|functools\.partial"
+    r"|(builtins|__builtin__)\.(set|frozenset|bytearray|bytes|complex|slice|list|dict|tuple|int|float|bool|str|object)"
+    r"|torch\.(\w+Storage|Size|device|dtype|Generator|serialization\._get_layout|storage\.\w+|nn\.parameter\.\w+|_tensor\.\w+)"
+    r"|torch\._utils\._rebuild_\w+|torch\.distributed\.(checkpoint|_shard|_?tensor)\.[\w.]+|torch\.(b?float|u?int|complex|bool)\w*"
+    r"|numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)|random\.[\w.]+)"
+    r"|(megatron\.core|transformer_engine|omegaconf|nemo\.collections\.nlp)\.[\w.]+"
+    r"|(lightning|pytorch_lightning|lightning_fabric)\.[\w.]*AttributeDict"
+)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Never imports or calls what a pickle names: metadata classes become :class:`_Inert`, the rest is refused."""
+class _MetadataUnpickler(InertUnpickler):
+    """Metadata classes become inert, the rest is refused."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def stand_in(self, module: str, name: str) -> Any:
         if module.startswith(_INERT_MODULES) and "." not in name:
-            return _Inert
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) in (("torch.serialization", "_get_layout"), ("torch", "device")):
-            return str
-        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "PurePosixPath", "Path"):
-            return _Inert
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"'{module}.{name}' has no place in checkpoint metadata")
+            return Inert
+        return DTYPES.get(name) if module == "torch" and name in DTYPES else _STAND_INS.get(f"{module}.{name}")
 
 
 def read_index(archive: Archive, where: str) -> dict[str, Stored]:
     """Every tensor of the checkpoint by its full key, from ``.metadata`` alone.
 
     Raises:
-        MinitronError: another format (zarr, legacy ``model_weights.ckpt``), or metadata that is damaged or that
-            names anything but metadata classes.
+        MinitronError: another format (zarr, legacy ``model_weights.ckpt``); metadata that are damaged, that name
+            anything but metadata classes, or whose chunks do not fit the members and the tensors; code in a member
+            that only NeMo would read (``common.pt``, ``_extra_state``).
     """
     names = set(archive.names())
     _check_format(archive, names, where)
     blob = read_member(archive, f"{WEIGHTS}.metadata", _METADATA_LIMIT)
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(blob)).load()
-        return _index(metadata, names)
+        metadata = _MetadataUnpickler(blob).read_all()
+        tensors, objects = _index(metadata, archive)
     except pickle.UnpicklingError as error:
         raise MinitronError(f"{where}: {WEIGHTS}.metadata is refused: {error}") from None
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, EOFError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MinitronError(
-            f"{where}: expected checkpoint metadata in {WEIGHTS}.metadata, found damage: {error}"
+            f"{where}: expected checkpoint metadata in {WEIGHTS}.metadata, found damage: {one_line(error)}"
         ) from None
+    _check_unread(archive, objects, where)
+    return tensors
+
+
+def _check_unread(archive: Archive, objects: Mapping[str, tuple[str, int, int]], where: str) -> None:
+    """Refuse code in what is not read here, but would be by NeMo."""
+    for name in archive.names():
+        if name.startswith(WEIGHTS) and name.endswith(".pt"):
+            _check_names(_reader(archive, name, 0, archive.size(name)), archive.size(name), where, name)
+    for key, (name, offset, length) in objects.items():
+        _check_names(_reader(archive, name, offset, length), length, where, f"{name}' with '{key}")
+
+
+def _reader(archive: Archive, member: str, offset: int, length: int) -> Read:
+    """Bytes of one record of a member."""
+
+    def read(start: int, size: int) -> bytes:
+        if not 0 <= start <= start + size <= length:
+            raise RecordError(f"expected bytes {start}..{start + size} in it, found {length}")
+        return archive.read(member, offset + start, size)
+
+    return read
+
+
+def _check_names(read: Read, length: int, where: str, member: str) -> None:
+    try:
+        foreign = sorted(name for name in names_in(read, length, _OBJECT_LIMIT) if not _HARMLESS.fullmatch(name))
+    except RecordError as error:
+        raise MinitronError(f"{where}: member '{member}' is refused: {error}") from None
+    if foreign:
+        raise MinitronError(f"{where}: member '{member}' is refused: '{foreign[0]}' has no place in it")
 
 
 def _check_format(archive: Archive, names: set[str], where: str) -> None:
@@ -121,11 +155,10 @@ def _check_format(archive: Archive, names: set[str], where: str) -> None:
         raise MinitronError(f"{where}: expected the member {WEIGHTS}, found none")
     backend = "torch_dist" if f"{WEIGHTS}.metadata" in names else "zarr"
     if f"{WEIGHTS}metadata.json" in names:
-        try:
-            described = json.loads(read_member(archive, f"{WEIGHTS}metadata.json", 1 << 20))
-            backend = described.get("sharded_backend", backend)
-        except (ValueError, AttributeError):
-            raise MinitronError(f"{where}: expected JSON in {WEIGHTS}metadata.json, found something else") from None
+        described = parse_json(
+            read_member(archive, f"{WEIGHTS}metadata.json", 1 << 20), f"{where}: {WEIGHTS}metadata.json"
+        )
+        backend = str(described.get("sharded_backend", backend))
     if backend != "torch_dist":
         raise MinitronError(
             f"{where}: expected dist_ckpt_format torch_dist, found {backend}; NeMo converts it when it loads and saves "
@@ -135,27 +168,61 @@ def _check_format(archive: Archive, names: set[str], where: str) -> None:
         raise MinitronError(f"{where}: expected the member {WEIGHTS}.metadata, found none")
 
 
-def _index(metadata: Any, names: set[str]) -> dict[str, Stored]:
+def _index(metadata: Any, archive: Archive) -> tuple[dict[str, Stored], dict[str, tuple[str, int, int]]]:
+    """Tensors, and the places of objects, by key; raises what a malformed object makes Python raise."""
+    names = set(archive.names())
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    objects: dict[str, tuple[str, int, int]] = {}
     for index, info in metadata.storage_data.items():
+        member, start, length = f"{WEIGHTS}{info.relative_path}", int(info.offset), int(info.length)
+        if member not in names:
+            raise ValueError(f"no member '{member}' for {index.fqn}")
+        size = archive.size(member)
+        if start < 0 or length < 0 or start + length > size:
+            raise ValueError(f"bytes {start}..{start + length} of member '{member}', which has {size}, for {index.fqn}")
         if getattr(index, "offset", None) is not None:  # absent for objects
-            place = (f"{WEIGHTS}{info.relative_path}", int(info.offset), int(info.length))
-            places[index.fqn, tuple(index.offset)] = place
-    tensors = {}
+            places[str(index.fqn), _numbers(index.offset)] = (member, start, length)
+        else:
+            objects[str(index.fqn)] = (member, start, length)
+    tensors: dict[str, Stored] = {}
+    total = 0
     for key, stored in metadata.state_dict_metadata.items():
         if not hasattr(stored, "chunks"):
             continue
-        chunks = []
-        for chunk in stored.chunks:
-            offsets, sizes = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
-            member, start, length = places[key, offsets]
-            if member not in names:
-                raise ValueError(f"no member '{member}' for {key}")
-            chunks.append(Chunk(offsets, sizes, member, start, length))
+        total += len(stored.chunks)
+        if total > _MAX_CHUNKS:
+            raise ValueError(f"more than {_MAX_CHUNKS} chunks")
         properties = stored.properties
         dtype = properties.state[0] if hasattr(properties, "state") else properties.dtype
-        tensors[key] = Stored(tuple(map(int, stored.size)), dtype, tuple(chunks))
-    return tensors
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"no dtype for {key}")
+        tensors[str(key)] = _stored(str(key), _numbers(stored.size), dtype, stored.chunks, places)
+    return tensors, objects
+
+
+def _stored(key: str, size: tuple[int, ...], dtype: torch.dtype, found: Any, places: Mapping[Any, Any]) -> Stored:
+    chunks, volume = [], 0
+    for chunk in found:
+        offsets, sizes = _numbers(chunk.offsets), _numbers(chunk.sizes)
+        member, start, length = places[key, offsets]
+        if len(offsets) != len(size) or any(o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)):
+            raise ValueError(f"a chunk of {sizes} at {offsets} in {key} of {size}")
+        if length < math.prod(sizes) * dtype.itemsize:
+            raise ValueError(f"{length} bytes in member '{member}' for a chunk of {sizes} in {key}")
+        volume += math.prod(sizes)
+        chunks.append(Chunk(offsets, sizes, member, start, length))
+    if volume != math.prod(size):
+        raise ValueError(f"chunks of {volume} values together in {key} of {size}")
+    return Stored(size, dtype, tuple(chunks))
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Sizes or offsets: a few numbers that are not negative."""
+    if not isinstance(values, (tuple, list)) or len(values) > _MAX_DIMENSIONS:
+        raise ValueError(f"no sizes or offsets of at most {_MAX_DIMENSIONS} dimensions")
+    if any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
+        raise ValueError(f"sizes or offsets that are not numbers from 0 on: {values!r:.80}")
+    return tuple(values)
 
 
 def read_tensor(archive: Archive, key: str, stored: Stored, window: tuple[slice, ...]) -> torch.Tensor:
@@ -164,26 +231,30 @@ def read_tensor(archive: Archive, key: str, stored: Stored, window: tuple[slice,
     Raises:
         MinitronError: a record that is damaged or of another size or dtype than promised, or a hole between chunks.
     """
-    if stored.dtype not in _DTYPES:
-        raise MinitronError(f"tensor '{key}': expected float32, bfloat16 or float16, found {stored.dtype}")
-    shape = [w.stop - w.start for w in window]
     whole = [c for c in stored.chunks if all(o == w.start and s == w.stop - w.start for o, s, w in _zip(c, window))]
     if whole:
         return _record(archive, key, stored, whole[0])
-    out, filled = torch.empty(shape, dtype=stored.dtype), 0
+    out, filled = torch.empty([w.stop - w.start for w in window], dtype=stored.dtype), 0
+    boxes: list[tuple[slice, ...]] = []
     for chunk in stored.chunks:
         low = [max(o, w.start) for o, _, w in _zip(chunk, window)]
         high = [min(o + s, w.stop) for o, s, w in _zip(chunk, window)]
         if any(a >= b for a, b in zip(low, high, strict=True)):
             continue
-        record = _record(archive, key, stored, chunk)
         source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True))
         target = tuple(slice(a - w.start, b - w.start) for a, b, w in zip(low, high, window, strict=True))
-        out[target] = record[source]
+        if any(_overlap(target, box) for box in boxes) or len(boxes) > _MAX_OVERLAPPING:
+            raise MinitronError(f"tensor '{key}': its chunks in {chunk.member} overlap, or there are too many")
+        boxes.append(target)
+        out[target] = _record(archive, key, stored, chunk)[source]
         filled += math.prod(b - a for a, b in zip(low, high, strict=True))
     if filled != out.numel():
         raise MinitronError(f"tensor '{key}': expected {out.numel()} values in its chunks, found {filled}")
     return out
+
+
+def _overlap(a: tuple[slice, ...], b: tuple[slice, ...]) -> bool:
+    return all(x.start < y.stop and y.start < x.stop for x, y in zip(a, b, strict=True))
 
 
 def _zip(chunk: Chunk, window: tuple[slice, ...]) -> Iterator[tuple[int, int, slice]]:
@@ -191,24 +262,20 @@ def _zip(chunk: Chunk, window: tuple[slice, ...]) -> Iterator[tuple[int, int, sl
 
 
 def _record(archive: Archive, key: str, stored: Stored, chunk: Chunk) -> torch.Tensor:
-    """One ``torch.save`` record, read without unpickling code; sizes are checked before and after."""
-    needed = math.prod(chunk.sizes) * stored.dtype.itemsize
-    if chunk.length < needed:
-        raise MinitronError(f"tensor '{key}': expected {needed} bytes in its record, found {chunk.length}")
-    window = archive.window(chunk.member, chunk.start, chunk.length)
+    """One ``torch.save`` record, its sizes checked before anything is allocated."""
+
     try:
-        with zipfile.ZipFile(io.BufferedReader(window)) as entries:  # a compressed entry could expand without bound
-            if sum(entry.file_size for entry in entries.infolist()) > chunk.length:
-                raise zipfile.BadZipFile("it is compressed")
-        window = archive.window(chunk.member, chunk.start, chunk.length)
-        record = torch.load(io.BufferedReader(window), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MinitronError(f"tensor '{key}': its record in {chunk.member} is damaged: {reason}") from None
-    if not isinstance(record, torch.Tensor) or tuple(record.shape) != chunk.sizes or record.dtype != stored.dtype:
-        found = f"{tuple(record.shape)} {record.dtype}" if isinstance(record, torch.Tensor) else type(record).__name__
-        raise MinitronError(f"tensor '{key}': expected a record of {chunk.sizes} {stored.dtype}, found {found}")
-    return record.detach()
+        view = describe(_reader(archive, chunk.member, chunk.start, chunk.length), chunk.length)
+        if (view.size, view.dtype) != (chunk.sizes, stored.dtype):
+            raise RecordError(f"expected {chunk.sizes} {stored.dtype}, found {view.size} {view.dtype}")
+    except RecordError as error:
+        raise MinitronError(f"tensor '{key}': its record in {chunk.member} is damaged: {error}") from None
+    values = torch.empty(view.span, dtype=view.dtype)
+    buffer = values.view(torch.uint8).numpy().data
+    archive.read_into(chunk.member, chunk.start + view.start, buffer)
+    if view.is_contiguous:
+        return values.view(view.size)
+    return values.as_strided(view.size, view.stride).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -219,12 +286,17 @@ class _Counter(io.RawIOBase):
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.count = file, 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        done = self._file.write(data)
+        try:
+            done = self._file.write(data)
+        except OSError as error:
+            self.failure = error  # torch.save makes a RuntimeError of its own of it
+            raise
         self.count += done
         return done
 
@@ -262,8 +334,18 @@ class DistcpWriter:
 
     def _write(self, save: Callable[[Any], None]) -> tuple[int, int]:
         start = self._out.count
-        save(self._out)
+        try:
+            save(self._out)
+        except RuntimeError:
+            if self._out.failure is not None:
+                raise self._out.failure from None
+            raise
         return start, self._out.count - start
+
+    def abort(self) -> None:
+        """Release the file that was being written, which may not even take its end any more."""
+        with suppress(OSError):
+            self._stack.close()
 
     def close(self) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json``."""

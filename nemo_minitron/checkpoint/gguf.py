@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_minitron.checkpoint.gguf_header import check_header
+from nemo_minitron.checkpoint.text import one_line
 from nemo_minitron.errors import MinitronError
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
@@ -39,10 +41,11 @@ class GgufFile:
         from gguf import GGUFReader
 
         self._path = path
+        check_header(path)
         try:
             self._reader = GGUFReader(str(path))
-        except (ValueError, OSError, IndexError, KeyError) as error:
-            raise MinitronError(f"{path}: expected a GGUF file, found: {error}") from None
+        except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
+            raise MinitronError(f"{path}: expected a GGUF file, found: {one_line(error)}") from None
         self._tensors = {}
         for tensor in self._reader.tensors:
             if tensor.name.startswith("rope_freqs"):
@@ -51,7 +54,10 @@ class GgufFile:
                     "GGUF, convert the model's HF folder instead"
                 )
             self._tensors[self._hf_name(tensor.name)] = tensor
-        self.config = self._config()
+        try:
+            self.config = self._config()
+        except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+            raise MinitronError(f"{path}: expected numbers in its metadata, found: {one_line(error)}") from None
         self.generation_config: dict[str, Any] | None = None
         self.sizes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         self.dtypes = dict.fromkeys(self._tensors, torch.float32)
@@ -82,7 +88,8 @@ class GgufFile:
             )
         heads = int(self._value("llama.attention.head_count"))
         hidden = int(self._value("llama.embedding_length"))
-        rows = int(self._tensors["model.embed_tokens.weight"].shape[1]) if self._tensors else 0
+        table = self._tensors.get("model.embed_tokens.weight")
+        rows = 0 if table is None else int(table.shape[1])
         config: dict[str, Any] = {
             "architectures": [_ARCHITECTURES[architecture]],
             "model_type": "llama",
@@ -139,8 +146,10 @@ class GgufFile:
         logging.set_verbosity_error()  # it advises on a Llama tokenizer's "legacy" switch, which a GGUF does not have
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise MinitronError(f"{self._path}: expected a tokenizer that transformers reads, found: {error}") from None
+        except Exception as error:  # what a hostile file makes of foreign code, tokenizers' bare Exception among it
+            raise MinitronError(
+                f"{self._path}: expected a tokenizer that transformers reads, found: {one_line(error)}"
+            ) from None
         finally:
             logging.set_verbosity(verbosity)
         add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -13,10 +15,12 @@ from typing import IO, Any, Protocol
 import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint.archive import read_exactly
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
 from nemo_minitron.checkpoint.hf_config import dtype_name, hf_config_from_shape, shape_from_hf
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
 from nemo_minitron.checkpoint.staging import DISK_FULL, Staging
+from nemo_minitron.checkpoint.text import JSON_LIMIT, parse_json
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import OUTPUT, VOCAB, Parameter
 from nemo_minitron.shape import ModelShape
@@ -24,7 +28,7 @@ from nemo_minitron.shape import ModelShape
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_HEADER_LIMIT = 512 << 20
+_HEADER_LIMIT = JSON_LIMIT
 
 
 class TensorSource(Protocol):
@@ -180,8 +184,8 @@ class SafetensorsFolder:
         if not isinstance(weights, dict) or not weights:
             raise MinitronError(f"{index}: expected a weight_map, found none")
         for file in sorted(set(map(str, weights.values()))):
-            if Path(file).name != file:
-                raise MinitronError(f"{index}: expected plain file names in weight_map, found '{file}'")
+            if Path(file).name != file or file == ".." or not file.isprintable():
+                raise MinitronError(f"{index}: expected plain file names in weight_map, found {file!r}")
             yield file, {name for name, place in weights.items() if place == file}
 
     def _read_header(self, file: str, names: set[str] | None) -> None:
@@ -192,40 +196,39 @@ class SafetensorsFolder:
         self._files[file] = stream = path.open("rb")
         size = path.stat().st_size
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+        if size < 8 or length > size - 8:
             raise MinitronError(f"{path}: expected a safetensors header, found a truncated or foreign file")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise MinitronError(f"{path}: expected a safetensors header, found damage") from None
-        for name in sorted(names - set(entries)) if names is not None else ():
+        if length > _HEADER_LIMIT:
+            raise MinitronError(
+                f"{path}: expected a safetensors header of at most {_HEADER_LIMIT} bytes, found {length}"
+            )
+        header = parse_json(stream.read(length), f"{path}: safetensors header")
+        header.pop("__metadata__", None)
+        for name in sorted(names - set(header)) if names is not None else ():
             raise MinitronError(f"{path}: expected the tensor '{name}' that the index promises, found none")
-        for name, (code, shape, begin, end) in entries.items():
-            if code not in _DTYPES:
-                raise MinitronError(f"{path}: tensor '{name}' must be one of {', '.join(_DTYPES)}, found {code}")
-            elements = 1
-            for count in shape:
-                elements *= count
-            if begin < 0 or end - begin != elements * _DTYPES[code].itemsize:
-                raise MinitronError(f"{path}: tensor '{name}' must have {elements} values, found {end - begin} bytes")
+        ranges = []
+        for name, entry in header.items():
+            code, shape, begin, end = _header_entry(entry, f"{path}: tensor '{name}'")
+            if end - begin != math.prod(shape) * _DTYPES[code].itemsize:
+                raise MinitronError(
+                    f"{path}: tensor '{name}' must have {math.prod(shape)} values, found {end - begin} bytes"
+                )
             if 8 + length + end > size:
                 raise MinitronError(f"{path}: the file is truncated inside tensor '{name}'")
+            if name in self._where:
+                raise MinitronError(f"{path}: tensor '{name}' must be there once, found also in {self._where[name][0]}")
+            ranges.append((begin, end, name))
             self._where[name] = (file, 8 + length + begin, end - begin)
             self.sizes[name], self.dtypes[name] = shape, _DTYPES[code]
+        for (_, end, first), (begin, _, second) in itertools.pairwise(sorted(ranges)):
+            if begin < end:
+                raise MinitronError(f"{path}: tensors '{first}' and '{second}' must not overlap")
 
     def get(self, name: str) -> torch.Tensor:
         file, start, count = self._where[name]
-        stream = self._files[file]
-        stream.seek(start)
-        data = bytearray(count)
-        if stream.readinto(data) != count:  # type: ignore[attr-defined]  # every binary file has it
-            raise MinitronError(f"{self._path / file}: the file is truncated inside tensor '{name}'")
-        return torch.frombuffer(data, dtype=self.dtypes[name]).reshape(self.sizes[name])
+        values = torch.empty(count, dtype=torch.uint8)
+        read_exactly(self._files[file], start, values.numpy().data, f"{self._path / file}: tensor '{name}'")
+        return values.view(self.dtypes[name]).reshape(self.sizes[name])
 
     def tokenizer_folder(self) -> Path | None:
         return self._path if tokenizer_files.tokenizer_files(self._path) else None
@@ -236,6 +239,20 @@ class SafetensorsFolder:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _header_entry(entry: Any, what: str) -> tuple[str, tuple[int, ...], int, int]:
+    """Dtype code, size, begin and end of one tensor in a safetensors header."""
+    entry = entry if isinstance(entry, dict) else {}
+    code, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise MinitronError(f"{what} must be one of {', '.join(_DTYPES)}, found {code!r:.40}")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > 8 or len(offsets) != 2:
+        raise MinitronError(f"{what} must have a size of at most 8 dimensions and two offsets, found others")
+    for number in (*shape, *offsets):
+        if type(number) is not int or not 0 <= number < 1 << 62:
+            raise MinitronError(f"{what} must have sizes and offsets from 0 on, found {number!r:.40}")
+    return code, tuple(shape), offsets[0], offsets[1]
 
 
 class HfWriter:
@@ -251,6 +268,7 @@ class HfWriter:
         generation_config: written as it is; not written when None.
         tokenizer: folder whose tokenizer files are copied.
         max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
+        check: called with the path of the finished folder before it is renamed into place.
     """
 
     _PATTERNS = (
@@ -272,13 +290,16 @@ class HfWriter:
         generation_config: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
         max_shard_size: int | str = "5GB",
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(folder), shape, dtype
         self._config = hf_config_from_shape(shape, dtype, hf_config)
         self._generation, self._tokenizer = generation_config, tokenizer
         self._shards = _plan_shards(shape, dtype, parse_size(max_shard_size))
+        self._check = check
         self._written: set[str] = set()
-        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS)
+        room = shape.num_parameters() * dtype.itemsize
+        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS, room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         try:
@@ -297,7 +318,7 @@ class HfWriter:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         at = 0
         for name, size in sizes.items():
-            end = at + _numel(size) * self.dtype.itemsize
+            end = at + math.prod(size) * self.dtype.itemsize
             header[name] = {"dtype": _CODES[self.dtype], "shape": list(size), "data_offsets": [at, end]}
             at = end
         blob = json.dumps(header, separators=(",", ":")).encode()
@@ -338,13 +359,16 @@ class HfWriter:
             tokenizer_files.copy_tokenizer(self._tokenizer, folder)
         if len(self._shards) > 1:
             places = {name: self._file_name(i) for i, names in enumerate(self._shards, start=1) for name in names}
-            total = sum(_numel(size) for names in self._shards for size in names.values()) * self.dtype.itemsize
+            total = sum(math.prod(size) for names in self._shards for size in names.values()) * self.dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             write_json(folder / "model.safetensors.index.json", index)
+        if self._check is not None:
+            self._check(folder)
         self._staging.commit()
 
     def _abort(self) -> None:
-        self._stack.close()
+        with suppress(OSError):  # what is still to be flushed may not fit either
+            self._stack.close()
         self._staging.abort()
 
     def __enter__(self) -> HfWriter:
@@ -353,26 +377,18 @@ class HfWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            try:
+        try:
+            if kind is None:
                 self._finish()
                 return
-            except BaseException as problem:
-                error = problem
-                raise
-            finally:
-                if error is not None:
-                    self._abort()
+        except BaseException as problem:
+            self._abort()
+            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
+                raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
+            raise
         self._abort()
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
-
-
-def _numel(size: tuple[int, ...]) -> int:
-    count = 1
-    for length in size:
-        count *= length
-    return count
 
 
 def _plan_shards(shape: ModelShape, dtype: torch.dtype, limit: int) -> list[dict[str, tuple[int, ...]]]:
@@ -382,7 +398,7 @@ def _plan_shards(shape: ModelShape, dtype: torch.dtype, limit: int) -> list[dict
     for parameter, layer in each_tensor(shape):
         for name, rows in zip(parameter.hf, hf_part_rows(parameter, shape), strict=True):
             size = (rows, *parameter.size(shape)[1:])
-            count = _numel(size) * dtype.itemsize
+            count = math.prod(size) * dtype.itemsize
             if shards[-1] and used + count > limit:
                 shards.append({})
                 used = 0
@@ -404,12 +420,12 @@ def parse_size(size: int | str) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MinitronError(f"{path}: expected a JSON file, found: {error}") from None
-    if not isinstance(content, dict):
-        raise MinitronError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        if path.stat().st_size > JSON_LIMIT:
+            raise MinitronError(f"{path}: expected at most {JSON_LIMIT} bytes of JSON, found {path.stat().st_size}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise MinitronError(f"{path}: expected a JSON file, found: {error.strerror}") from None
+    return parse_json(data, str(path))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,10 +33,10 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     Raises:
         MinitronError: an architecture or feature that Megatron's Llama layers would compute differently.
     """
-    architecture = _architecture(config, where)
-    config = {**_ABSENT.get(architecture, {}), **config}
-    _check_features(config, architecture, where)
     try:
+        architecture = _architecture(config, where)
+        config = {**_ABSENT.get(architecture, {}), **config}
+        _check_features(config, architecture, where)
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         vocab = int(config["vocab_size"])
         return ModelShape(
@@ -49,16 +49,23 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
             vocab_size=vocab,
             padded_vocab_size=vocab,
             share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-            rotary_base=float(config.get("rope_theta") or 10000.0),
+            rotary_base=_finite(config.get("rope_theta") or 10000.0),
             rope_scaling=_rope_scaling(config.get("rope_scaling"), where),
             max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            layernorm_epsilon=float(config.get("rms_norm_eps") or 1e-6),
+            layernorm_epsilon=_finite(config.get("rms_norm_eps") or 1e-6),
             qkv_bias=architecture == "Qwen2ForCausalLM",
         )
     except KeyError as error:
         raise MinitronError(f"{where}: expected the key {error}, found none") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise MinitronError(f"{where}: expected numbers for the sizes of the model, found {error}") from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < 1e30:
+        raise ValueError(f"{number}, which is negative or not finite")
+    return number
 
 
 def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[str, Any] | None = None) -> dict:
@@ -117,6 +124,8 @@ def _implied_head_dim(config: Mapping[str, Any]) -> int:
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise MinitronError(f"{where}: architectures must be a list, found {names!r:.80}")
     name = names[0] if names else _MODEL_TYPES.get(str(config.get("model_type")), str(config.get("model_type")))
     if name not in SUPPORTED:
         raise MinitronError(f"{where}: architecture must be one of {', '.join(SUPPORTED)}, found '{name}'")
@@ -158,9 +167,9 @@ def _rope_scaling(scaling: Mapping[str, Any] | None, where: str) -> RopeScaling 
     if missing:
         raise MinitronError(f"{where}: rope_scaling needs {', '.join(_ROPE_KEYS)}; missing: {', '.join(missing)}")
     return RopeScaling(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
+        factor=_finite(scaling["factor"]),
+        low_freq_factor=_finite(scaling["low_freq_factor"]),
+        high_freq_factor=_finite(scaling["high_freq_factor"]),
         original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
     )
 

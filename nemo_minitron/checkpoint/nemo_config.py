@@ -7,7 +7,7 @@ NeMo ignores the section ``minitron``, which holds what its own keys cannot say:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,14 @@ def shape_from_nemo(
     vocab = true_vocab or section.get("vocab_size") or config.get("override_vocab_size") or table_rows
     heads = _size(config, "num_attention_heads", where)
     hidden = _size(config, "hidden_size", where)
+    if heads < 1:
+        raise MinitronError(f"{where}: num_attention_heads must be at least 1, found {heads}")
     scaling = None
     if config.get("scale_positional_embedding"):
-        numbers = {ours: config[theirs] for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
+        given = {ours: theirs for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
+        numbers: dict[str, Any] = {ours: _number(config, theirs, where) for ours, theirs in given.items()}
+        if "original_max_position_embeddings" in numbers:
+            numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
         scaling = RopeScaling(**numbers)
     return ModelShape(
         num_layers=_size(config, "num_layers", where),
@@ -88,13 +93,13 @@ def shape_from_nemo(
         num_attention_heads=heads,
         num_query_groups=_size(config, "num_query_groups", where, heads),
         kv_channels=_size(config, "kv_channels", where, hidden // heads),
-        vocab_size=int(vocab),
+        vocab_size=_size({"vocab_size": vocab}, "vocab_size", where),
         padded_vocab_size=table_rows,
         share_embeddings_and_output_weights=bool(config.get("share_embeddings_and_output_weights", True)),
-        rotary_base=float(config.get("rotary_base", 10000)),
+        rotary_base=_number(config, "rotary_base", where, 10000),
         rope_scaling=scaling,
         max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
-        layernorm_epsilon=float(config.get("layernorm_epsilon", 1e-5)),
+        layernorm_epsilon=_number(config, "layernorm_epsilon", where, 1e-5),
         qkv_bias=bool(config.get("qkv_bias", False)),
     )
 
@@ -105,6 +110,33 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
     if isinstance(value, bool) or not isinstance(value, int):
         raise MinitronError(f"{where}: {key} must be an integer, found {value!r}")
     return value
+
+
+def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e30:
+        raise MinitronError(f"{where}: {key} must be a number that is finite and not negative, found {value!r:.80}")
+    return float(value)
+
+
+def check_config(config: dict[str, Any], members: Collection[str], where: str) -> None:
+    """Refuse what an untrusted config must not ask for, and take away the leave to run a tokenizer's code.
+
+    Raises:
+        MinitronError: a section that is no mapping, or a tokenizer file that is not a member of the ``.nemo``.
+    """
+    for key in (SECTION, "tokenizer"):
+        if config.get(key) is not None and not isinstance(config[key], dict):
+            raise MinitronError(f"{where}: {key} must be a mapping, found {type(config[key]).__name__}")
+    for key in ("hf_config", "generation_config"):
+        value = (config.get(SECTION) or {}).get(key)
+        if value is not None and not isinstance(value, dict):
+            raise MinitronError(f"{where}: {SECTION}.{key} must be a mapping, found {type(value).__name__}")
+    tokenizer = config.get("tokenizer") or {}
+    tokenizer.pop("trust_remote_code", None)  # NeMo would run code of a hub's repository for it: the run's to allow
+    for key, value in tokenizer.items():
+        if isinstance(value, str) and value.startswith("nemo:") and value.removeprefix("nemo:") not in members:
+            raise MinitronError(f"{where}: tokenizer.{key} must name a member, found '{value}'")
 
 
 def _check_features(config: Mapping[str, Any], where: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,16 +18,23 @@ import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive, read_member
-from nemo_minitron.checkpoint.distcp import DistcpWriter, Stored, read_index, read_tensor, stored_bytes
-from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.distcp import (
+    STORAGE_DTYPES,
+    DistcpWriter,
+    Stored,
+    read_index,
+    read_tensor,
+    stored_bytes,
+)
+from nemo_minitron.checkpoint.nemo_config import check_config, shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.staging import DISK_FULL
+from nemo_minitron.checkpoint.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"
-_CONFIG_LIMIT = 64 << 20
 _PREFIXES = ("model.", "model.module.")
 
 
@@ -81,7 +89,7 @@ class NemoReader:
         try:
             self.config = self._read_config()
             self._index = self._model_tensors()
-            rows = self._stored(EMBEDDING, None)[1].size[0]
+            rows = (*self._stored(EMBEDDING, None)[1].size, 0)[0]
             self.shape = shape_from_nemo(self.config, rows, where=f"{self.path}: {CONFIG}")
             self.dtype = self._check_sizes()
         except BaseException:
@@ -90,22 +98,11 @@ class NemoReader:
         self._fingerprint: str | None = None
 
     def _read_config(self) -> dict[str, Any]:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
         if CONFIG not in self._archive.names():
             raise MinitronError(f"{self.path}: expected the member {CONFIG}, found none")
-        text = read_member(self._archive, CONFIG, _CONFIG_LIMIT)
-        try:
-            config = OmegaConf.create(text.decode())
-            # Resolving `oc.env` of an untrusted file would copy the environment into what we write.
-            loaded = OmegaConf.to_container(config, resolve=b"${oc." not in text)
-        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
-            raise MinitronError(f"{self.path}: expected YAML in {CONFIG}, found: {error}") from None
-        if not isinstance(loaded, dict):
-            raise MinitronError(f"{self.path}: expected a mapping in {CONFIG}, found {type(loaded).__name__}")
-        return {str(key): value for key, value in loaded.items()}
+        config = parse_yaml(read_member(self._archive, CONFIG, YAML_LIMIT), f"{self.path}: {CONFIG}")
+        check_config(config, self._archive.names(), f"{self.path}: {CONFIG}")
+        return config
 
     def _model_tensors(self) -> dict[str, tuple[str, Stored]]:
         """Stored tensors by canonical key, whatever prefix they were saved under."""
@@ -132,6 +129,10 @@ class NemoReader:
             expected = ((self.shape.num_layers,) if stacked else ()) + parameter.size(self.shape)
             if stored.size != expected:
                 raise MinitronError(f"{self.path}: tensor '{key}' must have the size {expected}, found {stored.size}")
+            if stored.dtype not in STORAGE_DTYPES:
+                raise MinitronError(
+                    f"{self.path}: tensor '{key}' must be float32, bfloat16 or float16, found {stored.dtype}"
+                )
             dtype = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
         assert dtype is not None
         return dtype
@@ -171,10 +172,7 @@ class NemoReader:
         """The sidecar's digests by tensor name; None where the file carries none (NeMo wrote it)."""
         if CHECKSUMS not in self._archive.names():
             return None
-        try:
-            return dict(json.loads(read_member(self._archive, CHECKSUMS, _CONFIG_LIMIT)))
-        except (ValueError, TypeError):
-            raise MinitronError(f"{self.path}: expected JSON in {CHECKSUMS}, found something else") from None
+        return parse_json(read_member(self._archive, CHECKSUMS, JSON_LIMIT), f"{self.path}: {CHECKSUMS}")
 
     def tokenizer_folder(self) -> Path | None:
         """Folder of the HF tokenizer: ``tokenizer.type`` if it is a folder here, else the packed files, else None."""
@@ -215,10 +213,16 @@ def verify(path: str | Path) -> None:
         if expected is None:
             raise MinitronError(f"{path}: expected checksums in {CHECKSUMS}, found none (not written by minitron)")
         for parameter, layer in each_tensor(reader.shape):
-            name = tensor_name(parameter, layer)
-            found = tensor_digest(reader.tensor(parameter, layer))
-            if expected.get(name) != found:
-                raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
+            check_digest(path, expected, parameter, layer, reader.tensor(parameter, layer))
+
+
+def check_digest(
+    path: str | Path, expected: Mapping[str, str], parameter: Parameter, layer: int | None, tensor: torch.Tensor
+) -> None:
+    """Compare one tensor with what its file's sidecar says of it."""
+    name, found = tensor_name(parameter, layer), tensor_digest(tensor)
+    if expected.get(name) != found:
+        raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
 
 
 class NemoWriter:
@@ -232,6 +236,7 @@ class NemoWriter:
         config: NeMo model config; the keys of the shape and the precision are brought into line with what is written.
         tokenizer: HF tokenizer folder to pack.
         extra_members: small members to add, by name; under ``minitron/`` NeMo ignores them.
+        check: called with the path of the finished file before it is renamed into place.
 
     Raises:
         MinitronError: the destination cannot be written (before any work); a tensor of the wrong size, written twice,
@@ -247,14 +252,19 @@ class NemoWriter:
         *,
         tokenizer: Path | None = None,
         extra_members: Mapping[str, bytes] | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(path), shape, dtype
         self.config = with_precision(update_shape(_plain(config), shape), dtype)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
+        self._check = check
+        self._hashing = ThreadPoolExecutor(1)
         self._digests: dict[str, str] = {}
-        self._archive = ArchiveWriter(path)
+        self._archive = ArchiveWriter(path, shape.num_parameters(padded=True) * dtype.itemsize)
         try:
-            self._archive.add(CONFIG, _yaml(self.config))
+            text = _yaml(self.config)
+            check_yaml(text, f"{self.path}: {CONFIG}")  # what could not be read again must not be written
+            self._archive.add(CONFIG, text)
             self._weights = DistcpWriter(self._archive)
         except BaseException:
             self._archive.abort()
@@ -271,6 +281,7 @@ class NemoWriter:
         tensor = checked_cast(tensor, self.dtype, name)
         if tensor.shape[0] != size[0]:
             tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
+        digest = self._hashing.submit(tensor_digest, tensor)  # while it is written: neither holds the interpreter
         key = f"model.{parameter.key}"
         if parameter.per_layer:
             depth = self.shape.num_layers
@@ -279,7 +290,7 @@ class NemoWriter:
             self._weights.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
         else:
             self._weights.add(key, tensor, size, (0,) * len(size))
-        self._digests[name] = tensor_digest(tensor)
+        self._digests[name] = digest.result()
 
     def _finish(self) -> None:
         missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
@@ -297,6 +308,9 @@ class NemoWriter:
         self._archive.add(CHECKSUMS, json.dumps(self._digests, indent=1).encode())
         for name, data in self._extra.items():
             self._archive.add(name, data)
+        finished = self._archive.end()
+        if self._check is not None:
+            self._check(finished)
         self._archive.commit()
 
     def __enter__(self) -> NemoWriter:
@@ -305,18 +319,23 @@ class NemoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._archive.abort()
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
-            return
+        self._hashing.shutdown()
         try:
-            self._finish()
+            if kind is None:
+                self._finish()
+                return
         except BaseException as problem:
-            self._archive.abort()
+            self._abort()
             if isinstance(problem, OSError) and problem.errno in DISK_FULL:
                 raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
             raise
+        self._abort()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
+
+    def _abort(self) -> None:
+        self._weights.abort()
+        self._archive.abort()
 
 
 def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
-from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.checkpoint.staging import Staging, remove_leftovers
+from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
 
 PREFIX = "minitron/tokenizer/"
@@ -24,12 +25,36 @@ FILES = (
     "chat_template.json",
 )
 """All names that are packed and unpacked: no code, no weights, no path separators."""
+CONFIG = "tokenizer_config.json"
 _LIMIT = 256 << 20
+_FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_file", "chat_template_file")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer files of a HF folder, by the allow-list."""
-    return [folder / name for name in FILES if (folder / name).is_file()]
+    """Tokenizer files of a HF folder, by the allow-list.
+
+    Raises:
+        MinitronError: a file that lies elsewhere (the blobs of a hub's cache excepted) or is too large, or a config
+            that names a file outside of the folder.
+    """
+    root = folder.resolve()
+    allowed = (root, *(parent / "blobs" for parent in root.parents[1:2]))
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    for file in found:
+        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
+            raise MinitronError(f"{file}: expected a plain file, found a link out of the folder")
+        if file.stat().st_size > _LIMIT:
+            raise MinitronError(f"{file}: expected at most {_LIMIT} bytes, found {file.stat().st_size}")
+        if file.name == CONFIG:
+            check_config(file.read_bytes(), str(file))
+    return found
+
+
+def check_config(data: bytes, where: str) -> None:
+    """Refuse a ``tokenizer_config.json`` by which transformers would read files from elsewhere."""
+    for key, value in parse_json(data, where).items():
+        if key in _FILE_KEYS and value is not None and (not isinstance(value, str) or value not in FILES):
+            raise MinitronError(f"{where}: {key} must name a file of the folder, found {value!r:.80}")
 
 
 def tokenizer_size(folder: Path) -> int:
@@ -38,8 +63,10 @@ def tokenizer_size(folder: Path) -> int:
 
     try:
         return len(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise MinitronError(f"{folder}: expected a tokenizer that transformers loads, found: {error}") from None
+    except Exception as error:  # what a hostile file makes of foreign code, tokenizers' bare Exception among it
+        raise MinitronError(
+            f"{folder}: expected a tokenizer that transformers loads, found: {one_line(error)}"
+        ) from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -63,12 +90,15 @@ def unpack(archive: Archive) -> Path | None:
     files = {name: read_member(archive, PREFIX + name, _LIMIT) for name in FILES if PREFIX + name in present}
     if not files:
         return None
+    if CONFIG in files:
+        check_config(files[CONFIG], PREFIX + CONFIG)
     digest = hashlib.sha256()
     for name, data in sorted(files.items()):
         digest.update(f"{name}\0{len(data)}\0".encode() + data)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "nemo_minitron" / "tokenizers" / digest.hexdigest()[:16]
     if folder.is_dir():
+        remove_leftovers(folder)  # of a process that was killed here while another was faster
         return folder
     staging = Staging(folder, folder=True)
     try:

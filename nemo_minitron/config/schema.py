@@ -61,6 +61,8 @@ class Calibration:
     seq_length: int | None = key(None, "tokens per block; the model's own length when null")
     micro_batch_size: int = key(1, "blocks per forward pass")
     seed: int = key(1234, "seed of the drawing")
+    reconstruction: bool = key(True, "also rank units by what is lost once the others are re-solved; for compensation")
+    reconstruction_tokens: int = key(65536, "tokens that serve for that and are kept for compensation")
 
 
 @dataclass
@@ -75,7 +77,15 @@ class Prune:
         "block_influence", "how prune.num_layers chooses layers", ("block_influence", "contiguous")
     )
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
-    ranking: str = key("minitron", "what worth is: the published metric (arXiv 2407.14679)", ("minitron",))
+    compensate: bool | None = key(None, "re-solve the kept weights; when null: if the scores hold calibration tokens")
+    rotate: bool | None = key(
+        None, "turn the residual stream before hidden channels are cut; when null: if weights are re-solved"
+    )
+    ranking: str | None = key(
+        None,
+        "what worth is: minitron (arXiv 2407.14679), or reconstruction (loss once re-solved; when compensating)",
+        ("minitron", "reconstruction"),
+    )
     calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
     num_calib_size: int = key(1024, "calibration token blocks")
     calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")

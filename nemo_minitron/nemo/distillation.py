@@ -25,7 +25,8 @@ from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outpu
 from nemo_minitron.distill.losses import Mix, TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
-from nemo_minitron.nemo.teacher import Teacher
+from nemo_minitron.nemo.restore import job_config
+from nemo_minitron.nemo.teacher import SHARED_WITH_STUDENT, Teacher, check_vocabularies, splits
 
 
 class MinitronDistillModel(MinitronGPTModel):
@@ -45,6 +46,22 @@ class MinitronDistillModel(MinitronGPTModel):
         self.loss_memory_bytes: int | None = None
         self._projections: dict[tuple[int, int], Tensor] = {}
         self._student_layers: deque[dict[int, Tensor]] = deque()
+
+    @staticmethod
+    def check_teacher(path: str | Path, student: NemoReader, run: DictConfig) -> None:
+        """Whether a teacher can teach this student in this run, by the two files' configs and no weight.
+
+        Raises:
+            MinitronError: vocabularies differ in size; the teacher has fewer positions than a sequence is long, or
+                fewer layers than there are pipeline stages.
+        """
+        with NemoReader(path) as teacher:
+            check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
+            asked = {key: run[key] for key in SHARED_WITH_STUDENT if key in run}
+            asked |= {"global_batch_size": 0, "encoder_seq_length": run.data.get("seq_length")}
+            if not splits(path, int(run.get("tensor_model_parallel_size") or 1)):
+                asked |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
+            job_config(teacher, asked)
 
     def set_teacher(self, path: str | Path | None, distill: DictConfig | dict[str, Any]) -> None:
         """Load the teacher and check that it can teach this student; with ``distill.teacher_cache`` that waits until

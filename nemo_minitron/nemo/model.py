@@ -8,6 +8,7 @@ are logged.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,7 @@ class MinitronGPTModel(MegatronGPTModel):
         super().__init__(cfg, trainer=trainer)
         self._validation_terms: list[tuple[dict[str, Tensor], Tensor]] = []
         self.consumed_tokens = 0
+        self._step_started: float | None = None
 
     # ---- construction -------------------------------------------------------------------------------------------
 
@@ -191,6 +193,9 @@ class MinitronGPTModel(MegatronGPTModel):
             "group": self.tensor_parallel_group,
         }
 
+    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
+        """Hook for distillation: called with the micro-batches of a step before the student's schedule runs."""
+
     @property
     def tensor_parallel_group(self) -> torch.distributed.ProcessGroup | None:
         """The tensor-parallel group, or None when it has one member."""
@@ -215,6 +220,7 @@ class MinitronGPTModel(MegatronGPTModel):
         reduction by the data-parallel size, so the local sum is scaled by both before backward. The parent averages
         micro-batch means, which weights short sequences wrongly.
         """
+        started = time.perf_counter()
         batches = [self._on_device(self.get_batch(dataloader_iter, False)) for _ in range(get_num_microbatches())]
         data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         tokens = torch.stack([b["loss_mask"].float().sum() for b in batches]).sum()
@@ -258,6 +264,10 @@ class MinitronGPTModel(MegatronGPTModel):
                     self._log_finite(f"train_{name}", value / tokens.clamp(min=1.0))
             self.consumed_tokens += int(tokens)
             self.log("tokens", float(self.consumed_tokens), rank_zero_only=True, batch_size=1)
+            if self._step_started is not None:  # from step to step, so that the optimizer's time is in it
+                rate = float(tokens) / (started - self._step_started)
+                self.log("tokens_per_second", rate, rank_zero_only=True, batch_size=1)
+        self._step_started = None if forward_only else started
         return (terms["loss"] / tokens.clamp(min=1.0)).to(torch.float32)
 
     loss_names: tuple[str, ...] = ("loss", "lm_loss")

@@ -110,6 +110,24 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
             cfg.data.seq_length = length
 
 
+def _check_stages(cfg: DictConfig, layers: int, stages: int) -> None:
+    """Every pipeline stage whose layers are not given must get as many as the others, and at least one."""
+    if cfg.get("virtual_pipeline_model_parallel_size") is not None:
+        raise MinitronError(
+            f"model.virtual_pipeline_model_parallel_size={cfg.virtual_pipeline_model_parallel_size}: only null is "
+            "supported; a stage here is one piece"
+        )
+    ends = {name: cfg.get(f"num_layers_in_{name}_pipeline_stage") for name in ("first", "last")}
+    given = [int(number) for number in ends.values() if number]
+    rest, others = layers - sum(given), stages - len(given)
+    if given and (rest != 0 if others == 0 else others < 0 or rest < others or rest % others):
+        names = ", ".join(f"model.num_layers_in_{name}_pipeline_stage={n}" for name, n in ends.items() if n)
+        raise MinitronError(
+            f"{names}: leaves {rest} of {layers} layers for {max(0, others)} of "
+            f"model.pipeline_model_parallel_size={stages} stages, which cannot share them equally"
+        )
+
+
 def _set_batch_sizes(cfg: DictConfig, run: DictConfig | dict[str, Any], data_parallel: int) -> None:
     """A run that trains says its global batch; one that only runs forward has one micro-batch per rank."""
     micro = int(run.get("micro_batch_size") or 1)
@@ -133,6 +151,39 @@ def _same(asked: Any, found: Any) -> bool:
     return asked == found or (not asked and not found)
 
 
+def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[DictConfig, tuple[int, int]]:
+    """Config of a checkpoint's model on this job, and its (TP, PP): all that can be wrong without reading a weight.
+
+    Raises:
+        MinitronError: architecture override; sequence or batch sizes that contradict; a grid that does not fit the
+            model or the processes of the job; context parallelism.
+    """
+    run = run or {}
+    cfg = merge_config(reader.config, run, reader.path)
+    grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
+    multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
+    padded = -(-reader.shape.vocab_size // multiple) * multiple
+    reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
+    if cfg.get("num_layers_in_last_pipeline_stage") is None:
+        given = cfg.get("num_layers_in_first_pipeline_stage")
+        cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
+    _check_stages(cfg, reader.shape.num_layers, grid[1])
+    length = cfg.get("encoder_seq_length") or 0
+    if cfg.get("sequence_parallel") and length % grid[0]:
+        raise MinitronError(
+            f"the sequence length ({length}) must be a multiple of model.tensor_model_parallel_size ({grid[0]}) under "
+            "model.sequence_parallel"
+        )
+    if cfg.get("context_parallel_size", 1) not in (None, 1):
+        raise MinitronError(
+            f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "
+            "statistics here are not defined over split sequences"
+        )
+    runtime.check_world_size(*grid)
+    _set_batch_sizes(cfg, run, runtime.world_size() // (grid[0] * grid[1]))
+    return cfg, grid
+
+
 def load_model(
     path: str | Path,
     trainer: Trainer,
@@ -154,24 +205,11 @@ def load_model(
     runtime.prepare()
     path = Path(path)
     with NemoReader(path) as reader:
-        cfg = merge_config(reader.config, run or {}, path)
-        grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
-        multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
-        padded = -(-reader.shape.vocab_size // multiple) * multiple
-        reader.shape.replace(padded_vocab_size=padded).check_parallel(*grid)
-        if cfg.get("num_layers_in_last_pipeline_stage") is None:
-            given = cfg.get("num_layers_in_first_pipeline_stage")
-            cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
-        if cfg.get("context_parallel_size", 1) not in (None, 1):
-            raise MinitronError(
-                f"model.context_parallel_size={cfg.context_parallel_size}: only 1 is supported; the losses and "
-                "statistics here are not defined over split sequences"
-            )
+        cfg, grid = job_config(reader, run or {})
         folder = reader.tokenizer_folder()
         if folder is not None:
             cfg.tokenizer.type = str(folder)
         runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
-        _set_batch_sizes(cfg, run or {}, runtime.world_size() // (grid[0] * grid[1]))
         from nemo_minitron.nemo.model import MinitronGPTModel
 
         model = (cls or MinitronGPTModel)(cfg, trainer)

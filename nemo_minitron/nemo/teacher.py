@@ -24,7 +24,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
 from nemo_minitron.nemo.restore import load_model
 
-_SHARED_WITH_STUDENT = (
+SHARED_WITH_STUDENT = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "sequence_parallel",
@@ -53,18 +53,14 @@ class Teacher:
     def __init__(self, path: str | Path, student: MinitronGPTModel) -> None:
         self._student = student
         self._grid: Callable[[], AbstractContextManager[None]] = nullcontext
-        run = {key: student.cfg[key] for key in _SHARED_WITH_STUDENT if key in student.cfg} | {"global_batch_size": 0}
-        if not _splits(path, student.cfg.get("tensor_model_parallel_size", 1) or 1):
+        run = {key: student.cfg[key] for key in SHARED_WITH_STUDENT if key in student.cfg} | {"global_batch_size": 0}
+        if not splits(path, student.cfg.get("tensor_model_parallel_size", 1) or 1):
             # its heads or groups do not divide over the student's ranks
             self._grid = runtime.whole_on_each_rank
             run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
         with self._grid(), _own_app_state():
             model = load_model(path, student.trainer, run)
-        if model.true_vocab_size != student.true_vocab_size:
-            raise MinitronError(
-                f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {model.true_vocab_size} tokens, "
-                f"the student's {student.true_vocab_size}; distillation compares them token by token"
-            )
+        check_vocabularies(model.true_vocab_size, student.true_vocab_size)
         if model.tokenizer is not None and student.tokenizer is not None:
             _check_tokenizers(model.tokenizer, student.tokenizer)
         self.shape = model.shape
@@ -166,7 +162,16 @@ class Teacher:
             return head_top_k(Head(hidden, head.weight), identity.top_k, identity.temperature, **student.head_place())
 
 
-def _splits(path: str | Path, tensor_parallel: int) -> bool:
+def check_vocabularies(teacher: int, student: int) -> None:
+    """Refuse vocabularies of different sizes."""
+    if teacher != student:
+        raise MinitronError(
+            f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher} tokens, the student's "
+            f"{student}; distillation compares them token by token"
+        )
+
+
+def splits(path: str | Path, tensor_parallel: int) -> bool:
     """Whether the checkpoint's heads, groups and neurons divide over the ranks (its vocabulary is padded anew)."""
     with NemoReader(path) as reader:
         shape = reader.shape

@@ -4,7 +4,6 @@ differ in the model class alone."""
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,14 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_minitron import runtime
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.data.blocks import split_lists
 from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import weights
-from nemo_minitron.nemo.restore import load_model
+from nemo_minitron.nemo.restore import job_config, load_model
 from nemo_minitron.nemo.trainer import build_trainer, plain
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class KeepBest(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(module, self.last_path)
-        if math.isinf(self.best) and trainer.is_global_zero:
-            shutil.copyfile(self.last_path, self.path)
+        if math.isinf(self.best):
+            self._save(module, self.path)
 
     @staticmethod
     def _save(module: LightningModule, path: Path) -> None:
@@ -76,7 +77,9 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     checkpoint with ``exp_manager.resume_if_exists=true`` (weights, optimizer, schedule, data position).
 
     Raises:
-        MinitronError: a key is missing or contradicts the checkpoint, data are missing, or a loss is not finite.
+        MinitronError: before any weight is read and anything is written: a key is missing or contradicts the
+            checkpoint, the grid does not fit, data are missing, the output cannot be written, a teacher has another
+            vocabulary; later: token files of another vocabulary, or a loss that is not finite.
     """
     runtime.prepare()
     source = required(cfg, "model.restore_from_path")
@@ -87,6 +90,21 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
         model_cfg.precision = cfg.trainer.get("precision", 32)
     keep = KeepBest(path, monitor)
+    teacher = None
+    if hasattr(cls, "set_teacher"):
+        teacher = cfg.model.get("kd_teacher_restore_from_path")
+        if cfg.get("distill", {}).get("teacher_cache") is None:
+            teacher = required(cfg, "model.kd_teacher_restore_from_path")
+    for name in filter(None, (source, teacher)):
+        if Path(name).resolve() in (path.resolve(), keep.last_path.resolve()):
+            raise MinitronError(f"model.nemo_path: '{path}' would replace '{name}', which is read; choose another name")
+    with NemoReader(source) as reader:
+        job_config(reader, model_cfg)
+        if teacher is not None:
+            cls.check_teacher(teacher, reader, model_cfg)  # type: ignore[attr-defined]
+    if runtime.rank() == 0:
+        for output in (path, keep.last_path):
+            ArchiveWriter(output).abort()  # proves that it can be written, and leaves nothing
     trainer = build_trainer(cfg, [keep])
     folder = exp_manager(trainer, cfg.get("exp_manager"))
     if folder is not None:
@@ -96,9 +114,7 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     for items in lists.values() if isinstance(lists, Mapping) else [lists]:
         check_tokens(model, [item for item in items if isinstance(item, str)], "model.data.data_prefix")
     if hasattr(model, "set_teacher"):
-        distill = cfg.get("distill", {})
-        cached = distill.get("teacher_cache") is not None and cfg.model.get("kd_teacher_restore_from_path") is None
-        model.set_teacher(None if cached else required(cfg, "model.kd_teacher_restore_from_path"), distill)
+        model.set_teacher(teacher, cfg.get("distill", {}))
     trainer.fit(model)
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"

@@ -12,8 +12,15 @@ from nemo_minitron.errors import MinitronError, required
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate ``model.restore_from_path`` on ``evaluate.data_prefix``; write and return its metrics."""
+    """Evaluate ``model.restore_from_path`` on ``evaluate.data_prefix``; write and return its metrics.
+
+    Raises:
+        MinitronError: before any weight is read: missing files, unwritable output, tokens that the model does not have,
+            a grid that does not fit; later: tokens of another vocabulary, or a loss that is not finite.
+    """
+    from nemo_minitron import runtime
     from nemo_minitron.checkpoint import NemoReader
+    from nemo_minitron.checkpoint.staging import Staging
     from nemo_minitron.data.blocks import token_blocks
     from nemo_minitron.evaluate import evaluate
     from nemo_minitron.nemo.restore import load_model
@@ -22,6 +29,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     source, prefix = required(cfg, "model.restore_from_path"), required(cfg, "evaluate.data_prefix")
     options = cfg.evaluate
+    if cfg.get("output_path") and runtime.rank() == 0:
+        Staging(cfg.output_path).abort()  # proves that it can be written, before the work
     with NemoReader(source) as reader:
         length = int(options.get("seq_length") or reader.config["encoder_seq_length"])
         blocks = token_blocks(

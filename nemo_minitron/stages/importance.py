@@ -31,6 +31,9 @@ class Calibration:
         num_samples: unpadded blocks, drawn without replacement from the whole stream by ``seed``.
         seq_length: tokens per block; the model's ``encoder_seq_length`` when None.
         micro_batch_size: blocks per forward pass; changes speed and memory, not scores.
+        reconstruction: also rank units by what is left once the others have been re-solved, and keep the tokens.
+        reconstruction_tokens: of the drawn blocks, as many as have this many tokens serve for that, and are kept for
+            compensation.
     """
 
     data_prefix: Any = None
@@ -39,6 +42,8 @@ class Calibration:
     seq_length: int | None = None
     micro_batch_size: int = 1
     seed: int = 1234
+    reconstruction: bool = True
+    reconstruction_tokens: int = 65536
 
 
 def run(cfg: DictConfig) -> Scores:
@@ -76,6 +81,8 @@ def measure_and_save(
             blocks, data = _blocks(calibration, length, reader)
             _check_grid(calibration, blocks, model)
             arrays, counts = _measure(source, reader.shape, blocks, calibration, {**model}, trainer)
+            kept = blocks[: max(1, calibration.reconstruction_tokens // length)] if calibration.reconstruction else None
+            ranks, sensitivity = ({}, None) if kept is None else _rank(reader, kept)
             scores = Scores(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
@@ -88,6 +95,9 @@ def measure_and_save(
                     "precision": str(trainer.get("precision", 32)),
                     **counts,
                 },
+                ranks=ranks,
+                tokens=None if kept is None else kept.numpy(),
+                sensitivity=sensitivity,
                 **arrays,
             )
         if staging is not None:
@@ -101,6 +111,26 @@ def measure_and_save(
             raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
         raise
     return scores
+
+
+def _rank(reader: NemoReader, tokens: Tensor) -> tuple[dict[str, Any], Any]:
+    """Ranks by reconstruction and sensitivity; all processes of the job share the samples, whatever their grid."""
+    import torch
+    from tqdm import tqdm
+
+    from nemo_minitron import parallel, runtime
+    from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+
+    world = parallel.world()
+    quiet = None if runtime.rank() == 0 else True
+    with tqdm(total=2 * reader.shape.num_layers, desc="ranks", unit="layer", disable=quiet) as bar:
+        mine = slice(runtime.rank(), None, parallel.size(world))
+        ranks, part = rank_by_reconstruction(
+            reader, tokens[mine].to(runtime.device()), group=world, progress=bar.update
+        )
+    whole = torch.zeros(len(part), *tokens.shape, device=runtime.device())
+    whole[:, mine] = torch.from_numpy(part).to(whole)
+    return ranks, clipped(parallel.all_reduce(whole, world).cpu().numpy())
 
 
 def _seq_length(calibration: Calibration, reader: NemoReader) -> int:

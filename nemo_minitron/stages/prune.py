@@ -11,13 +11,11 @@ from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.plan import TARGETS, Plan, format_ranges, make_plan, needs_scores, target_shape
+from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges, make_plan, needs_scores, target_shape
 from nemo_minitron.rewrite import check_source, prune_checkpoint
-from nemo_minitron.scores import Scores
+from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.importance import Calibration, measure_and_save
-
-RANKINGS = ("minitron",)
 
 
 def run(cfg: DictConfig) -> Plan:
@@ -26,6 +24,9 @@ def run(cfg: DictConfig) -> Plan:
     What is kept comes from ``prune.plan`` (applied as it is), or from the requested sizes with ``prune.scores``;
     without either, scores are computed first from ``prune.calib_dataset`` and kept beside the student as
     ``NAME.scores``. Layers named in ``prune.drop_layers`` need no scores.
+
+    Where the scores hold calibration tokens, the kept weights are re-solved on them (``prune.compensate``); the plan
+    says so, and is applied again with the same scores. Under any grid all processes share the samples.
 
     Raises:
         MinitronError: impossible, contradictory or empty requests, missing or foreign files and unwritable outputs,
@@ -43,20 +44,24 @@ def run(cfg: DictConfig) -> Plan:
         plan = Plan.load(options["plan"]) if options.get("plan") else None
         new = _new_shape(reader.shape, options, plan)
         _check_grid(new, cfg.model)
-        scores = Scores.load(options["scores"]) if options.get("scores") and plan is None else None
+        scores = Scores.load(options["scores"]) if options.get("scores") else None
         if scores is not None:
             scores.check_matches(scores.source_fingerprint, reader.shape)  # sizes now, weights once they are read
         calibration = None
-        if plan is None and scores is None and needs_scores(reader.shape, new, options.get("drop_layers")):
+        wanted = needs_scores(reader.shape, new, options.get("drop_layers")) or options.get("compensate")
+        if plan is None and scores is None and wanted:
             calibration = _calibration(options, int(cfg.get("seed") or 1234))
-        _check_writable(save_path, plan_path)
+        if runtime.rank() == 0:  # who writes; others would take its temporaries for leftovers
+            _check_writable(save_path, plan_path)
         if calibration is not None:
             scores_path = save_path.with_name(f"{name}.scores")
             scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
         if plan is None:
             plan = _make(reader, options, scores)
+        _check_compensation(plan, options, scores)
+        if plan.compensation is not None or runtime.rank() == 0:
+            _write(reader, plan, save_path, plan_path, scores)
         if runtime.rank() == 0:
-            _write(reader, plan, save_path, plan_path)
             print(table(plan))
             print(f"student: {save_path}\nplan:    {plan_path}")
     return plan
@@ -72,6 +77,9 @@ def table(plan: Plan) -> str:
     dropped = sorted(set(range(1, source.num_layers + 1)) - {layer + 1 for layer in plan.layers})
     if dropped:
         lines.append(f"layers removed (counted from 1): {format_ranges(dropped)}")
+    if plan.compensation is not None and plan.compensation.rotate:
+        lines.append("residual stream turned onto its directions of most energy")
+    lines.append("kept weights " + ("cut" if plan.compensation is None else "re-solved on the calibration tokens"))
     return "\n".join(lines)
 
 
@@ -84,7 +92,8 @@ def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) ->
     ranking = options.get("ranking")
     if ranking not in (None, *RANKINGS):
         raise MinitronError(f"prune.ranking: expected one of {', '.join(RANKINGS)}, found '{ranking}'")
-    asked = [name for name in (*TARGETS, "drop_layers", "scores") if options.get(name)]
+    names = (*TARGETS, "drop_layers", *(("scores",) if plan is None or plan.compensation is None else ()))
+    asked = [name for name in names if options.get(name)]
     if plan is not None and asked:
         raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
     if plan is not None:
@@ -132,26 +141,104 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
     fingerprint = reader.fingerprint()
     if scores is not None:
         scores.check_matches(fingerprint, reader.shape)
+    tokens = None if scores is None else scores.tokens_fingerprint()
+    compensate = options.get("compensate")
+    if compensate and tokens is None:
+        raise MinitronError(
+            "prune.compensate: the scores hold no calibration tokens to re-solve weights on; "
+            "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
+        )
+    ranked = bool(scores and scores.ranks)
+    narrower = (options.get("hidden_size") or reader.shape.hidden_size) < reader.shape.hidden_size
+    rotate = options.get("rotate")
+    if rotate and not (ranked and narrower and tokens is not None and compensate is not False):
+        raise MinitronError(
+            "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
+        )
+    compensation = None
+    if tokens is not None and compensate is not False:
+        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False)
+    ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
     return make_plan(
         reader.shape,
-        scores,
+        None if scores is None else scores.ranked_by(ranking),
         _targets(options),
         drop_layers=options.get("drop_layers"),
         layer_selection=options.get("layer_selection") or "block_influence",
         source_fingerprint=fingerprint,
+        compensation=compensation,
     )
 
 
-def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path) -> None:
-    """Student and plan appear together, or neither does."""
+def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | None) -> None:
+    """A plan that re-solves weights needs the tokens that it was made with, and no contradiction."""
+    wanted = options.get("compensate")
+    if plan.compensation is None:
+        if wanted:
+            raise MinitronError("prune.compensate: the plan asks for no compensation; make a new plan with it")
+        return
+    if wanted is False:
+        raise MinitronError("prune.compensate: false asked, but the plan says that weights are re-solved")
+    found = None if scores is None else scores.tokens_fingerprint()
+    if found != plan.compensation.tokens:
+        raise MinitronError(
+            f"prune.scores: the plan re-solves weights on calibration tokens {plan.compensation.tokens[:16]}, "
+            f"found {'none' if found is None else found[:16]}; give the scores folder that it was made with"
+        )
+    if plan.compensation.rotate and "stream_moment" not in scores.ranks:  # type: ignore[union-attr]
+        raise MinitronError("prune.scores: the plan turns the residual stream, but these scores lack 'stream_moment'")
+
+
+def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path, scores: Scores | None) -> None:
+    """Student and plan appear together, or neither does; processes other than the first lend their samples only."""
+    from nemo_minitron import runtime
+
     check_source(plan, reader)
+    if runtime.rank() > 0:
+        _fill(reader, plan, None, scores)
+        return
     staging = Staging(plan_path)
     try:
         staging.path.write_text(plan.to_yaml(), encoding="utf-8", newline="\n")
         tokenizer = reader.tokenizer_folder()
         with NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer:
-            prune_checkpoint(reader, plan, writer)
+            _fill(reader, plan, writer, scores)
         staging.commit()
     except BaseException:
         staging.abort()
         raise
+
+
+def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Scores | None) -> None:
+    """Write the student's tensors, cut or re-solved."""
+    if plan.compensation is None or scores is None:
+        if writer is not None:
+            prune_checkpoint(reader, plan, writer)
+        return
+    import torch
+    from tqdm import tqdm
+
+    from nemo_minitron import parallel, runtime
+    from nemo_minitron.compensation import compensate
+
+    if runtime.world_size() > 1 and parallel.world() is None:  # the scores were given: nobody has met yet
+        runtime.init_distributed()
+    world = parallel.world()
+    tokens = torch.from_numpy(scores.tokens.astype("int64"))  # type: ignore[union-attr]
+    sensitivity = torch.tensor(scores.sensitivity)
+    mine = slice(runtime.rank(), None, parallel.size(world))
+    share, weights = tokens[mine].to(runtime.device()), sensitivity[:, mine].to(runtime.device())
+    moment = torch.tensor(scores.ranks["stream_moment"]) if plan.compensation.rotate else None
+    quiet = None if runtime.rank() == 0 else True
+    with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=quiet) as bar:
+        compensate(
+            reader,
+            plan,
+            share,
+            weights,
+            writer,
+            stream_moment=moment,
+            dtype=reader.dtype,
+            group=world,
+            progress=bar.update,
+        )

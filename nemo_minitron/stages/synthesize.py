@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape, RopeScaling
 
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What :func:`run` writes, and may replace."""
+
 
 def run(cfg: DictConfig) -> None:
-    """Write a random model of the shape in ``model`` to the folder ``output_path``, replacing one made before."""
+    """Write a random model of the shape in ``model`` to the folder ``output_path``, replacing one made before.
+
+    Raises:
+        MinitronError: an impossible shape; a destination that cannot be written or holds anything else.
+    """
     from nemo_minitron.synthetic import make_llama
 
     shape = shape_of(cfg.model)
     folder = Path(cfg.output_path)
-    part = folder.with_name(f".{folder.name}.part")
+    staging = Staging(folder, folder=True, replaceable=_FILES)
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        make_llama(part, shape, seed=int(cfg.seed))
-        if folder.exists():
-            if not (folder / "config.json").is_file():
-                raise MinitronError(f"output_path {folder} exists and is not a model folder")
-            shutil.rmtree(folder)
-        part.rename(folder)
+        make_llama(staging.path, shape, seed=int(cfg.seed))
+        staging.commit()
     except OSError as error:
+        staging.abort()
         raise MinitronError(f"output_path {folder} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except BaseException:
+        staging.abort()
+        raise
     print(f"{folder}: {shape.num_parameters():,} parameters")
 
 

@@ -2,6 +2,8 @@ import gzip
 import io
 import os
 import pickle
+import random
+import re
 import shutil
 import tarfile
 import zipfile
@@ -10,10 +12,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor, verify
-from nemo_minitron.checkpoint.archive import ArchiveWriter, TarArchive
+from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, tensor_name, verify
+from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive
 from nemo_minitron.checkpoint.distcp import DistcpWriter
-from nemo_minitron.convert import convert
+from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, FC1_WEIGHT, FINAL_NORM, QKV_WEIGHT, parameters
 from nemo_minitron.synthetic import make_llama
@@ -137,6 +139,22 @@ def test_tar_is_a_plain_one(nemo):
     assert members[0].name == "./model_config.yaml"
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_format_is_read(form, tmp_path):
+    """As Python, GNU tar and NeMo (pax, with times in fractions of a second) write them."""
+    names = ["./a", "model_weights/" + "b" * 80, "c" * 90 + "/" + "d" * 90]
+    names += [] if form == tarfile.USTAR_FORMAT else ["e" * 300, "naïve/模型"]
+    with tarfile.open(tmp_path / "m.tar", "w", format=form) as tar:
+        tar.addfile(info("./folder", type=tarfile.DIRTYPE))
+        for number, name in enumerate(names):
+            tar.addfile(info(name, size=600 + number, mtime=1.5), io.BytesIO(bytes([number]) * (600 + number)))
+    archive = open_archive(tmp_path / "m.tar")
+    assert archive.names() == sorted(name.removeprefix("./") for name in names)
+    for number, name in enumerate(names):
+        assert archive.read(name.removeprefix("./")) == bytes([number]) * (600 + number)
+    archive.close()
+
+
 def test_member_beyond_8_gib(tmp_path):
     """A sparse file stands for the data; the header must use base-256 and every offset must survive."""
     writer = ArchiveWriter(tmp_path / "big.nemo")
@@ -145,10 +163,10 @@ def test_member_beyond_8_gib(tmp_path):
         file.write(b"x")
     writer.add("small", b"after")
     writer.commit()
-    archive = TarArchive(tmp_path / "big.nemo")
+    archive = open_archive(tmp_path / "big.nemo")
     assert archive.size("big") == 9 << 30
-    assert archive.window("big", (9 << 30) - 1).read() == b"x"
-    assert archive.window("small").read() == b"after"
+    assert archive.read("big", (9 << 30) - 1) == b"x"
+    assert archive.read("small") == b"after"
     archive.close()
     with tarfile.open(tmp_path / "big.nemo") as tar:
         assert tar.getmember("./big").size == 9 << 30
@@ -171,6 +189,36 @@ def test_verify_names_the_damaged_tensor(nemo, tmp_path):
     bad.write_bytes(data)
     with pytest.raises(MinitronError, match=r"decoder\.layers\.1\.mlp\.linear_fc1\.weight"):
         verify(bad)
+
+
+def test_any_flipped_byte_is_found(nemo, tmp_path):
+    """Bytes of every tensor, in a .nemo by its sidecar and in both kinds of output by comparison with the source."""
+    hf = convert(nemo, tmp_path / "hf")
+    weights, dice = hf / "model.safetensors", random.Random(0)
+    packed, plain = bytearray(nemo.read_bytes()), bytearray(weights.read_bytes())
+    bad = tmp_path / "bad.nemo"
+    with NemoReader(nemo) as reader:
+        for parameter, layer in each_tensor(reader.shape):
+            name = re.escape(tensor_name(parameter, layer))
+            values = reader.tensor(parameter, layer)
+            last = values.reshape(-1)[-8:].numpy().tobytes()  # a run of bytes that is nowhere else, in HF's order too
+            size = values.numel() * 4
+            for data, path in ((packed, bad), (plain, weights)):
+                end = data.index(last) + len(last)
+                at = end - 1 - dice.randrange(size if path == bad else 32)
+                bit = 1 << dice.randrange(8)
+                data[at] ^= bit
+                path.write_bytes(data)
+                if path == bad:
+                    with pytest.raises(MinitronError, match=name):
+                        verify(bad)
+                    with pytest.raises(MinitronError, match=name):
+                        convert(bad, tmp_path / "out", verify=True)
+                    assert not (tmp_path / "out").exists()
+                after = NemoReader(bad) if path == bad else HfReader(hf)
+                with after, pytest.raises(MinitronError, match=name):
+                    compare(reader, after)
+                data[at] ^= bit
 
 
 # ------------------------------------------------------------------------------------------------------ bad writing
@@ -311,15 +359,26 @@ def test_code_in_a_record_never_runs(folder, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def deflated(length):
+    """A zip of ``length`` bytes, an entry of which is ten times as large when read."""
+
+    def write(filler):
+        bomb = io.BytesIO()
+        with zipfile.ZipFile(bomb, "w") as entries:
+            entries.writestr("archive/filler", bytes(filler))
+            entries.writestr("archive/data.pkl", b"N.")
+            entries.writestr("archive/data/0", bytes(10 * length), zipfile.ZIP_DEFLATED)
+        return bomb.getvalue()
+
+    return write(length - len(write(0)))
+
+
 def test_a_record_that_expands_is_refused(folder):
     """A deflated zip in the place of the first record, ten times its size when read."""
-    bomb = io.BytesIO()
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as entries:
-        entries.writestr("archive/data/0", bytes(10 * 320 * 64 * 4))
     data = bytearray((folder / "model_weights" / "__0_0.distcp").read_bytes())
     with NemoReader(folder) as reader:
         length = reader._index[EMBEDDING.key][1].chunks[0].length
-    data[:length] = bytes(length - len(bomb.getvalue())) + bomb.getvalue()
+    data[:length] = deflated(length)
     (folder / "model_weights" / "__0_0.distcp").write_bytes(data)
     with NemoReader(folder) as reader, pytest.raises(MinitronError, match="it is compressed"):
         reader.tensor(EMBEDDING)

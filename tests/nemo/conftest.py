@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemo_minitron.shape import ModelShape, RopeScaling
+from tests.llamas import GQA
+from tests.zygote import Zygote
 
 SHAPES = {
     "gqa_untied": ModelShape(2, 64, 128, 8, 4, 8, 512, 512),
@@ -15,7 +19,16 @@ SHAPES = {
         3, 48, 96, 6, 2, 16, 500, 500, True, 500000.0, RopeScaling(32.0, 1.0, 4.0, 64), 4096, 1e-6
     ),
     "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, None, 1024),
+    "qwen2": ModelShape(2, 64, 96, 8, 2, 8, 512, 512, True, 1000000.0, None, 1024, qkv_bias=True),
 }
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """Runs functions on grids of real processes that share one import of NeMo."""
+    handle = Zygote()
+    yield handle
+    handle.close()
 
 
 @pytest.fixture(scope="session")
@@ -44,18 +57,46 @@ def pair(request, tmp_path_factory):
     return hf, nemo, shape
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """Folder with ``model.nemo``, others that do not go with it or are broken, and tokens of two vocabularies."""
+    from nemo_minitron.convert import convert
+    from nemo_minitron.data.preprocess import preprocess
+    from nemo_minitron.synthetic import make_llama
+
+    folder = tmp_path_factory.mktemp("models")
+    convert(make_llama(folder / "hf", GQA), folder / "model.nemo")
+    larger = GQA.replace(vocab_size=400, padded_vocab_size=400)
+    convert(make_llama(folder / "larger_hf", larger), folder / "larger.nemo")
+    shutil.copytree(folder / "hf", folder / "permuted_hf")
+    content = json.loads((folder / "hf" / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]  # equal sizes, two tokens exchanged
+    (folder / "permuted_hf" / "tokenizer.json").write_text(json.dumps(content))
+    convert(folder / "permuted_hf", folder / "permuted.nemo")
+    short = GQA.replace(max_position_embeddings=16)
+    convert(make_llama(folder / "short_hf", short), folder / "short.nemo")
+    bare = convert(folder / "hf", folder / "bare")
+    shutil.rmtree(bare / "model_weights")
+    (folder / "cut.nemo").write_bytes((folder / "model.nemo").read_bytes()[:-20_000])
+    for name, tokenizer in (("own", "hf"), ("foreign", "larger_hf"), ("permuted", "permuted_hf")):
+        preprocess("pydoc_topics", folder / name, tokenizer_type=str(folder / tokenizer))
+    return folder
+
+
 def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """transformers' own logits in float32, ``[b, s, V]``."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
+    assert type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
     with torch.no_grad():
         return model(tokens).logits
 
 
 def nemo_logits(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of a NeMo model over the true vocabulary, ``[b, s, V]``."""
+    """Logits of a NeMo model, ours or NeMo's own, over the true vocabulary, ``[b, s, V]``."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
         logits = model.model.eval()(input_ids=tokens, position_ids=positions, attention_mask=None)
-    return logits[..., : model.true_vocab_size]
+    return logits[..., : getattr(model, "true_vocab_size", None)]

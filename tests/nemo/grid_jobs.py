@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron import runtime
 from nemo_minitron.config.compose import compose
+from tests.zygote import end_children
 
 MICRO, LENGTH = 2, 32
 
@@ -61,8 +62,8 @@ def distillation_step(
     return float(loss), logged, gradients
 
 
-def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> None:
-    """``importance`` and ``prune`` at a grid, into ``folder``."""
+def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, int, bool], sizes: list[str]) -> None:
+    """``importance`` and ``prune`` to ``sizes`` at a grid, into ``folder``."""
     tp, pp, sp = grid
     common = [
         f"model.restore_from_path={source}",
@@ -75,9 +76,8 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
 
     calibration = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", f"calibration.seq_length={LENGTH}"]
     importance.run(compose("importance", [*common, *calibration, f"output_path={folder}/scores"]))
-    sizes = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
-    sizes += ["prune.hidden_size=32", "prune.ffn_hidden_size=64", "prune.num_query_groups=4", "prune.num_layers=2"]
-    prune.run(compose("prune", [*common, *sizes]))
+    files = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
+    prune.run(compose("prune", [*common, *files, *(f"prune.{size}" for size in sizes)]))
 
 
 def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> float:
@@ -114,6 +114,7 @@ def train(
 
     def on_train_batch_start(self: Any, *_: Any) -> None:
         if self.trainer.global_step == die_at:
+            end_children()
             os._exit(9)
 
     if die_at is not None:

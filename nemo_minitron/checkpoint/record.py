@@ -1,0 +1,247 @@
+"""One ``torch.save`` record of a tensor, read in place without ``torch.load``.
+
+A record is a zip of stored (never compressed) entries: ``NAME/data.pkl``, a pickle that describes the tensor, and
+``NAME/data/0``, its values. What the pickle claims is checked before anything is allocated for it.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_minitron.checkpoint.pickles import InertUnpickler, NameCollector
+
+_MAX_ENTRIES, _MAX_PICKLE = 64, 1 << 16
+_MAX_FOREIGN_ENTRIES, _ENTRY_BYTES = 20_000, 1 << 10
+_STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
+_END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
+_CENTRAL, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
+
+Read = Callable[[int, int], bytes]
+"""``read(start, size)``: bytes of the record; a :class:`RecordError` outside of its bounds."""
+
+
+class RecordError(Exception):
+    """What is wrong with a record."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as a record describes it: ``size`` and ``stride`` in values from byte ``start`` of the record."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+
+    @property
+    def span(self) -> int:
+        """Values from the first to the last."""
+        if 0 in self.size:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the values lie in order, without gaps."""
+        expected = 1
+        for n, step in zip(reversed(self.size), reversed(self.stride), strict=True):
+            if n != 1 and step != expected:
+                return False
+            expected *= n
+        return True
+
+
+def describe(read: Read, length: int) -> View:
+    """Where the values of a record of ``length`` bytes lie.
+
+    Raises:
+        RecordError: not such a zip, compressed or overlong entries, a pickle that is damaged or that names anything
+            but the parts of a tensor, values outside of their storage.
+    """
+    entries = _entries(read, length)
+    prefix, described = _pickled(entries, read)
+    tensor = _unpickled(described)
+    for item in (*tensor.size, *tensor.stride, tensor.offset, tensor.storage.numel):
+        if type(item) is not int or not 0 <= item < 1 << 62:
+            raise RecordError(f"sizes, strides and offsets must be positive numbers, found {item!r:.40}")
+    if len(tensor.size) != len(tensor.stride) or len(tensor.size) > 8:
+        raise RecordError(f"expected as many strides as sizes, at most 8, found {len(tensor.size)}")
+    place = entries.get(f"{prefix}/data/{tensor.storage.key}")
+    if place is None:
+        raise RecordError("expected its values, found none")
+    if f"{prefix}/byteorder" in entries and read(*entries[f"{prefix}/byteorder"])[:16] != b"little":
+        raise RecordError("expected little-endian values")
+    dtype = tensor.storage.dtype
+    view = View(dtype, tensor.size, tensor.stride, place[0] + tensor.offset * dtype.itemsize)
+    if (tensor.offset + view.span) * dtype.itemsize > place[1] or math.prod(view.size) * dtype.itemsize > place[1]:
+        raise RecordError(f"expected {math.prod(view.size)} values in its storage, found {place[1]} bytes")
+    return view
+
+
+def names_in(read: Read, length: int, limit: int) -> set[str]:
+    """``module.name`` of everything that ``torch.load`` would import to read this record or file.
+
+    Raises:
+        RecordError: neither a zip of ``torch.save`` nor a bare pickle, or a pickle of more than ``limit`` bytes.
+    """
+    try:
+        if read(0, min(length, 4)) != b"PK\x03\x04":
+            if length > limit:
+                raise RecordError(f"expected a pickle of at most {limit} bytes, found {length}")
+            data = read(0, length)
+        else:
+            data = _pickled(_entries(read, length, _MAX_FOREIGN_ENTRIES), read, limit)[1]
+        collector = NameCollector(data)
+        collector.read_all()
+        return collector.names
+    except pickle.UnpicklingError as error:
+        raise RecordError(f"its pickle is refused: {error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------- the pickle
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without storage has no place in it")
+    return _Tensor(storage, offset, tuple(size), tuple(stride))
+
+
+def _parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+class _RecordUnpickler(InertUnpickler):
+    def stand_in(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return {
+            "torch._utils._rebuild_tensor_v2": _tensor,
+            "torch._utils._rebuild_parameter": _parameter,
+            "collections.OrderedDict": dict,
+            "torch.Size": tuple,
+        }.get(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and isinstance(pid[1], torch.dtype)):
+            raise pickle.UnpicklingError("a reference to anything but values has no place in it")
+        return _Storage(pid[1], str(pid[2]), pid[4])
+
+
+def _pickled(entries: dict[str, tuple[int, int]], read: Read, limit: int = _MAX_PICKLE) -> tuple[str, bytes]:
+    """Prefix of the entries' names, and the pickle."""
+    found = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(found) != 1:
+        raise RecordError(f"expected one data.pkl, found {len(found)}")
+    start, size = entries[found[0]]
+    if size > limit:
+        raise RecordError(f"expected a pickle of at most {limit} bytes, found {size}")
+    return found[0].partition("/")[0], read(start, size)
+
+
+def _unpickled(data: bytes) -> _Tensor:
+    try:
+        tensor = _RecordUnpickler(data).read_all()
+    except pickle.UnpicklingError as error:
+        raise RecordError(f"its pickle is refused: {error}") from None
+    if not isinstance(tensor, _Tensor):
+        raise RecordError(f"expected a tensor, found {type(tensor).__name__}")
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------------------- the zip
+
+
+def _entries(read: Read, length: int, limit: int = _MAX_ENTRIES) -> dict[str, tuple[int, int]]:
+    """(start, size) of each entry; the format is PKWARE's APPNOTE, of which ``torch.save`` uses the stored method."""
+    try:
+        count, size, start = _directory(read, length)
+        if count > limit or size > count * _ENTRY_BYTES or start + size > length:
+            raise RecordError(f"expected a zip of at most {limit} entries inside the record, found another")
+        data, at = read(start, size), 0
+        entries: dict[str, tuple[int, int]] = {}
+        for _ in range(count):
+            name, place, at = _entry(read, length, data, at)
+            if name in entries:
+                raise RecordError(f"entry '{name}' must be there once, found twice")
+            entries[name] = place
+        return entries
+    except (struct.error, UnicodeDecodeError) as error:
+        raise RecordError(f"expected a zip, found damage: {error}") from None
+
+
+def _directory(read: Read, length: int) -> tuple[int, int, int]:
+    """Number of entries, bytes and start of the central directory."""
+    tail = read(max(0, length - _END.size), min(length, _END.size))
+    magic, _, _, _, count, size, start, _ = _END.unpack(tail)
+    if magic != b"PK\x05\x06":
+        raise RecordError("expected a zip, found no end of one")
+    if count == _FULL16 or _FULL32 in (size, start):
+        at = length - _END.size - _LOCATOR64.size
+        magic, _, at, _ = _LOCATOR64.unpack(read(max(0, at), _LOCATOR64.size))
+        if magic != b"PK\x06\x07" or at + _END64.size > length:
+            raise RecordError("expected a zip, found no end of one")
+        magic, _, _, _, _, _, _, count, size, start = _END64.unpack(read(at, _END64.size))
+        if magic != b"PK\x06\x06":
+            raise RecordError("expected a zip, found no end of one")
+    return count, size, start
+
+
+def _entry(read: Read, length: int, data: bytes, at: int) -> tuple[str, tuple[int, int], int]:
+    """Name, (start, size) of the data, and where the next entry of the directory starts."""
+    fields = _CENTRAL.unpack_from(data, at)
+    magic, flags, method, packed, size, name_length, extra_length, comment_length = (
+        fields[0], fields[3], fields[4], fields[8], fields[9], fields[10], fields[11], fields[12],
+    )  # fmt: skip
+    header = fields[16]
+    at += _CENTRAL.size
+    name = data[at : at + name_length].decode("utf-8")
+    extra = data[at + name_length : at + name_length + extra_length]
+    at += name_length + extra_length + comment_length
+    if magic != b"PK\x01\x02" or at > len(data):
+        raise RecordError("expected a zip, found a damaged directory")
+    size, packed, header = _wide(extra, size, packed, header)
+    if method != 0 or flags & 1 or packed != size:
+        raise RecordError(f"entry '{name}': it is compressed or encrypted")
+    if header + _LOCAL.size > length:
+        raise RecordError(f"entry '{name}': it lies outside of the record")
+    local = _LOCAL.unpack(read(header, _LOCAL.size))
+    start = header + _LOCAL.size + local[9] + local[10]
+    if local[0] != b"PK\x03\x04" or start + size > length:
+        raise RecordError(f"entry '{name}': it lies outside of the record")
+    return name, (start, size), at
+
+
+def _wide(extra: bytes, *values: int) -> list[int]:
+    """Values of which those that are all ones stand, in order, as 8 bytes in the zip64 field of ``extra``."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        field, at = extra[at + 4 : at + 4 + length], at + 4 + length
+        if kind == 1:
+            wide = iter([value for (value,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])])
+            return [next(wide, value) if value == _FULL32 else value for value in values]
+    return list(values)

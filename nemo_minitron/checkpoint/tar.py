@@ -1,0 +1,119 @@
+"""Headers of an untrusted tar: which members it has and where they lie, without extracting or trusting anything.
+
+``tarfile`` follows what a header says (it reads a long name of any declared size into memory, recurses from header to
+header, walks backwards over a negative size), so headers are walked here, with its parser for one block alone.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from nemo_minitron.errors import MinitronError
+
+BLOCK = tarfile.BLOCKSIZE
+MAX_MEMBERS = 20_000
+_MAX_EXTENSION = 1 << 16  # bytes of a long name or of pax records
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+
+
+def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
+    """(offset, size) of each plain file of a ustar, GNU or pax archive, by its name without ``./``.
+
+    Args:
+        path: of the archive, for messages. file: seekable; its position is changed.
+
+    Raises:
+        MinitronError: not a tar, truncated, or a hostile member: an absolute path, a ``..``, a link, a device, a
+            sparse file, a name given twice, absurd sizes or numbers of members.
+    """
+    total, at, long_name = file.seek(0, io.SEEK_END), 0, None
+    pax: dict[str, str] = {}
+    members: dict[str, tuple[int, int]] = {}
+    while at + BLOCK <= total:
+        file.seek(at)
+        block = file.read(BLOCK)
+        if block.count(0) == BLOCK:
+            return members
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise MinitronError(f"{path}: expected a .nemo (tar), found at byte {at}: {error}") from None
+        at += BLOCK
+        name = pax.get("path") or long_name or info.name
+        size = _size(path, name, pax.get("size", info.size))
+        extension = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        if extension:
+            if not 0 <= info.size <= min(_MAX_EXTENSION, total - at):
+                raise MinitronError(
+                    f"{path}: expected at most {_MAX_EXTENSION} bytes of header extension before member "
+                    f"{name!r}, found {info.size}"
+                )
+            data = file.read(info.size)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+            elif info.type == tarfile.XHDTYPE:
+                pax = _pax_records(path, data)
+            elif info.type == tarfile.XGLTYPE and {"path", "size"} & _pax_records(path, data).keys():
+                raise MinitronError(f"{path}: a global pax header must not give a path or a size")
+            at += _padded(info.size)
+            continue
+        sparse = any(key.startswith("GNU.sparse") for key in pax)
+        pax, long_name = {}, None
+        _check_name(path, name)
+        if info.isdir():
+            continue
+        if info.type not in _PLAIN or sparse:
+            raise MinitronError(f"{path}: member '{name}' must be a plain file, found a link, device or sparse file")
+        name = PurePosixPath(name).as_posix()
+        if name in members:
+            raise MinitronError(f"{path}: member '{name}' must be there once, found twice")
+        if at + size > total:
+            raise MinitronError(f"{path}: the archive is truncated inside member '{name}'")
+        if len(members) >= MAX_MEMBERS:
+            raise MinitronError(f"{path}: expected at most {MAX_MEMBERS} members, found more from '{name}' on")
+        members[name] = (at, size)
+        at += _padded(size)
+    if not members:
+        raise MinitronError(f"{path}: expected a .nemo (tar), found no member")
+    raise MinitronError(
+        f"{path}: the archive is truncated, found an unexpected end of data instead of the mark of its end"
+    )
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _size(path: Path, name: str, value: int | str) -> int:
+    if isinstance(value, str):
+        value = int(value) if value.isdecimal() and len(value) < 20 else -1
+    if value < 0:
+        raise MinitronError(f"{path}: member {name!r} must have a size of 0 or more bytes, found another")
+    return value
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not name.isprintable():  # also bytes that are not UTF-8
+        raise MinitronError(f"{path}: member {name!r} must have a printable UTF-8 name")
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise MinitronError(f"{path}: member '{name}' must be a relative path inside the archive")
+
+
+def _pax_records(path: Path, data: bytes) -> dict[str, str]:
+    """``LENGTH KEY=VALUE\\n`` records."""
+    records = {}
+    at = 0
+    while at < len(data) and data[at] != 0:
+        digits, _, _ = data[at : at + 20].partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        record = data[at : at + length]
+        key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
+        if not equals or len(record) != length or not record.endswith(b"\n"):
+            raise MinitronError(f"{path}: expected a .nemo (tar), found a damaged pax header")
+        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        at += length
+    return records

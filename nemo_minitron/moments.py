@@ -1,0 +1,164 @@
+"""Second moments of activations, and what is solved from them: ridge regression and backward elimination.
+
+Activations may be of any float dtype; products are float32 and their sums over chunks of tokens float64. Nothing here
+knows of ranks: moments are additive, so that the caller may add those of several processes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+TOKENS_AT_ONCE = 4096
+"""Tokens per float32 product before it is added in float64."""
+
+
+class SingularMoments(UserWarning):
+    """Calibration that does not determine a solution; the caller's fallback is in the message."""
+
+
+def second_moment(x: Tensor, y: Tensor, weights: Tensor | None = None, quantum: float = 0.0) -> Tensor:
+    """Uncentred ``sum_t w_t x_t y_t^T``.
+
+    Args:
+        x: ``[…, C]``; y: ``[…, D]``, the same leading sizes. weights: ``[…]``, one per token; None: all 1.
+        quantum: of :func:`quantum`; products are rounded to its multiples, so that their sum does not depend on order.
+
+    Returns:
+        ``[C, D]`` float64 on the device of ``x``. Adding parts over tokens gives the whole.
+    """
+    x, y = x.flatten(0, -2), y.flatten(0, -2)
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    weights = None if weights is None else weights.flatten().float()
+    for start in range(0, len(x), TOKENS_AT_ONCE):
+        some = slice(start, start + TOKENS_AT_ONCE)
+        left = x[some].float()
+        if weights is not None:
+            left = left * weights[some, None]
+        part = (left.T @ y[some].float()).double()
+        if quantum:  # adding 1.5 * 2^52 quanta leaves no bits for fractions of one; half the passes of round()
+            part.add_(1.5 * 2.0**52 * quantum).sub_(1.5 * 2.0**52 * quantum)
+        total += part
+    return total
+
+
+def squares(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_t w_t x_t^2`` per channel: ``[…, C]`` → ``[C]`` float64; the diagonal of the second moment."""
+    square = x.float().square()
+    if weights is not None:
+        square = square * weights.float()[..., None]
+    return square.flatten(0, -2).double().sum(dim=0)
+
+
+def quantum(x_squares: Tensor, y_squares: Tensor) -> float:
+    """A power of two to whose multiples products may be rounded so that float64 adds them without any error.
+
+    By Cauchy and Schwarz no partial sum of products exceeds ``sqrt(max(x_squares) max(y_squares))``, the sums of
+    squares of all tokens of the job; 2^51 quanta cover twice that. Sums of moments are then the same bits whatever
+    process saw which sample.
+    """
+    bound = math.sqrt(float(x_squares.max()) * float(y_squares.max()))
+    return 2.0 ** (math.ceil(math.log2(bound)) - 50) if bound > 0 and math.isfinite(bound) else 0.0
+
+
+def ridge_solve(moment: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """The W nearest to explaining y by ``W x``: ``argmin sum_t |W x_t - y_t|^2 + lam |W - prior|^2``.
+
+    ``lam = ridge * mean(diag(moment))``, so that ``ridge`` has no unit. In closed form
+    ``W = (cross^T + lam prior) (moment + lam I)^-1``, by Cholesky in float64.
+
+    Args:
+        moment: ``[C, C]`` sum of ``x x^T``. cross: ``[C, D]`` sum of ``x y^T``. prior: ``[D, C]``.
+
+    Returns:
+        ``[D, C]`` in the dtype of ``prior``. Where even the regularised moment is singular or not finite (no token, or
+        all activations zero), ``prior`` itself, with a :class:`SingularMoments` warning.
+    """
+    lam = ridge * moment.diagonal().mean()
+    factor, info = torch.linalg.cholesky_ex(moment + lam * torch.eye(len(moment)).to(moment))
+    if int(info) or not torch.isfinite(factor.diagonal()).all() or not float(lam) > 0:
+        warnings.warn(
+            "compensation: the calibration tokens do not determine these weights (their second moment is singular); "
+            "they are kept as they were",
+            SingularMoments,
+            stacklevel=2,
+        )
+        return prior
+    return torch.cholesky_solve(cross + lam * prior.T.to(cross), factor).T.to(prior.dtype)
+
+
+def elimination_order(moment: Tensor, weight: Tensor, ridge: float, unit: int = 1, steps: int = 64) -> Tensor:
+    """Rank units by what removing them costs once the others have been re-solved: backward elimination.
+
+    The output is ``weight @ x``. Removing the inputs R and re-solving the rest adds
+    ``tr(W_R (P_RR)^-1 W_R^T)`` to its squared error, P being the inverse moment of the inputs that are left
+    (Optimal Brain Surgeon, Hassibi & Stork 1993; for whole units arXiv 2302.04089). The cheapest units go first, a few
+    per step, and W and P are updated after each step.
+
+    Args:
+        moment: ``[C, C]`` sum of ``x x^T`` over tokens, weighted as the error is; on the CPU.
+        weight: ``[D, C]``; premultiply it with a square root of the output metric to measure the error by it.
+        ridge: added to the diagonal, in units of its mean.
+        unit: consecutive inputs that go together (1 for a neuron, d for a head, r*d for a query group).
+        steps: passes in which all units are removed; more is slower and a little better.
+
+    Returns:
+        ``[C / unit]`` float64, a permutation of 0 … C/unit - 1: the last to go, the most worth, has the largest.
+    """
+    units = len(moment) // unit
+    lam = ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    factor = torch.linalg.cholesky(moment.double() + lam * torch.eye(len(moment), dtype=torch.float64))
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    weight = weight.double().clone()
+    worth = torch.empty(units, dtype=torch.float64)
+    alive = torch.arange(units)
+    at_once = -(-units // steps)
+    done = 0
+    while len(alive):
+        cost = _removal_cost(inverse, weight, unit)[alive]
+        order = cost.argsort(stable=True)[:at_once]
+        gone = alive[order]
+        worth[gone] = torch.arange(done, done + len(gone), dtype=torch.float64)
+        done += len(gone)
+        rows = _inputs(gone, unit)
+        update = torch.linalg.solve(inverse[rows][:, rows], inverse[rows])  # [R, C]
+        weight.addmm_(weight[:, rows], update, alpha=-1)
+        inverse.addmm_(inverse[:, rows], update, alpha=-1)
+        weight[:, rows] = 0
+        inverse[rows, rows] = 1.0  # gone: any number that can be divided by
+        keep = torch.ones(len(alive), dtype=torch.bool)
+        keep[order] = False
+        alive = alive[keep]
+    return worth
+
+
+def _inputs(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _removal_cost(inverse: Tensor, weight: Tensor, unit: int) -> Tensor:
+    """``tr(W_u (P_uu)^-1 W_u^T)`` of each unit alone: ``[C, C]``, ``[D, C]`` → ``[C / unit]``."""
+    if unit == 1:
+        return weight.square().sum(dim=0) / inverse.diagonal()
+    blocks = inverse.unflatten(0, (-1, unit)).unflatten(2, (-1, unit)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.unflatten(1, (-1, unit)).permute(1, 2, 0)  # [units, unit, D]
+    return (torch.linalg.solve(blocks, columns) * columns).sum(dim=(1, 2))
+
+
+def metric_root(metric: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite ``[D, D]``, float64; negative noise counts as zero."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def stream_weights(stream: Tensor) -> Tensor:
+    """Weight of each token's error in a residual stream ``[…, H]`` → ``[…]``: the inverse mean square.
+
+    Every reader of the stream divides it by its root mean square first, so that this makes errors relative; else the
+    few tokens of massive activation would decide everything.
+    """
+    return stream.float().square().mean(dim=-1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
