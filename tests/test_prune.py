@@ -345,3 +345,38 @@ def test_compensation_can_be_declined_and_needs_tokens(teacher, scores, measured
     assert status == 2 and "hold no calibration tokens" in said
     status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.ranking=reconstruction")
     assert status == 2 and "no ranks by reconstruction" in said
+
+
+@pytest.mark.parametrize("selection", ["leave_one_out", "contiguous_loss", "greedy", "beam"])
+def test_layers_are_chosen_by_the_loss_without_them(teacher, measured, prune, tmp_path, selection):
+    keys = ["prune.num_layers=1", f"prune.layer_selection={selection}", "prune.compensate=false"]
+    status, said = prune(f"prune.scores={teacher}/measured", *keys)
+    assert status == 0, said
+    plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
+    convert(teacher / "teacher.nemo", tmp_path / "hf")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").float()
+    tokens, layers = torch.tensor(measured.tokens).long(), list(model.model.layers)
+
+    def loss(kept):
+        model.model.layers = torch.nn.ModuleList(layers[at] for at in kept)
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    if selection == "leave_one_out":
+        alone = sorted(range(3), key=lambda gone: loss([at for at in range(3) if at != gone]))
+        expected = (alone[2],)
+    elif selection == "contiguous_loss":
+        expected = min(((0,), (2,)), key=loss)
+    elif selection == "greedy":
+        first = min(range(3), key=lambda gone: loss([at for at in range(3) if at != gone]))
+        expected = min(((at,) for at in range(3) if at != first), key=loss)
+    else:  # three sets of one layer are all there are
+        expected = min(((0,), (1,), (2,)), key=loss)
+    assert plan.layers == expected
+    assert f"loss {loss(expected):.3f}" in said
+
+
+def test_layers_by_loss_need_tokens(teacher, scores, prune):
+    keys = ["prune.num_layers=1", "prune.layer_selection=greedy"]
+    status, said = prune(f"prune.scores={teacher}/scores", *keys)
+    assert status == 2 and "prune.layer_selection=greedy: the scores hold no calibration tokens" in said
