@@ -66,6 +66,11 @@ class Calibration:
 
 
 @dataclass
+class Importance:
+    stream: bool = key(False, "read the checkpoint layer by layer instead of building the model: any size, any machine")
+
+
+@dataclass
 class Prune:
     hidden_size: int | None = key(None, "hidden channels to keep")
     ffn_hidden_size: int | None = key(None, "FFN neurons to keep in every layer")
@@ -93,6 +98,7 @@ class Prune:
     calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
     num_calib_size: int = key(1024, "calibration token blocks")
     calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")
+    calib_stream: bool = key(False, "as importance.stream")
     plan: str | None = key(None, "apply this plan file instead of making one")
 
 
@@ -177,6 +183,7 @@ class ImportanceConfig:
     model: dict[str, Any] = _nemo()
     output_path: str = key(REQUIRED, "scores folder to write")
     calibration: Calibration = section(Calibration, "calibration data")
+    importance: Importance = section(Importance, "how it is measured")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
 
 

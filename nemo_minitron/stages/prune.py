@@ -137,6 +137,7 @@ def _calibration(options: dict[str, Any], seed: int) -> Calibration:
         num_samples=int(options.get("num_calib_size") or 1024),
         seq_length=options.get("calib_seq_length"),
         seed=seed,
+        stream=bool(options.get("calib_stream")),
     )
 
 
