@@ -39,7 +39,7 @@ TARGETS: dict[str, dict[str, int]] = {
     "ffn 1152 + hidden 512": {"ffn_hidden_size": 1152, "hidden_size": 512},
 }
 METHODS = ("random", "magnitude", "plain", "ours")
-LAYER_SAMPLES = 8
+LAYER_SAMPLES = 4
 """Calibration samples on which layers are chosen by loss."""
 
 
@@ -150,7 +150,8 @@ class Bench:
         with NemoReader(self.teacher) as reader:
             drop = None
             if method == "ours" and "num_layers" in target:
-                losses = LayerLoss(reader, self.calibration[:: len(self.calibration) // LAYER_SAMPLES], stand_ins=True)
+                samples = self.calibration[:: len(self.calibration) // LAYER_SAMPLES].contiguous()
+                losses = LayerLoss(reader, samples, stand_ins=True, half=True)
                 drop = [
                     layer + 1 for layer in search(losses, reader.shape.num_layers - target["num_layers"])[-1].removed
                 ]
@@ -194,6 +195,7 @@ def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets
             found = bench.losses(student)
             row[method] |= {"loss": found, "above": {k: v - result["teacher"][k] for k, v in found.items()}}
         print(name, {method: round(row[method]["above"]["brown"], 3) for method in methods}, flush=True)
+    result["rows"] = {name: result["rows"][name] for name in TARGETS if name in result["rows"]}
     return result
 
 

@@ -61,14 +61,15 @@ class Compensation:
     Attributes:
         tokens: fingerprint of the calibration tokens, which the scores folder holds.
         ffn, attention, read: pull towards the cut weights of ``linear_fc2``, of ``linear_proj``, and of what reads the
-            normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1.
+            normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1, at
+            32,768 tokens; fewer tokens want stronger ones.
         rotate: whether a narrower residual stream is turned first (:mod:`nemo_minitron.rotation`), from the scores'
             ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what would be cut to.
     """
 
     tokens: str
-    ffn: float = 0.3
-    attention: float = 0.5
+    ffn: float = 0.15
+    attention: float = 0.3
     read: float = 0.03
     rotate: bool = False
 

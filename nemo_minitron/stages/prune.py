@@ -66,7 +66,8 @@ def run(cfg: DictConfig) -> Plan:
             scores_path = save_path.with_name(f"{name}.scores")
             scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
         if plan is None:
-            plan = _make(reader, options, scores)
+            precision = str((cfg.get("trainer") or {}).get("precision", 32))
+            plan = _make(reader, options, scores, half=precision.startswith("bf16"))
         _check_compensation(plan, options, scores)
         if plan.compensation is not None or runtime.rank() == 0:
             _write(reader, plan, save_path, plan_path, scores)
@@ -147,7 +148,7 @@ def _check_writable(save_path: Path, plan_path: Path) -> None:
     ArchiveWriter(save_path).abort()
 
 
-def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) -> Plan:
+def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None, half: bool) -> Plan:
     fingerprint = reader.fingerprint()
     if scores is not None:
         scores.check_matches(fingerprint, reader.shape)
@@ -162,7 +163,7 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
     drop_layers = options.get("drop_layers")
     layers = options.get("num_layers") or reader.shape.num_layers
     if selection in LOSS_SELECTIONS and not drop_layers and layers < reader.shape.num_layers:
-        drop_layers = _drop_by_loss(reader, selection, options, scores)
+        drop_layers = _drop_by_loss(reader, selection, options, scores, half)
     ranked = bool(scores and scores.ranks)
     narrower = (options.get("hidden_size") or reader.shape.hidden_size) < reader.shape.hidden_size
     rotate = options.get("rotate")
@@ -185,7 +186,9 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
     )
 
 
-def _drop_by_loss(reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None) -> list[int]:
+def _drop_by_loss(
+    reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None, half: bool
+) -> list[int]:
     """Layers to drop, 1-indexed, by the loss without them; every process of the job takes part."""
     if scores is None or scores.tokens is None:
         raise MinitronError(
@@ -211,7 +214,12 @@ def _drop_by_loss(reader: NemoReader, selection: str, options: dict[str, Any], s
     )
     with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
         losses = layer_loss.LayerLoss(
-            reader, share, stand_ins=options.get("compensate") is not False, group=world, progress=bar.update
+            reader,
+            share,
+            stand_ins=options.get("compensate") is not False,
+            half=half,
+            group=world,
+            progress=bar.update,
         )
         (whole,) = losses([layer_loss.Removed()])
         if selection == "leave_one_out":
