@@ -9,8 +9,8 @@ whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calib
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
-ranked by reconstruction and re-solved, what ``minitron prune`` does by default. Seconds and peak memory are of making
-the student from the scores, which cost what the last line says.
+ranked by reconstruction, layers chosen greedily by loss, and re-solved: what ``minitron prune`` does by default.
+Seconds and peak memory are of making the student from the scores, which cost what the last line says.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,8 @@ TARGETS: dict[str, dict[str, int]] = {
     "ffn 1152 + hidden 512": {"ffn_hidden_size": 1152, "hidden_size": 512},
 }
 METHODS = ("random", "magnitude", "plain", "ours")
+LAYER_SAMPLES = 4
+"""Calibration samples on which layers are chosen by loss."""
 
 
 def main() -> None:
@@ -67,96 +70,132 @@ def main() -> None:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
+class Bench:
+    """The teacher as ``.nemo``, the tokens that every row sees, and what is known of its units.
+
+    Attributes:
+        teacher: path. calibration: ``[64, 512]``. texts: blocks ``[n, 512]`` to evaluate on, by name.
+        seconds: what scores and ranks took.
+    """
+
+    def __init__(self, source: Path, brown: Path, folder: Path, methods: Iterable[str]) -> None:
+        from nemo_minitron.nemo.trainer import inference_trainer
+
+        self.folder, self.trainer = folder, inference_trainer()
+        import torch
+
+        from nemo_minitron.checkpoint import NemoReader
+        from nemo_minitron.convert import convert
+        from nemo_minitron.data.blocks import document_heads, token_blocks
+        from nemo_minitron.data.preprocess import preprocess
+        from nemo_minitron.importance import collect
+        from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+
+        self.teacher = convert(source, folder / "teacher.nemo")
+        preprocess(str(brown), folder / "brown", tokenizer_type=str(self.teacher))
+        preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(self.teacher))
+        self.heads = document_heads(folder / "brown_text_document", 512)
+        self.numbers = np.arange(len(self.heads))
+        self.calibration = self.heads[(self.numbers % 25 != 0) & (self.numbers % 7 == 1)][:64]
+        self.texts = {
+            "brown": self.heads[self.numbers % 25 == 0],
+            "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
+        }
+        model = self.load(self.teacher)
+        self.seconds = {}
+        start = time.perf_counter()
+        scores, _ = collect(model.model, self.calibration.split(4), model.shape)
+        self.seconds["scores"] = time.perf_counter() - start
+        del model
+        generator = np.random.default_rng(0)
+        with NemoReader(self.teacher) as reader:
+            self.ways = {
+                "random": {name: generator.random(array.shape) for name, array in scores.items()},
+                "magnitude": scores | _magnitudes(reader),
+                "plain": scores,
+            }
+            start = time.perf_counter()
+            if "ours" in methods:
+                ranks, slopes = rank_by_reconstruction(reader, self.calibration)
+                names = ("ffn", "heads", "groups", "hidden")
+                self.ways["ours"] = scores | {name: ranks[f"{name}_rank"] for name in names}
+                self.moment = torch.from_numpy(ranks["stream_moment"])
+                self.sensitivity = torch.from_numpy(clipped(slopes))
+            self.seconds["ranks"] = time.perf_counter() - start
+
+    def load(self, path: Path) -> Any:
+        """The model on one process."""
+        from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+        from nemo_minitron.nemo.restore import load_model
+
+        destroy_num_microbatches_calculator()
+        return load_model(path, self.trainer)
+
+    def losses(self, path: Path) -> dict[str, float]:
+        """Of a ``.nemo`` on every text, nats/token."""
+        from nemo_minitron.evaluate import evaluate
+
+        model = self.load(path)
+        return {name: evaluate(model, blocks, micro_batch_size=4)["val_loss"] for name, blocks in self.texts.items()}
+
+    def prune(self, method: str, target: dict[str, int], path: Path) -> None:
+        """Write the student that a method makes of a target."""
+        from nemo_minitron.checkpoint import NemoReader, NemoWriter
+        from nemo_minitron.compensation import compensate
+        from nemo_minitron.importance.layer_loss import LayerLoss, search
+        from nemo_minitron.plan import Compensation, make_plan
+        from nemo_minitron.rewrite import prune_checkpoint
+
+        with NemoReader(self.teacher) as reader:
+            drop = None
+            if method == "ours" and "num_layers" in target:
+                samples = self.calibration[:: len(self.calibration) // LAYER_SAMPLES].contiguous()
+                losses = LayerLoss(reader, samples, stand_ins=True, half=True)
+                drop = [
+                    layer + 1 for layer in search(losses, reader.shape.num_layers - target["num_layers"])[-1].removed
+                ]
+            ours = Compensation("of this benchmark", rotate="hidden_size" in target) if method == "ours" else None
+            plan = make_plan(
+                reader.shape,
+                SimpleNamespace(**self.ways[method]),
+                target,
+                drop_layers=drop,
+                source_fingerprint=reader.fingerprint(),
+                compensation=ours,
+            )
+            with NemoWriter(path, reader.config, plan.target, reader.dtype) as writer:
+                if ours is None:
+                    prune_checkpoint(reader, plan, writer)
+                    return
+                compensate(
+                    reader,
+                    plan,
+                    self.calibration,
+                    self.sensitivity,
+                    writer,
+                    stream_moment=self.moment,
+                    dtype=reader.dtype,
+                )
+
+
 def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets: list[str]) -> dict[str, Any]:
     """Losses of every target by every method."""
-    import torch
-
-    from nemo_minitron.nemo.trainer import inference_trainer
-
-    trainer = inference_trainer()
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-
-    from nemo_minitron.checkpoint import NemoReader, NemoWriter
-    from nemo_minitron.compensation import compensate
-    from nemo_minitron.convert import convert
-    from nemo_minitron.data.blocks import document_heads, token_blocks
-    from nemo_minitron.data.preprocess import preprocess
-    from nemo_minitron.evaluate import evaluate
-    from nemo_minitron.importance import collect
-    from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
-    from nemo_minitron.nemo.restore import load_model
-    from nemo_minitron.plan import Compensation, make_plan
-    from nemo_minitron.rewrite import prune_checkpoint
-
-    teacher = convert(source, folder / "teacher.nemo")
-    preprocess(str(brown), folder / "brown", tokenizer_type=str(teacher))
-    preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(teacher))
-    heads = document_heads(folder / "brown_text_document", 512)
-    numbers = np.arange(len(heads))
-    calibration = heads[(numbers % 25 != 0) & (numbers % 7 == 1)][:64]
-    texts = {
-        "brown": heads[numbers % 25 == 0],
-        "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
-    }
-
-    def losses(path: Path) -> dict[str, float]:
-        found = {}
-        for name, blocks in texts.items():
-            destroy_num_microbatches_calculator()
-            found[name] = evaluate(load_model(path, trainer), blocks, micro_batch_size=4)["val_loss"]
-        return found
-
-    result: dict[str, Any] = {"teacher": losses(teacher), "rows": {}}
-    destroy_num_microbatches_calculator()
-    model = load_model(teacher, trainer)
-    start = time.perf_counter()
-    scores, _ = collect(model.model, calibration.split(4), model.shape)
-    result["scores_s"] = time.perf_counter() - start
-    del model
-    generator = np.random.default_rng(0)
-    with NemoReader(teacher) as reader:
-        fingerprint = reader.fingerprint()
-        ways: dict[str, dict[str, np.ndarray]] = {
-            "random": {name: generator.random(array.shape) for name, array in scores.items()},
-            "magnitude": scores | _magnitudes(reader),
-            "plain": scores,
-        }
-        start = time.perf_counter()
-        if "ours" in methods:
-            ranks, slopes = rank_by_reconstruction(reader, calibration)
-            ways["ours"] = scores | {name.removesuffix("_rank"): array for name, array in ranks.items()}
-            stream_moment = torch.from_numpy(ranks["stream_moment"])
-        result["ranks_s"] = time.perf_counter() - start
-        for name in targets:
-            row = result["rows"][name] = {}
-            for method in methods:
-                _reset_peak()
-                start = time.perf_counter()
-                plan = make_plan(
-                    reader.shape,
-                    SimpleNamespace(**ways[method]),
-                    TARGETS[name],
-                    source_fingerprint=fingerprint,
-                    compensation=Compensation("of this benchmark", rotate=True) if method == "ours" else None,
-                )
-                student = folder / "student.nemo"
-                with NemoWriter(student, reader.config, plan.target, reader.dtype) as writer:
-                    if plan.compensation is None:
-                        prune_checkpoint(reader, plan, writer)
-                    else:
-                        compensate(
-                            reader,
-                            plan,
-                            calibration,
-                            torch.from_numpy(clipped(slopes)),
-                            writer,
-                            stream_moment=stream_moment,
-                            dtype=reader.dtype,
-                        )
-                row[method] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak()}
-                found = losses(student)
-                row[method] |= {"loss": found, "above": {k: v - result["teacher"][k] for k, v in found.items()}}
-            print(name, {method: round(row[method]["above"]["brown"], 3) for method in methods}, flush=True)
+    bench = Bench(source, brown, folder, methods)
+    result: dict[str, Any] = {"teacher": bench.losses(bench.teacher), "rows": {}}
+    result |= {f"{name}_s": seconds for name, seconds in bench.seconds.items()}
+    for name in targets:
+        row = result["rows"][name] = {}
+        for method in methods:
+            _reset_peak()
+            start = time.perf_counter()
+            student = folder / "student.nemo"
+            bench.prune(method, TARGETS[name], student)
+            row[method] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak()}
+            found = bench.losses(student)
+            row[method] |= {"loss": found, "above": {k: v - result["teacher"][k] for k, v in found.items()}}
+        print(name, {method: round(row[method]["above"]["brown"], 3) for method in methods}, flush=True)
+    result["rows"] = {name: result["rows"][name] for name in TARGETS if name in result["rows"]}
     return result
 
 

@@ -32,6 +32,8 @@ FORMAT = "nemo_minitron.plan/1"
 TIE = 1e-6
 TARGETS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
 SELECTIONS = ("block_influence", "contiguous")
+LOSS_SELECTIONS = ("leave_one_out", "contiguous_loss", "greedy", "beam")
+"""Ways to choose layers from scores, and by running the model without them (nemo_minitron.importance.layer_loss)."""
 Indices = tuple[int, ...]
 
 
@@ -59,14 +61,15 @@ class Compensation:
     Attributes:
         tokens: fingerprint of the calibration tokens, which the scores folder holds.
         ffn, attention, read: pull towards the cut weights of ``linear_fc2``, of ``linear_proj``, and of what reads the
-            normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1.
+            normed stream, in units of the inputs' mean square. Chosen on SmolLM2-135M among 0.01 to 1, at
+            32,768 tokens; fewer tokens want stronger ones.
         rotate: whether a narrower residual stream is turned first (:mod:`nemo_minitron.rotation`), from the scores'
             ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what would be cut to.
     """
 
     tokens: str
-    ffn: float = 0.3
-    attention: float = 0.5
+    ffn: float = 0.15
+    attention: float = 0.3
     read: float = 0.03
     rotate: bool = False
 
@@ -265,10 +268,11 @@ def target_shape(
     """Shape that a request leads to, refusing impossible ones; needs no scores. See :func:`make_plan`."""
     wanted = _check_target(shape, target)
     dropped = _check_drop_layers(shape, wanted, drop_layers)
-    if layer_selection not in SELECTIONS:
+    known = (*SELECTIONS, *LOSS_SELECTIONS)
+    if layer_selection not in known:
         raise MinitronError(
-            f"prune.layer_selection: expected one of {', '.join(SELECTIONS)}, found '{layer_selection}'."
-            + did_you_mean(layer_selection, SELECTIONS)
+            f"prune.layer_selection: expected one of {', '.join(known)}, found '{layer_selection}'."
+            + did_you_mean(layer_selection, known)
         )
     if not wanted and not dropped:
         keys = ", ".join(f"prune.{name}" for name in (*TARGETS, "drop_layers"))
@@ -323,7 +327,7 @@ def make_plan(
         drop_layers: layers to remove, **1-indexed** as in NeMo's ``prune.drop_layers``; None or empty: none named.
         layer_selection: for ``num_layers``: ``block_influence`` drops the layers of lowest Block Influence one by one
             (arXiv 2403.03853, 2407.14679), ``contiguous`` the one block of consecutive layers whose output is nearest
-            in cosine to its input (arXiv 2403.17887).
+            in cosine to its input (arXiv 2403.17887). Layers that are chosen by loss come in ``drop_layers``.
 
     Raises:
         MinitronError: nothing requested; a size larger than there is, not positive or not divisible; an unknown
@@ -334,6 +338,8 @@ def make_plan(
     if drop_layers:
         layers = tuple(layer for layer in layers if layer + 1 not in drop_layers)
     elif new.num_layers < shape.num_layers:
+        if layer_selection in LOSS_SELECTIONS:
+            raise ValueError(f"layer_selection={layer_selection}: the layers must be chosen before and be given")
         layers = _choose_layers(shape, scores, new.num_layers, layer_selection)
     plan = Plan.identity(shape.replace(num_layers=len(layers)), source_fingerprint)
     hidden, ffn, groups, heads = plan.hidden, plan.ffn, plan.groups, plan.heads

@@ -19,7 +19,7 @@ from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import data_fingerprint, token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan
+from nemo_minitron.plan import Plan, make_plan
 from nemo_minitron.scores import Scores, array_sizes
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory
@@ -345,3 +345,63 @@ def test_compensation_can_be_declined_and_needs_tokens(teacher, scores, measured
     assert status == 2 and "hold no calibration tokens" in said
     status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.ranking=reconstruction")
     assert status == 2 and "no ranks by reconstruction" in said
+
+
+@pytest.mark.parametrize("selection", ["leave_one_out", "contiguous_loss", "greedy", "beam"])
+def test_layers_are_chosen_by_the_loss_without_them(teacher, measured, prune, tmp_path, selection):
+    keys = ["prune.num_layers=1", f"prune.layer_selection={selection}", "prune.compensate=false"]
+    status, said = prune(f"prune.scores={teacher}/measured", *keys)
+    assert status == 0, said
+    plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
+    convert(teacher / "teacher.nemo", tmp_path / "hf")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").float()
+    tokens, layers = torch.tensor(measured.tokens).long(), list(model.model.layers)
+
+    def loss(kept):
+        model.model.layers = torch.nn.ModuleList(layers[at] for at in kept)
+        logits = model(tokens, use_cache=False).logits[:, :-1]
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+    if selection == "leave_one_out":
+        alone = sorted(range(3), key=lambda gone: loss([at for at in range(3) if at != gone]))
+        expected = (alone[2],)
+    elif selection == "contiguous_loss":
+        expected = min(((0,), (2,)), key=loss)
+    elif selection == "greedy":
+        first = min(range(3), key=lambda gone: loss([at for at in range(3) if at != gone]))
+        expected = min(((at,) for at in range(3) if at != first), key=loss)
+    else:  # three sets of one layer are all there are
+        expected = min(((0,), (1,), (2,)), key=loss)
+    assert plan.layers == expected
+    assert f"loss {loss(expected):.3f}" in said
+
+
+def test_layers_by_loss_need_tokens(teacher, scores, prune):
+    keys = ["prune.num_layers=1", "prune.layer_selection=greedy"]
+    status, said = prune(f"prune.scores={teacher}/scores", *keys)
+    assert status == 2 and "prune.layer_selection=greedy: the scores hold no calibration tokens" in said
+
+
+def test_streamed_scores_are_those_of_the_model_in_memory(teacher, measured):
+    keys = [
+        f"model.restore_from_path={teacher}/teacher.nemo",
+        f"calibration.data_prefix={teacher}/tokens_text_document",
+    ]
+    sizes = ["calibration.num_samples=12", "calibration.seq_length=32", "calibration.reconstruction_tokens=256"]
+    assert main(["importance", *keys, *sizes, "importance.stream=true", f"output_path={teacher}/streamed"]) == 0
+    streamed = Scores.load(teacher / "streamed")
+    for name in array_sizes(measured.shape):
+        wanted = getattr(measured, name)
+        np.testing.assert_allclose(
+            getattr(streamed, name), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max(), err_msg=name
+        )
+    assert streamed.tokens_fingerprint() == measured.tokens_fingerprint()
+    assert streamed.data_fingerprint == measured.data_fingerprint
+    for name, array in measured.ranks.items():
+        assert np.array_equal(streamed.ranks[name], array), name
+    targets = {"hidden_size": 48, "ffn_hidden_size": 50, "num_query_groups": 2, "num_layers": 2}
+    plans = [
+        make_plan(measured.shape, one.ranked_by("minitron"), targets, source_fingerprint=one.source_fingerprint)
+        for one in (measured, streamed)
+    ]
+    assert plans[0].to_yaml() == plans[1].to_yaml()

@@ -66,6 +66,11 @@ class Calibration:
 
 
 @dataclass
+class Importance:
+    stream: bool = key(False, "read the checkpoint layer by layer instead of building the model: any size, any machine")
+
+
+@dataclass
 class Prune:
     hidden_size: int | None = key(None, "hidden channels to keep")
     ffn_hidden_size: int | None = key(None, "FFN neurons to keep in every layer")
@@ -74,8 +79,12 @@ class Prune:
     num_layers: int | None = key(None, "layers to keep, chosen by prune.layer_selection")
     drop_layers: list[int] = key([], "layers to remove by number, 1-indexed as NeMo's")
     layer_selection: str = key(
-        "block_influence", "how prune.num_layers chooses layers", ("block_influence", "contiguous")
+        "block_influence",
+        "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
+        ("block_influence", "contiguous", "leave_one_out", "contiguous_loss", "greedy", "beam"),
     )
+    layer_tokens: int = key(8192, "calibration tokens on which layers are chosen by loss")
+    beam_width: int = key(3, "of prune.layer_selection=beam: sets of layers that are kept at every size")
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
     compensate: bool | None = key(None, "re-solve the kept weights; when null: if the scores hold calibration tokens")
     rotate: bool | None = key(
@@ -89,6 +98,7 @@ class Prune:
     calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
     num_calib_size: int = key(1024, "calibration token blocks")
     calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")
+    calib_stream: bool = key(False, "as importance.stream")
     plan: str | None = key(None, "apply this plan file instead of making one")
 
 
@@ -177,6 +187,7 @@ class ImportanceConfig:
     model: dict[str, Any] = _nemo()
     output_path: str = key(REQUIRED, "scores folder to write")
     calibration: Calibration = section(Calibration, "calibration data")
+    importance: Importance = section(Importance, "how it is measured")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
 
 

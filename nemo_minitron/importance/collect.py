@@ -57,7 +57,7 @@ class _Done(Exception):
     """Ends a forward pass once the decoder is through: the head's logits are not needed."""
 
 
-class _Pass:
+class Pass:
     """What the hooks saw in one forward pass. Rows are global: layer l, norm 2l (input) and 2l+1 (pre-MLP)."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ def collect(
     forward = forward or (lambda tokens: _forward(model, tokens))
     pipelined = parallel.size(groups.pipeline) > 1
     totals: dict[str, Tensor] = {}
-    seen = _Pass()
+    seen = Pass()
     was_training = model.training
     model.eval()
     try:
@@ -129,12 +129,12 @@ def collect(
                     seen.part = seen.mask.chunk(parallel.size(groups.tensor))[part]
                 with suppress(_Done):
                     forward(tokens)
-                _add(totals, _reduce(seen, shape, groups, sequence_parallel, aggregation))
+                add(totals, reduce(seen, shape, groups, sequence_parallel, aggregation))
                 for rows in (*seen.sums.values(), seen.streams):
                     rows.clear()
     finally:
         model.train(was_training)
-    return _finish(totals, shape, groups, sequence_parallel, aggregation)
+    return finish(totals, shape, groups, sequence_parallel, aggregation)
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> Any:
@@ -143,7 +143,7 @@ def _forward(model: nn.Module, tokens: Tensor) -> Any:
 
 
 @contextmanager
-def _hooks(model: Any, shape: ModelShape, seen: _Pass, stop_after_decoder: bool) -> Iterator[None]:
+def _hooks(model: Any, shape: ModelShape, seen: Pass, stop_after_decoder: bool) -> Iterator[None]:
     """Watch the modules of this stage; every hook is removed again, whatever happens."""
     handles: list[Any] = []
     try:
@@ -183,7 +183,7 @@ def _watch_output(module: nn.Module, action: Action) -> Any:
     return module.register_forward_hook(hook)
 
 
-def _watch_norm(norm: Any, linear: Any, row: int, seen: _Pass, shape: ModelShape) -> Any:
+def _watch_norm(norm: Any, linear: Any, row: int, seen: Pass, shape: ModelShape) -> Any:
     """A norm's output; where Transformer Engine fused it into the next linear, computed from that one's input."""
     reduce = seen.reducer("norm", row)
     if getattr(norm, "weight", None) is not None:
@@ -209,8 +209,8 @@ def _rms_norm(x: Tensor, linear: Any, default_eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + getattr(linear, "eps", default_eps)) * weight
 
 
-def _reduce(
-    seen: _Pass, shape: ModelShape, groups: Groups, sequence_parallel: bool, aggregation: Aggregation
+def reduce(
+    seen: Pass, shape: ModelShape, groups: Groups, sequence_parallel: bool, aggregation: Aggregation
 ) -> dict[str, Tensor]:
     """One pass as additive sums, on this rank's channels and this stage's rows (others zero)."""
     if seen.mask is None or seen.part is None:
@@ -234,7 +234,7 @@ def _reduce(
     return out
 
 
-def _residual(seen: _Pass, shape: ModelShape, groups: Groups) -> tuple[Tensor, Tensor]:
+def _residual(seen: Pass, shape: ModelShape, groups: Groups) -> tuple[Tensor, Tensor]:
     """Sums over this rank's tokens for all L+1 streams; stages exchange theirs, a few tokens at a time."""
     first = next(iter(seen.streams.values()))
     streams = {row: x.reshape(-1, x.shape[-1]) for row, x in seen.streams.items()}  # [s*b, H], as the mask flattens
@@ -253,7 +253,7 @@ def _residual(seen: _Pass, shape: ModelShape, groups: Groups) -> tuple[Tensor, T
     return cosine, squares
 
 
-def _finish(
+def finish(
     totals: dict[str, Tensor], shape: ModelShape, groups: Groups, sequence_parallel: bool, aggregation: Aggregation
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Join ranks and turn sums into scores."""
@@ -289,6 +289,6 @@ def _finish(
     return {name: array.cpu().numpy() for name, array in arrays.items()}, {"samples": samples, "tokens": tokens}
 
 
-def _add(totals: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+def add(totals: dict[str, Tensor], part: dict[str, Tensor]) -> None:
     for name, value in part.items():
         totals[name] = totals[name] + value if name in totals else value

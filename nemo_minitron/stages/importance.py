@@ -34,6 +34,7 @@ class Calibration:
         reconstruction: also rank units by what is left once the others have been re-solved, and keep the tokens.
         reconstruction_tokens: of the drawn blocks, as many as have this many tokens serve for that, and are kept for
             compensation.
+        stream: ``importance.stream``: read the checkpoint layer by layer instead of building the model.
     """
 
     data_prefix: Any = None
@@ -44,12 +45,14 @@ class Calibration:
     seed: int = 1234
     reconstruction: bool = True
     reconstruction_tokens: int = 65536
+    stream: bool = False
 
 
 def run(cfg: DictConfig) -> Scores:
     """Score ``model.restore_from_path`` on ``calibration`` and write the folder ``output_path``."""
     source, output = required(cfg, "model.restore_from_path"), required(cfg, "output_path")
-    calibration = Calibration(**OmegaConf.to_container(cfg.calibration, resolve=True))  # type: ignore[arg-type]
+    keys: Any = OmegaConf.to_container(cfg.calibration, resolve=True)
+    calibration = Calibration(**keys, stream=bool(cfg.importance.stream))
     return measure_and_save(Path(source), calibration, Path(output), cfg.model, cfg.get("trainer") or {})
 
 
@@ -80,7 +83,10 @@ def measure_and_save(
             length = _seq_length(calibration, reader)
             blocks, data = _blocks(calibration, length, reader)
             _check_grid(calibration, blocks, model)
-            arrays, counts = _measure(source, reader.shape, blocks, calibration, {**model}, trainer)
+            if calibration.stream:
+                arrays, counts = _stream(reader, blocks)
+            else:
+                arrays, counts = _measure(source, reader.shape, blocks, calibration, {**model}, trainer)
             kept = blocks[: max(1, calibration.reconstruction_tokens // length)] if calibration.reconstruction else None
             ranks, sensitivity = ({}, None) if kept is None else _rank(reader, kept)
             scores = Scores(
@@ -111,6 +117,22 @@ def measure_and_save(
             raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
         raise
     return scores
+
+
+def _stream(reader: NemoReader, blocks: Tensor) -> tuple[dict[str, Any], dict[str, int]]:
+    """The published scores, read layer by layer; all processes of the job share the samples, whatever their grid."""
+    from tqdm import tqdm
+
+    from nemo_minitron import parallel, runtime
+    from nemo_minitron.importance.stream import stream_collect
+
+    if runtime.world_size() > 1:
+        runtime.init_distributed()
+    world = parallel.world()
+    mine = blocks[runtime.rank() :: parallel.size(world)].to(runtime.device())
+    quiet = None if runtime.rank() == 0 else True
+    with tqdm(total=len(mine) * reader.shape.num_layers, desc="importance", unit="layer", disable=quiet) as bar:
+        return stream_collect(reader, mine, group=world, progress=bar.update)
 
 
 def _rank(reader: NemoReader, tokens: Tensor) -> tuple[dict[str, Any], Any]:
@@ -146,6 +168,14 @@ def _check_grid(calibration: Calibration, blocks: Tensor, model: Mapping[str, An
     ranks, micro, length = _data_ranks(model), calibration.micro_batch_size, blocks.shape[1]
     if micro < 1:
         raise MinitronError(f"calibration.micro_batch_size: expected at least 1, found {micro}")
+    if calibration.stream:
+        from nemo_minitron import runtime
+
+        if len(blocks) < runtime.world_size():
+            raise MinitronError(
+                f"calibration.num_samples: {len(blocks)} blocks do not reach all {runtime.world_size()} processes"
+            )
+        return
     if -(-len(blocks) // micro) < ranks:
         raise MinitronError(
             f"calibration.num_samples: {len(blocks)} blocks in micro-batches of {micro} do not reach all {ranks} "

@@ -11,7 +11,16 @@ from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges, make_plan, needs_scores, target_shape
+from nemo_minitron.plan import (
+    LOSS_SELECTIONS,
+    TARGETS,
+    Compensation,
+    Plan,
+    format_ranges,
+    make_plan,
+    needs_scores,
+    target_shape,
+)
 from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
@@ -57,7 +66,8 @@ def run(cfg: DictConfig) -> Plan:
             scores_path = save_path.with_name(f"{name}.scores")
             scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
         if plan is None:
-            plan = _make(reader, options, scores)
+            precision = str((cfg.get("trainer") or {}).get("precision", 32))
+            plan = _make(reader, options, scores, half=precision.startswith("bf16"))
         _check_compensation(plan, options, scores)
         if plan.compensation is not None or runtime.rank() == 0:
             _write(reader, plan, save_path, plan_path, scores)
@@ -128,6 +138,7 @@ def _calibration(options: dict[str, Any], seed: int) -> Calibration:
         num_samples=int(options.get("num_calib_size") or 1024),
         seq_length=options.get("calib_seq_length"),
         seed=seed,
+        stream=bool(options.get("calib_stream")),
     )
 
 
@@ -137,7 +148,7 @@ def _check_writable(save_path: Path, plan_path: Path) -> None:
     ArchiveWriter(save_path).abort()
 
 
-def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) -> Plan:
+def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None, half: bool) -> Plan:
     fingerprint = reader.fingerprint()
     if scores is not None:
         scores.check_matches(fingerprint, reader.shape)
@@ -148,6 +159,11 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
             "prune.compensate: the scores hold no calibration tokens to re-solve weights on; "
             "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
         )
+    selection = options.get("layer_selection") or "block_influence"
+    drop_layers = options.get("drop_layers")
+    layers = options.get("num_layers") or reader.shape.num_layers
+    if selection in LOSS_SELECTIONS and not drop_layers and layers < reader.shape.num_layers:
+        drop_layers = _drop_by_loss(reader, selection, options, scores, half)
     ranked = bool(scores and scores.ranks)
     narrower = (options.get("hidden_size") or reader.shape.hidden_size) < reader.shape.hidden_size
     rotate = options.get("rotate")
@@ -163,11 +179,61 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None) ->
         reader.shape,
         None if scores is None else scores.ranked_by(ranking),
         _targets(options),
-        drop_layers=options.get("drop_layers"),
-        layer_selection=options.get("layer_selection") or "block_influence",
+        drop_layers=drop_layers,
+        layer_selection=selection,
         source_fingerprint=fingerprint,
         compensation=compensation,
     )
+
+
+def _drop_by_loss(
+    reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None, half: bool
+) -> list[int]:
+    """Layers to drop, 1-indexed, by the loss without them; every process of the job takes part."""
+    if scores is None or scores.tokens is None:
+        raise MinitronError(
+            f"prune.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
+            "run `minitron importance calibration.reconstruction=true`"
+        )
+    import torch
+    from tqdm import tqdm
+
+    from nemo_minitron import parallel, runtime
+    from nemo_minitron.importance import layer_loss
+
+    if runtime.world_size() > 1 and parallel.world() is None:
+        runtime.init_distributed()
+    world = parallel.world()
+    wanted, length = int(options.get("layer_tokens") or 8192), scores.tokens.shape[1]
+    tokens = torch.from_numpy(scores.tokens.astype("int64"))[: max(parallel.size(world), -(-wanted // length))]
+    share = tokens[runtime.rank() :: parallel.size(world)].to(runtime.device())
+    total, count = reader.shape.num_layers, reader.shape.num_layers - int(options["num_layers"])
+    beam = int(options.get("beam_width") or 3) if selection == "beam" else 1
+    sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
+        selection, 1 + total + (count - 1) * beam * layer_loss.TRIED
+    )
+    with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
+        losses = layer_loss.LayerLoss(
+            reader,
+            share,
+            stand_ins=options.get("compensate") is not False,
+            half=half,
+            group=world,
+            progress=bar.update,
+        )
+        (whole,) = losses([layer_loss.Removed()])
+        if selection == "leave_one_out":
+            steps = layer_loss.leave_one_out(losses, count)
+        elif selection == "contiguous_loss":
+            steps = layer_loss.contiguous(losses, count)
+        else:
+            steps = layer_loss.search(losses, count, beam)
+        bar.total = bar.n
+    if runtime.rank() == 0:
+        for step in steps:
+            removed = ", ".join(str(layer + 1) for layer in step.removed)
+            print(f"without layers {removed}: loss {step.loss:.4f} (+{step.loss - whole:.4f})")
+    return [layer + 1 for layer in steps[-1].removed]
 
 
 def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | None) -> None:

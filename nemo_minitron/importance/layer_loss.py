@@ -1,0 +1,200 @@
+"""Which layers to remove, judged by the next-token loss without them.
+
+Block Influence asks how much a layer turns the stream (:mod:`nemo_minitron.importance.depth`), not whether anything
+depends on it. Here sets of removed layers are tried: each layer alone, every block of consecutive layers (both in
+arXiv 2407.14679), or one layer after the other, greedily (arXiv 2402.09025) or with a beam.
+
+A removed layer may be replaced by a *stand-in*, the ridge-regressed linear map from its normed input to what it adds to
+the stream. That is about what compensation recovers by re-solving the layers around, so that sets are compared as they
+will be used.
+
+Sets are run together, layer by layer, one layer's weights in memory at a time; sets that agree on the layers so far
+share their stream. Weights are whole: under any grid each process takes its share of the samples, and the losses, which
+are rounded so that float64 adds them without error, are the same on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_minitron import layout, parallel
+from nemo_minitron.decoder import LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares, stream_weights
+
+Removed = frozenset[int]
+
+STREAM_BYTES = 2 << 30
+"""Bounds the streams that are alive at once; more sets or longer samples are run in more passes."""
+HEAD_BYTES = 256 << 20
+"""Bounds the logits that are alive at once."""
+TRIED = 12
+"""Layers tried per state in every round after the first: those whose removal cost least in the round before."""
+RIDGE = 0.01
+"""Of the stand-ins."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One state of a search: layers removed (0-based) and the loss without them, nats/token."""
+
+    removed: tuple[int, ...]
+    loss: float
+
+
+class LayerLoss:
+    """Losses of one model on fixed tokens with any set of layers removed.
+
+    Args:
+        reader: the checkpoint; its layers are read once for every call, or more often where memory asks for it.
+        tokens: ``[n, s]`` int64, unpadded, this process's samples; all work is done on their device.
+        stand_ins: replace removed layers by their linear stand-ins, fitted on these tokens.
+        half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
+        group: the processes that share the samples.
+        progress: told after each layer of each set that is run.
+    """
+
+    def __init__(
+        self,
+        reader: LayerReader,
+        tokens: Tensor,
+        *,
+        stand_ins: bool = False,
+        half: bool = False,
+        group: parallel.Group = None,
+        progress: Callable[[int], None] = lambda layers: None,
+    ) -> None:
+        self.reader, self.tokens, self.group, self.progress = reader, tokens, group, progress
+        self.shape = reader.shape
+        self._autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=half)
+        self._rotary = Rotary.of(self.shape, tokens.shape[1], tokens.device)
+        self._table = reader.tensor(layout.EMBEDDING)
+        self._count = int(parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=tokens.device), group))
+        self._known: dict[Removed, float] = {}
+        self._stand_ins = self._fit() if stand_ins else None
+
+    @torch.no_grad()
+    def __call__(self, sets: Iterable[Removed]) -> list[float]:
+        """Mean loss of each set, nats/token; the same on every process. What was asked before is remembered."""
+        sets = list(sets)
+        new = sorted({one for one in sets if one not in self._known}, key=sorted)
+        if new:
+            sums = torch.zeros(len(new), dtype=torch.float64, device=self.tokens.device)
+            sample_bytes = 4 * self.tokens.shape[1] * self.shape.hidden_size
+            at_once = max(1, STREAM_BYTES // (sample_bytes * 2 * len(new)))
+            with self._autocast:
+                for tokens in self.tokens.split(at_once):
+                    sums += self._losses(tokens, new)
+            sums = parallel.all_reduce(sums, self.group) / self._count
+            self._known |= dict(zip(new, sums.tolist(), strict=True))
+        return [self._known[one] for one in sets]
+
+    def _losses(self, tokens: Tensor, sets: Sequence[Removed]) -> Tensor:
+        """Summed losses of each set on some samples, ``[sets]`` float64."""
+        streams = {Removed(): self._embed(tokens)}
+        for layer in range(self.shape.num_layers):
+            weights = read_layer(self.reader, layer, tokens.device)
+            parents = {one: Removed(at for at in one if at < layer) for one in sets}
+            following: dict[Removed, Tensor] = {}
+            for one, parent in parents.items():
+                key = parent | (one & {layer})
+                if key not in following:
+                    x = streams[parent]
+                    following[key] = self._without(layer, x) if layer in one else weights.forward(x, self._rotary)
+                self.progress(1)
+            streams = following
+        return torch.stack([self._head(streams[one], tokens) for one in sets])
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return self._table[tokens.cpu()].to(tokens.device, torch.float32)
+
+    def _without(self, layer: int, x: Tensor) -> Tensor:
+        if self._stand_ins is None:
+            return x
+        return x + rms_norm(x, None, self.shape.layernorm_epsilon) @ self._stand_ins[layer].T
+
+    def _head(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Sum of the next-token losses of ``x [n, s, H]``, rounded to multiples of 2^-20 per sample."""
+        norm = self.reader.tensor(layout.FINAL_NORM).to(x.device, torch.float32)
+        tied = self.shape.share_embeddings_and_output_weights
+        head = self._table if tied else self.reader.tensor(layout.OUTPUT)
+        head = head[: self.shape.vocab_size].to(x.device, torch.float32)
+        step = max(1, HEAD_BYTES // (4 * self.shape.vocab_size))
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for sample, labels in zip(x, tokens[:, 1:], strict=True):
+            of_sample = torch.zeros((), dtype=torch.float64, device=x.device)
+            for start in range(0, len(labels), step):
+                h = rms_norm(sample[:-1][start : start + step], norm, self.shape.layernorm_epsilon)
+                some = labels[start : start + step]
+                of_sample += F.cross_entropy((h @ head.T).float(), some, reduction="sum").double()
+            total += (of_sample * 2.0**20).round() / 2.0**20
+        return total
+
+    @torch.no_grad()
+    def _fit(self) -> list[Tensor]:
+        """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square."""
+        maps = []
+        x = self._embed(self.tokens)
+        for layer in range(self.shape.num_layers):
+            weights = read_layer(self.reader, layer, x.device)
+            after = torch.cat([weights.forward(one, self._rotary) for one in x.split(1)])
+            h, added, weight = rms_norm(x, None, self.shape.layernorm_epsilon), after - x, stream_weights(after)
+            h_squares, added_squares = (parallel.all_reduce(squares(value, weight), self.group) for value in (h, added))
+            own, other = quantum(h_squares, h_squares), quantum(h_squares, added_squares)
+            moment, cross = (
+                parallel.all_reduce(
+                    sum((second_moment(h[at], y[at], weight[at], step) for at in range(len(h))), torch.tensor(0.0)),
+                    self.group,
+                )
+                for y, step in ((h, own), (added, other))
+            )
+            maps.append(ridge_solve(moment, cross, torch.zeros_like(cross.T, dtype=torch.float32), RIDGE))
+            x = after
+        return maps
+
+
+def leave_one_out(losses: LayerLoss, count: int) -> list[Step]:
+    """Remove at once the ``count`` layers whose removal alone costs least; ties go to the later layer."""
+    layers = range(losses.shape.num_layers)
+    alone = losses(Removed({layer}) for layer in layers)
+    order = sorted(layers, key=lambda layer: (alone[layer], -layer))
+    chosen = Removed(order[:count])
+    return [Step(tuple(sorted(chosen)), losses([chosen])[0])]
+
+
+def contiguous(losses: LayerLoss, count: int) -> list[Step]:
+    """Remove the block of ``count`` consecutive layers, of all offsets, without which the loss is least."""
+    offsets = range(losses.shape.num_layers - count + 1)
+    blocks = [Removed(range(first, first + count)) for first in offsets]
+    found = losses(blocks)
+    best = min(offsets, key=lambda first: found[first])
+    return [Step(tuple(sorted(blocks[best])), found[best])]
+
+
+def search(losses: LayerLoss, count: int, beam: int = 1) -> list[Step]:
+    """Remove one layer after the other, keeping the ``beam`` best sets of every size (1: greedily).
+
+    Returns:
+        The best set of each size from 1 to ``count``.
+    """
+    states = [(Removed(), list(range(losses.shape.num_layers)))]  # with all layers that are left, the cheapest first
+    steps = []
+    for _ in range(count):
+        parents: dict[Removed, tuple[Removed, list[int]]] = {}
+        for removed, order in states:
+            for layer in order[:TRIED] if removed else order:
+                parents.setdefault(removed | {layer}, (removed, order))
+        found = dict(zip(parents, losses(parents), strict=True))
+        ranked = sorted(parents, key=lambda one: (found[one], sorted(one)))
+        states = []
+        for best in ranked[:beam]:
+            removed, order = parents[best]
+            tried = [layer for one in ranked for layer in one - removed if removed < one]
+            rest = tried + [layer for layer in order if layer not in tried]
+            states.append((best, [layer for layer in rest if layer not in best]))
+        steps.append(Step(tuple(sorted(ranked[0])), found[ranked[0]]))
+    return steps

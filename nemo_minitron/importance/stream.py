@@ -1,0 +1,117 @@
+"""The published scores with one layer's weights in memory at a time: no grid, no GPU, no whole model.
+
+:mod:`nemo_minitron.importance.collect` watches a model that is in memory; here a checkpoint is read layer by layer and
+all calibration samples are carried through each layer before the next is read. Reductions, sums and their order of
+magnitude are the same ones, so that scores agree to accumulation noise. The residual streams of all depths, which the
+cosines between layers need, lie in a temporary file.
+
+Weights are whole: under any grid each process takes its share of the samples, and sums are added over all of them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_minitron import layout, parallel
+from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron.importance.collect import Groups, Pass, add, finish, reduce
+from nemo_minitron.importance.reductions import Aggregation, sequence_sums
+
+FILE_BYTES = 16 << 30
+"""Bounds the file of streams; more samples are run in more passes, each of which reads the checkpoint again."""
+
+
+@torch.no_grad()
+def stream_collect(
+    reader: LayerReader,
+    tokens: Tensor,
+    *,
+    aggregation: Aggregation | None = None,
+    group: parallel.Group = None,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Scores of a checkpoint, as :func:`nemo_minitron.importance.collect.collect` gives them.
+
+    Args:
+        reader: the checkpoint; its layers are read once for every ``FILE_BYTES`` of streams.
+        tokens: ``[n, s]`` int64, unpadded, this process's samples; all work is done on their device, in float32.
+        group: the processes that share the samples; all get the same arrays.
+        progress: told after each sample has passed a layer, of n * L.
+
+    Raises:
+        MinitronError: no tokens.
+    """
+    shape, aggregation = reader.shape, aggregation or Aggregation()
+    rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
+    size = (shape.num_layers + 1, tokens.shape[1], 1, shape.hidden_size)
+    at_once = max(1, FILE_BYTES // (4 * prod(size)))
+    totals: dict[str, Tensor] = {}
+    for some in tokens.split(at_once):
+        with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
+            whole = (*size[:2], len(some), size[3])
+            file = str(Path(folder) / "streams")
+            streams = torch.from_file(file, shared=True, size=prod(whole), dtype=torch.float32).view(whole)
+            seen = Pass()
+            seen.mask = seen.part = torch.ones(tokens.shape[1], len(some), dtype=torch.bool)
+            _walk(reader, some, rotary, streams, seen, progress)
+            add(totals, reduce(seen, shape, Groups(), False, aggregation))
+    totals = {name: total.to(tokens.device) for name, total in totals.items()}
+    return finish(totals, shape, Groups(data=group), False, aggregation)
+
+
+def _walk(
+    reader: LayerReader,
+    tokens: Tensor,
+    rotary: Rotary,
+    streams: Tensor,
+    seen: Pass,
+    progress: Callable[[int], None],
+) -> None:
+    """Carry samples ``[b, s]`` through all layers; ``streams [L+1, s, b, H]`` and ``seen`` receive what they pass."""
+    shape = reader.shape
+    table = reader.tensor(layout.EMBEDDING)
+    for sample, row in enumerate(tokens):
+        streams[0, :, sample] = table[row.cpu()].float()
+    del table
+    final = reader.tensor(layout.FINAL_NORM).to(tokens.device, torch.float32)
+    for number in range(shape.num_layers):
+        weights = read_layer(reader, number, tokens.device)
+        seen.streams[number] = streams[number]
+        for sample in range(len(tokens)):
+            x = streams[number, :, sample].to(tokens.device)[None]
+            streams[number + 1, :, sample] = _pass(weights, x, rotary, seen, number, sample, len(tokens)).cpu()
+            progress(1)
+    seen.streams[shape.num_layers] = streams[shape.num_layers]
+    for sample in range(len(tokens)):
+        x = streams[shape.num_layers, :, sample].to(tokens.device)[None]
+        h = rms_norm(x, final, shape.layernorm_epsilon)
+        _keep(seen, "norm", 2 * shape.num_layers, h, sample, len(tokens))
+
+
+def _pass(weights: Layer, x: Tensor, rotary: Rotary, seen: Pass, number: int, sample: int, samples: int) -> Tensor:
+    """One sample ``[1, s, H]`` through one layer → ``[s, H]``."""
+    h = weights.attention_input(x)
+    _keep(seen, "norm", 2 * number, h, sample, samples)
+    inner = weights.attention(h, rotary)
+    _keep(seen, "proj", number, inner, sample, samples)
+    x = x + F.linear(inner, weights[layout.PROJ_WEIGHT])
+    h = weights.ffn_input(x)
+    _keep(seen, "norm", 2 * number + 1, h, sample, samples)
+    neurons = weights.ffn(h)
+    _keep(seen, "ffn", number, neurons, sample, samples)
+    return (x + F.linear(neurons, weights[layout.FC2_WEIGHT]))[0]
+
+
+def _keep(seen: Pass, name: str, row: int, x: Tensor, sample: int, samples: int) -> None:
+    """Reduce ``[1, s, C]`` over the sequence into its sample of ``seen``."""
+    if row not in seen.sums[name]:
+        seen.sums[name][row] = torch.zeros(3, samples, x.shape[-1], dtype=torch.float64)
+    seen.sums[name][row][:, sample] = sequence_sums(x.transpose(0, 1))[:, 0].cpu()

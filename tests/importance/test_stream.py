@@ -1,0 +1,50 @@
+"""Streamed scores against dense definitions on transformers, whatever the passes and the shares of the samples."""
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_minitron import parallel
+from nemo_minitron.importance import stream
+from nemo_minitron.importance.reductions import Aggregation
+from nemo_minitron.plan import make_plan
+from tests.canonical import random_model
+from tests.importance.reference import dense_scores
+from tests.importance.test_collect import SHAPE, TOKENS, check
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize("how", [("mean", "l2"), ("var", "mean")])
+@pytest.mark.parametrize("file_bytes", [16 << 30, 1], ids=["one pass", "a pass per sample"])
+def test_definitions(how, file_bytes, monkeypatch):
+    monkeypatch.setattr(stream, "FILE_BYTES", file_bytes)
+    done = []
+    arrays, counts = stream.stream_collect(
+        random_model(SHAPE), TOKENS, aggregation=Aggregation(*how), progress=done.append
+    )
+    check((arrays, counts), dense_scores(random_model(SHAPE), TOKENS, None, *how), rtol=1e-3)
+    assert counts == {"samples": 6, "tokens": 96}
+    assert sum(done) == 6 * SHAPE.num_layers
+
+
+def _shares():
+    world = parallel.world()
+    mine = TOKENS[torch.distributed.get_rank() :: parallel.size(world)]
+    return stream.stream_collect(random_model(SHAPE), mine, group=world)
+
+
+def test_processes_share_the_samples():
+    alone, counts = stream.stream_collect(random_model(SHAPE), TOKENS)
+    for arrays, found in run_ranks(_shares, 2):
+        check((arrays, found), alone, rtol=1e-6)
+        assert found == counts
+        target = {"hidden_size": 16, "ffn_hidden_size": 12, "num_query_groups": 2, "num_layers": 3}
+        one, other = (
+            make_plan(SHAPE, _Named(scores), target, source_fingerprint="f" * 64) for scores in (alone, arrays)
+        )
+        assert one.to_yaml() == other.to_yaml()
+
+
+class _Named:
+    def __init__(self, arrays):
+        self.__dict__.update({name: np.asarray(array) for name, array in arrays.items()})
