@@ -263,7 +263,7 @@ class _Walk:
         if output is None:
             own = (cross * gain @ self.basis.up.double()).diagonal()
             scale = (own / moment.diagonal().clamp_min(TINY)).float()
-            self._write(layout.FINAL_NORM, None, torch.where(scale * cut > 0, scale, cut))
+            self._write(layout.FINAL_NORM, None, torch.where(scale == 0, cut, scale))  # its sign may be either
             return
         safe = self._rounded(_divisible(cut))
         self._write(layout.FINAL_NORM, None, safe)
