@@ -226,7 +226,7 @@ class _Walk:
 
     def _solve_read(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
         """``[rows, k]`` on the student's normed stream for ``folded [rows, H]`` on the teacher's."""
-        shrunk = (cross @ self.basis.down.T.double()).trace() / moment.trace().clamp_min(TINY)  # of the two norms
+        shrunk = (cross * self.basis.down).sum() / moment.trace().clamp_min(TINY)  # of the two norms
         prior = folded @ self.basis.up * shrunk.float()
         return ridge_solve(moment, cross @ folded.T.double(), prior, self.ridge.read)
 
