@@ -36,9 +36,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100, help=f"of {STEP_TOKENS} tokens")
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
+    parser.add_argument("--work", type=Path, help="as zero_shot.py's")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        table = measure(given.source, given.brown, Path(folder), given)
+        work = given.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        table = measure(given.source, given.brown, work, given)
     table["command"] = "python " + " ".join(sys.argv)
     table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
     tokens = table["tokens"]
@@ -62,7 +65,7 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
 
     from nemo_minitron.convert import convert
 
-    bench = Bench(source, brown, folder, ["plain", "ours"])
+    bench = Bench(source, brown, folder)
     training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
     evaluation = bench.texts["brown"]
 

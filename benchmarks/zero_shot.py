@@ -9,7 +9,8 @@ whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calib
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
-ranked by reconstruction, layers chosen greedily by loss, and re-solved: what ``minitron prune`` does by default.
+ranked by reconstruction and re-solved, what ``minitron prune`` does by default; layers chosen one by one by the loss
+without them (``prune.layer_selection=greedy``) on 4 of the calibration samples.
 Seconds and peak memory are of making the student from the scores, which cost what the last line says.
 """
 
@@ -21,7 +22,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,10 +50,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
+    parser.add_argument("--work", type=Path, help="folder to keep teacher, tokens and scores in between runs")
     arguments = parser.parse_args()
     methods, targets = arguments.methods.split(","), arguments.targets.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        table = measure(arguments.source, arguments.brown, Path(folder), methods, targets)
+        work = arguments.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        table = measure(arguments.source, arguments.brown, work, methods, targets)
     table["command"] = "python " + " ".join(sys.argv)
     table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
     for where in ("brown", "pydoc"):
@@ -66,6 +69,8 @@ def main() -> None:
         cells = (f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" for m in methods)
         print(f"{target:<24}" + "".join(f"{cell:>11}" for cell in cells))
     print(f"scores: {table['scores_s']:.0f} s, and ranks by reconstruction {table['ranks_s']:.0f} s")
+    if "layers_s" in table:
+        print(f"order of layers by loss: {table['layers_s']:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
@@ -78,7 +83,7 @@ class Bench:
         seconds: what scores and ranks took.
     """
 
-    def __init__(self, source: Path, brown: Path, folder: Path, methods: Iterable[str]) -> None:
+    def __init__(self, source: Path, brown: Path, folder: Path) -> None:
         from nemo_minitron.nemo.trainer import inference_trainer
 
         self.folder, self.trainer = folder, inference_trainer()
@@ -90,8 +95,11 @@ class Bench:
         from nemo_minitron.data.preprocess import preprocess
         from nemo_minitron.importance import collect
         from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+        from nemo_minitron.scores import array_sizes
 
         self.teacher = convert(source, folder / "teacher.nemo")
+        with NemoReader(self.teacher) as reader:
+            shape = reader.shape
         preprocess(str(brown), folder / "brown", tokenizer_type=str(self.teacher))
         preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(self.teacher))
         self.heads = document_heads(folder / "brown_text_document", 512)
@@ -101,27 +109,34 @@ class Bench:
             "brown": self.heads[self.numbers % 25 == 0],
             "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
         }
-        model = self.load(self.teacher)
-        self.seconds = {}
-        start = time.perf_counter()
-        scores, _ = collect(model.model, self.calibration.split(4), model.shape)
-        self.seconds["scores"] = time.perf_counter() - start
-        del model
+        known = folder / "known.npz"  # of an earlier run with --work
+        if not known.is_file():
+            seconds = {}
+            model = self.load(self.teacher)
+            start = time.perf_counter()
+            scores, _ = collect(model.model, self.calibration.split(4), model.shape)
+            seconds["scores_s"] = time.perf_counter() - start
+            del model
+            start = time.perf_counter()
+            with NemoReader(self.teacher) as reader:
+                ranks, slopes = rank_by_reconstruction(reader, self.calibration)
+            seconds["ranks_s"] = time.perf_counter() - start
+            np.savez(known, **scores, **ranks, slopes=slopes, **seconds)
+        with np.load(known) as arrays:
+            found = dict(arrays)
+        scores = {name: found[name] for name in array_sizes(shape)}
+        self.seconds = {name: float(found[name]) for name in ("scores_s", "ranks_s")}
+        self._steps: list[Any] = []
         generator = np.random.default_rng(0)
         with NemoReader(self.teacher) as reader:
             self.ways = {
                 "random": {name: generator.random(array.shape) for name, array in scores.items()},
                 "magnitude": scores | _magnitudes(reader),
                 "plain": scores,
+                "ours": scores | {name: found[f"{name}_rank"] for name in ("ffn", "heads", "groups", "hidden")},
             }
-            start = time.perf_counter()
-            if "ours" in methods:
-                ranks, slopes = rank_by_reconstruction(reader, self.calibration)
-                names = ("ffn", "heads", "groups", "hidden")
-                self.ways["ours"] = scores | {name: ranks[f"{name}_rank"] for name in names}
-                self.moment = torch.from_numpy(ranks["stream_moment"])
-                self.sensitivity = torch.from_numpy(clipped(slopes))
-            self.seconds["ranks"] = time.perf_counter() - start
+        self.moment = torch.from_numpy(found["stream_moment"])
+        self.sensitivity = torch.from_numpy(clipped(found["slopes"]))
 
     def load(self, path: Path) -> Any:
         """The model on one process."""
@@ -139,22 +154,31 @@ class Bench:
         model = self.load(path)
         return {name: evaluate(model, blocks, micro_batch_size=4)["val_loss"] for name, blocks in self.texts.items()}
 
+    def layers_to_drop(self, count: int) -> list[int]:
+        """1-indexed; one greedy search serves all rows."""
+        from nemo_minitron.checkpoint import NemoReader
+        from nemo_minitron.importance.layer_loss import LayerLoss, search
+
+        if not self._steps:
+            start = time.perf_counter()
+            most = max(30 - target["num_layers"] for target in TARGETS.values() if "num_layers" in target)
+            samples = self.calibration[:: len(self.calibration) // LAYER_SAMPLES].contiguous()
+            with NemoReader(self.teacher) as reader:
+                self._steps = search(LayerLoss(reader, samples, stand_ins=True, half=True), most)
+            self.seconds["layers_s"] = time.perf_counter() - start
+        return [layer + 1 for layer in self._steps[count - 1].removed]
+
     def prune(self, method: str, target: dict[str, int], path: Path) -> None:
         """Write the student that a method makes of a target."""
         from nemo_minitron.checkpoint import NemoReader, NemoWriter
         from nemo_minitron.compensation import compensate
-        from nemo_minitron.importance.layer_loss import LayerLoss, search
         from nemo_minitron.plan import Compensation, make_plan
         from nemo_minitron.rewrite import prune_checkpoint
 
         with NemoReader(self.teacher) as reader:
             drop = None
             if method == "ours" and "num_layers" in target:
-                samples = self.calibration[:: len(self.calibration) // LAYER_SAMPLES].contiguous()
-                losses = LayerLoss(reader, samples, stand_ins=True, half=True)
-                drop = [
-                    layer + 1 for layer in search(losses, reader.shape.num_layers - target["num_layers"])[-1].removed
-                ]
+                drop = self.layers_to_drop(reader.shape.num_layers - target["num_layers"])
             ours = Compensation("of this benchmark", rotate="hidden_size" in target) if method == "ours" else None
             plan = make_plan(
                 reader.shape,
@@ -181,9 +205,11 @@ class Bench:
 
 def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets: list[str]) -> dict[str, Any]:
     """Losses of every target by every method."""
-    bench = Bench(source, brown, folder, methods)
+    bench = Bench(source, brown, folder)
     result: dict[str, Any] = {"teacher": bench.losses(bench.teacher), "rows": {}}
-    result |= {f"{name}_s": seconds for name, seconds in bench.seconds.items()}
+    if "ours" in methods and any("num_layers" in TARGETS[name] for name in targets):
+        bench.layers_to_drop(1)
+    result |= bench.seconds
     for name in targets:
         row = result["rows"][name] = {}
         for method in methods:

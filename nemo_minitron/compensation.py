@@ -226,7 +226,7 @@ class _Walk:
 
     def _solve_read(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
         """``[rows, k]`` on the student's normed stream for ``folded [rows, H]`` on the teacher's."""
-        shrunk = (cross @ self.basis.down.T.double()).trace() / moment.trace().clamp_min(TINY)  # of the two norms
+        shrunk = (cross * self.basis.down).sum() / moment.trace().clamp_min(TINY)  # of the two norms
         prior = folded @ self.basis.up * shrunk.float()
         return ridge_solve(moment, cross @ folded.T.double(), prior, self.ridge.read)
 
@@ -263,7 +263,7 @@ class _Walk:
         if output is None:
             own = (cross * gain @ self.basis.up.double()).diagonal()
             scale = (own / moment.diagonal().clamp_min(TINY)).float()
-            self._write(layout.FINAL_NORM, None, torch.where(scale * cut > 0, scale, cut))
+            self._write(layout.FINAL_NORM, None, torch.where(scale == 0, cut, scale))  # its sign may be either
             return
         safe = self._rounded(_divisible(cut))
         self._write(layout.FINAL_NORM, None, safe)

@@ -125,3 +125,11 @@ def read_layer(reader: LayerReader, layer: int, device: torch.device | str = "cp
     """One layer's canonical tensors in float32."""
     rows = layout.layer_parameters(reader.shape)
     return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, torch.float32) for row in rows})
+
+
+def read_head(reader: LayerReader, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Final norm ``[H]`` and output layer ``[V, H]`` (the embedding where tied), float32, without padded rows."""
+    shape = reader.shape
+    row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
+    norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
+    return norm, reader.tensor(row)[: shape.vocab_size].to(device, torch.float32)

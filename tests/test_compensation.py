@@ -198,6 +198,8 @@ def low_dimensional(shape, size):
     q = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(5))).Q[:, :size]
     gain = torch.ones(24)
     if shape.share_embeddings_and_output_weights:
+        gain[5] = -1.0  # keeps its axis, and its sign
+        q = torch.linalg.qr(torch.cat((F.one_hot(torch.tensor([5]), 24).T.float(), q), dim=1)).Q[:, :size]
         model.tensors[layout.FINAL_NORM.key, None] = gain * 1.7
     for (key, _), tensor in model.tensors.items():
         if key == layout.EMBEDDING.key:

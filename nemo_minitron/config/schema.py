@@ -83,7 +83,7 @@ class Prune:
         "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
         ("block_influence", "contiguous", "leave_one_out", "contiguous_loss", "greedy", "beam"),
     )
-    layer_tokens: int = key(8192, "calibration tokens on which layers are chosen by loss")
+    layer_tokens: int = key(4096, "calibration tokens on which layers are chosen by loss")
     beam_width: int = key(3, "of prune.layer_selection=beam: sets of layers that are kept at every size")
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
     compensate: bool | None = key(None, "re-solve the kept weights; when null: if the scores hold calibration tokens")

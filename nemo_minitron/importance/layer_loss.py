@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares, stream_weights
 
 Removed = frozenset[int]
@@ -107,7 +107,8 @@ class LayerLoss:
                     following[key] = self._without(layer, x) if layer in one else weights.forward(x, self._rotary)
                 self.progress(1)
             streams = following
-        return torch.stack([self._head(streams[one], tokens) for one in sets])
+        norm, head = read_head(self.reader, tokens.device)
+        return torch.stack([self._head(streams[one], tokens, norm, head) for one in sets])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._table[tokens.cpu()].to(tokens.device, torch.float32)
@@ -117,12 +118,8 @@ class LayerLoss:
             return x
         return x + rms_norm(x, None, self.shape.layernorm_epsilon) @ self._stand_ins[layer].T
 
-    def _head(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def _head(self, x: Tensor, tokens: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """Sum of the next-token losses of ``x [n, s, H]``, rounded to multiples of 2^-20 per sample."""
-        norm = self.reader.tensor(layout.FINAL_NORM).to(x.device, torch.float32)
-        tied = self.shape.share_embeddings_and_output_weights
-        head = self._table if tied else self.reader.tensor(layout.OUTPUT)
-        head = head[: self.shape.vocab_size].to(x.device, torch.float32)
         step = max(1, HEAD_BYTES // (4 * self.shape.vocab_size))
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for sample, labels in zip(x, tokens[:, 1:], strict=True):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
 from nemo_minitron.shape import ModelShape
@@ -145,9 +145,7 @@ def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor
     """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]``."""
     shape = reader.shape
     device = tokens.device
-    norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
-    row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
-    head = reader.tensor(row)[: shape.vocab_size].to(device, torch.float32)
+    norm, head = read_head(reader, device)
     gradient = torch.zeros_like(final)
     step = max(1, HEAD_BYTES // (4 * shape.vocab_size))
     for sample in range(len(tokens)):

@@ -204,7 +204,7 @@ def _drop_by_loss(
     if runtime.world_size() > 1 and parallel.world() is None:
         runtime.init_distributed()
     world = parallel.world()
-    wanted, length = int(options.get("layer_tokens") or 8192), scores.tokens.shape[1]
+    wanted, length = int(options.get("layer_tokens") or 4096), scores.tokens.shape[1]
     tokens = torch.from_numpy(scores.tokens.astype("int64"))[: max(parallel.size(world), -(-wanted // length))]
     share = tokens[runtime.rank() :: parallel.size(world)].to(runtime.device())
     total, count = reader.shape.num_layers, reader.shape.num_layers - int(options["num_layers"])
