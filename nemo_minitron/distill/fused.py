@@ -21,7 +21,7 @@ from nemo_minitron import parallel
 from nemo_minitron.distill.losses import CROSS_ENTROPY, Mix, Shard, TopK, block_losses, teacher_top_k
 from nemo_minitron.errors import MinitronError
 
-MEMORY_BYTES = {"cuda": 512 << 20, "cpu": 256 << 20}
+MEMORY_BYTES = {"cuda": 512 << 20, "cpu": 384 << 20}
 """Default budget of one call's temporaries: both sides' logits of a chunk, and what computing on a block needs."""
 
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
