@@ -1,6 +1,7 @@
 """What a training logged, against the tokens it had seen.
 
-TensorBoard's event files are read first: a resumed training adds to them, while Lightning's ``metrics.csv`` begins anew.
+TensorBoard's event files are read first: a resumed training adds to them, while Lightning's ``metrics.csv`` begins
+anew.
 """
 
 from __future__ import annotations

@@ -37,6 +37,8 @@ def numbers(evaluation: object) -> dict[str, float]:
             continue
         if name == "val_loss" or value > 0:
             found[name] = value
+    if "val_loss" in found:
+        found.setdefault("perplexity", math.exp(min(found["val_loss"], 700.0)))
     return found
 
 

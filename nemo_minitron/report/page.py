@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
-from nemo_minitron.report import figures, words
+from nemo_minitron.report import figures, maps, words
 from nemo_minitron.report.curves import Training
 from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
@@ -41,7 +41,7 @@ def render(run: Run) -> tuple[str, str]:
 def contents(run: Run) -> dict[str, Any]:
     """What both templates show: plain text and numbers, and drawings with a text that stands in for them."""
     parts = axes(run)
-    maps = [axis for axis in parts if axis.worth is not None or axis.is_cut]
+    shown = [axis for axis in parts if axis.worth is not None or axis.is_cut]
     dropped = dropped_layers(run.plan)
     return {
         "name": run.recipe or run.name,
@@ -56,8 +56,8 @@ def contents(run: Run) -> dict[str, Any]:
         "compensation": words.compensation(run.plan),
         "layers": _layers(run, parts),
         "figures": {
-            "cut": [_map(axis, run) for axis in maps if axis.is_cut],
-            "whole": [_map(axis, run) for axis in maps if not axis.is_cut],
+            "cut": [_map(axis, run) for axis in shown if axis.is_cut],
+            "whole": [_map(axis, run) for axis in shown if not axis.is_cut],
             "influence": _influence(run, dropped),
             "losses": [_losses(training, run) for training in run.trainings if _drawable(training)],
             "quality": _quality(run),
@@ -91,8 +91,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
                 tiles.append((what, f"{new / old - 1:+.1%}", f"{old:,.{digits}f} → {new:,.{digits}f}{unit}"))
     closed = gap_closed(run.metrics)
     if closed is not None:
-        tiles.append(("won back by training", f"{closed:.1%}", "of the loss that pruning cost"))
-    return tiles
+        tiles.append(("won back", f"{closed:.1%}", "of the loss that pruning cost, by training"))
+    return [(what, figure.replace("-", "−"), beside) for what, figure, beside in tiles]
 
 
 def _shapes(run: Run) -> list[tuple[str, str, str, str]]:
@@ -110,8 +110,8 @@ def _shapes(run: Run) -> list[tuple[str, str, str, str]]:
         names |= {"size of a head": "kv_channels", "vocabulary": "vocab_size"}
         rows = [(what, getattr(old, key), getattr(new, key)) for what, key in names.items()]
         rows.append(("parameters", old.num_parameters(), new.num_parameters()))
-        cache = [shape.kv_cache_bytes_per_token() for shape in (old, new)]
-        rows.append(("KV cache, bytes per token in 16 bits", *cache))
+        cached = "KV cache, bytes per token in 16 bits"
+        rows.append((cached, old.kv_cache_bytes_per_token(), new.kv_cache_bytes_per_token()))
     else:
         teacher = run.metrics.get("teacher", {})
         student = run.metrics.get("distilled") or run.metrics.get("pruned") or {}
@@ -146,7 +146,7 @@ def _layers(run: Run, parts: list[Axis]) -> tuple[list[str], list[list[str]]]:
     head = ["layer", *(["Block Influence"] if influence is not None else []), *(["stays"] if dropped else [])]
     shares = [axis.worth_kept() for axis in by_layer]
     for axis, share in zip(by_layer, shares, strict=True):
-        head += [f"{words.title(axis)} kept", *(["worth kept"] if share is not None else [])]
+        head += [f"{words.title(axis)} kept", *(["of importance"] if share is not None else [])]
     count = run.plan.source.num_layers if run.plan is not None else len(influence if influence is not None else ())
     rows = []
     for layer in range(count):
@@ -163,7 +163,7 @@ def _layers(run: Run, parts: list[Axis]) -> tuple[list[str], list[list[str]]]:
 def _map(axis: Axis, run: Run) -> dict[str, str]:
     rotated = run.plan is not None and run.plan.compensation is not None and run.plan.compensation.rotate
     alt, caption = words.describe_map(axis, rotated)
-    return _figure(words.title(axis), alt, caption, figures.unit_map(axis, dropped_layers(run.plan)))
+    return _figure(words.title(axis), alt, caption, maps.unit_map(axis, dropped_layers(run.plan)))
 
 
 def _influence(run: Run, dropped: tuple[int, ...]) -> list[dict[str, str]]:
@@ -185,10 +185,10 @@ def _losses(training: Training, run: Run) -> dict[str, str]:
         curve = training.curves.get(name)
         if curve is not None:
             first, last = curve.values[0], curve.values[-1]
-            parts.append(f"{name} from {first:.3f} to {last:.3f} ({len(curve.at):,} values)")
+            parts.append(f"{name} from {first:.3f} to {last:.3f} ({len(curve.at):,} value{'s' * (len(curve.at) != 1)})")
     spent = f"{training.tokens:,} tokens" if training.tokens else f"{training.steps:,} steps"
     alt = f"Losses against {unit}, over {training.steps:,} optimizer steps and {spent}: {'; '.join(parts)}."
-    references = {}
+    references: dict[str, float] = {}
     if training.is_distillation:
         references = {role: run.metrics[role]["val_loss"] for role in ("teacher", "pruned") if role in run.metrics}
     caption = "Lower is better. Validation during training reads part of the held-out text only."
@@ -204,8 +204,8 @@ def _quality(run: Run) -> list[dict[str, str]]:
         return []
     points = [f"{role} {size(m['num_parameters'])}, loss {m['val_loss']:.3f}" for role, m in known.items()]
     alt = f"Loss on held-out text against parameters: {'; '.join(points)}."
-    caption = "Down is better, left is smaller. Arrows: what pruning took and what distillation gave back."
-    return [_figure("Quality against size", alt, caption, figures.quality(run.metrics))]
+    caption = "Lower is better. Arrows: what pruning took, and what distillation gave back."
+    return [_figure("Quality against size", alt, caption, figures.quality(run.metrics, run.distillation))]
 
 
 def _figure(title: str, alt: str, caption: str, svg: str) -> dict[str, str]:
@@ -227,7 +227,7 @@ def _stages(run: Run) -> list[dict[str, str]]:
                 "name": stage.name,
                 "command": command,
                 "state": state,
-                "time": "–" if stage.seconds is None else duration(stage.seconds),
+                "time": "" if stage.seconds is None else duration(stage.seconds),
                 "fingerprint": stage.fingerprint or "–",
                 "config": stage.config,
             }

@@ -24,8 +24,8 @@ class Axis:
 
     Attributes:
         name: ``hidden``, ``ffn``, ``heads`` or ``groups``; before, after: how many each layer has.
-        worth: ``[rows, before]``, larger is worth more; one row per source layer, one in all for ``hidden``; None
-            without scores.
+        worth: ``[rows, before]``, the published importance (size of activations); one row per source layer, one in all
+            for ``hidden``; None without scores. Ranks by reconstruction are not shown: they are places in an order.
         kept: bool, sized like ``worth``, False in the rows of dropped layers; None without a plan.
         ranking: which of the scores' rankings the plan follows; None where it follows neither, or nothing was cut.
     """
@@ -42,7 +42,7 @@ class Axis:
         return self.after < self.before
 
     def worth_kept(self) -> np.ndarray | None:
-        """Share of each row's summed worth that stays, ``[rows]``; None where worth can be negative or is unknown."""
+        """Share of each row's summed importance that stays, ``[rows]``; None where that is unknown or negative."""
         if self.worth is None or self.kept is None or (self.worth < 0).any():
             return None
         total = self.worth.sum(1)
@@ -61,7 +61,7 @@ def axes(run: Run) -> list[Axis]:
         after = before if plan is None else getattr(plan.target, size)
         kept = None if plan is None else _kept(plan, name, before)
         ranking = None if plan is None or scores is None or after == before else _ranking(plan, scores, name)
-        worth = None if scores is None else _worth(scores, ranking or "minitron", name)
+        worth = None if scores is None else _worth(scores, "minitron", name)
         found.append(Axis(name, before, after, worth, kept, ranking))
     return found
 

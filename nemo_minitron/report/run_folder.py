@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +69,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder, folder.resolve().name)
     recipe = _part(run, lambda: _recipe(folder)) or {}
     run.recipe, run.description = (str(recipe[key]) if recipe.get(key) else None for key in ("name", "description"))
-    run.metrics = _part(run, lambda: _metrics(run)) or {}
+    run.metrics = _metrics(run)
     run.plan = _part(run, lambda: _plan(run))
     run.scores = _part(run, lambda: _scores(run))
     run.trainings = _trainings(run)
@@ -97,12 +98,11 @@ def _recipe(folder: Path) -> dict[str, Any]:
 
 def _metrics(run: Run) -> dict[str, dict[str, float]]:
     """One entry per model: its own evaluation, or else what ``metrics.json`` gathered earlier."""
-    gathered = run.folder / "metrics.json"
-    known = parse_json(_bytes(gathered), str(gathered)) if gathered.is_file() else {}
+    known = _part(run, lambda: _json(run.folder / "metrics.json")) or {}
     found: dict[str, dict[str, float]] = {}
     for role in ROLES:
-        path = run.folder / "evaluation" / f"{role}.json"
-        values = numbers(parse_json(_bytes(path), str(path)) if path.is_file() else known.get(role))
+        evaluation = _part(run, partial(_json, run.folder / "evaluation" / f"{role}.json"))
+        values = numbers(evaluation or known.get(role))
         if "val_loss" in values:
             found[role] = values
         else:
@@ -146,7 +146,7 @@ def _trainings(run: Run) -> list[Training]:
     """Every folder with a training's log in it, in the order in which they were begun."""
     found = []
     for folder in sorted(path for path in run.folder.iterdir() if path.is_dir() and path.name != ".stages"):
-        training = _part(run, lambda folder=folder: read_training(folder))
+        training = _part(run, partial(read_training, folder))
         if training is not None:
             found.append(training)
     if not any(training.is_distillation for training in found):
@@ -172,8 +172,7 @@ def _stages(run: Run, recipe: Mapping[str, Any]) -> list[StageRecord]:
         command = command if command in _COMMANDS else None
         if command == "report":
             continue
-        record_path = folder / f"{name}.json"
-        record = parse_json(_bytes(record_path), str(record_path)) if record_path.is_file() else {}
+        record = _part(run, partial(_json, folder / f"{name}.json")) or {}
         seconds, versions = record.get("seconds"), record.get("versions")
         stages.append(
             StageRecord(
@@ -187,6 +186,10 @@ def _stages(run: Run, recipe: Mapping[str, Any]) -> list[StageRecord]:
             )
         )
     return stages
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return parse_json(_bytes(path), str(path)) if path.is_file() else {}
 
 
 def _bytes(path: Path) -> bytes:

@@ -23,8 +23,7 @@ GLOSSARY = {
     "FFN size": "Neurons in the FFN (feed-forward) part of a layer.",
     "Heads and query groups": "The units of attention, which looks back at earlier text. Heads of one query group "
     "share what they remember of it, the KV cache.",
-    "Worth, or importance": "A score of how much a unit does on sample text (the calibration text). What is worth "
-    "least is removed.",
+    "Importance": "A score of how much a unit does on sample text (the calibration text).",
     "Block Influence": "How much a layer changes the stream that passes through it: 0 changes nothing.",
     "Re-solving (compensation)": "Adjusting the weights that stay, by a formula and without training, to make up for "
     "those that go.",
@@ -33,15 +32,23 @@ GLOSSARY = {
     "LM loss": "The loss above, of the plain task: the language model predicting the next token.",
 }
 _TITLES = {
-    "hidden": "Hidden channels",
+    "hidden": "hidden channels",
     "ffn": "FFN neurons",
-    "heads": "Attention heads",
-    "groups": "Query groups",
+    "heads": "attention heads",
+    "groups": "query groups",
 }
+_RANKED = {
+    "minitron": "The plan keeps the units of most importance.",
+    "reconstruction": "The plan ranks units by what would be lost after the best re-solving instead: others can stand "
+    "in for some large ones, and for some small ones none can.",
+    None: "The plan follows neither this nor the scores' other ranking: it was made in another way.",
+}
+"""By which ranking the plan chose; see :class:`nemo_minitron.report.removal.Axis`."""
 
 
 def title(axis: Axis) -> str:
-    return _TITLES[axis.name]
+    name = _TITLES[axis.name]
+    return name[0].upper() + name[1:]
 
 
 def headline(run: Run) -> list[str]:
@@ -60,12 +67,12 @@ def headline(run: Run) -> list[str]:
         more = student["val_loss"] - teacher["val_loss"]
         sentences.append(
             f"On text that was held out, its loss (average surprise at the next piece of text; lower is better) went "
-            f"from {teacher['val_loss']:.3f} to {student['val_loss']:.3f} nats per token, {more:+.3f}. In other words: "
-            f"where the original chooses among {teacher['perplexity']:,.1f} equally likely continuations, "
-            f"the smaller model chooses among {student['perplexity']:,.1f}."
+            f"from {teacher['val_loss']:.3f} to {student['val_loss']:.3f} nats per token, a change of {more:+.3f}. "
+            f"In other words: where the original chooses among {teacher['perplexity']:,.1f} equally likely "
+            f"continuations, the smaller model chooses among {student['perplexity']:,.1f}."
         )
         if name == "pruned":
-            sentences.append("This is before any training of the smaller model: it was not distilled, or not evaluated.")
+            sentences.append("This is before any training of the smaller model, or its evaluation is missing.")
     closed = gap_closed(run.metrics)
     if closed is not None and teacher and pruned and distilled:
         trained = run.distillation.tokens if run.distillation else None
@@ -84,11 +91,11 @@ def _costs(teacher: dict[str, float] | None, student: dict[str, float] | None) -
     parts = []
     if teacher and student and "tokens_per_second" in teacher and "tokens_per_second" in student:
         ratio = student["tokens_per_second"] / teacher["tokens_per_second"]
-        parts.append(f"it read text {ratio:.2f} times as fast as the original")
+        parts.append(f"the smaller model read text {ratio:.2f} times as fast as the original")
     if teacher and student and "peak_memory_bytes" in teacher and "peak_memory_bytes" in student:
         old, new = (model["peak_memory_bytes"] / 2**30 for model in (teacher, student))
-        parts.append(f"the process took {new:.2f} GiB of memory at most, against {old:.2f}")
-    return [f"When it was measured, {' and '.join(parts)}."] if parts else []
+        parts.append(f"its process took {new:.2f} GiB of memory at most, the original's {old:.2f}")
+    return [f"When measured, {' and '.join(parts)}."] if parts else []
 
 
 def parameters(run: Run) -> tuple[float | None, float | None]:
@@ -143,7 +150,7 @@ def compensation(plan: Plan | None) -> list[str]:
 
 def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:
     """(text for those who cannot see the map, caption)."""
-    alt = f"Heat map of {axis.before:,} {title(axis).lower()}"
+    alt = f"Heat map of {axis.before:,} {_TITLES[axis.name]}"
     alt += " in one row for all layers" if axis.name == "hidden" else ", a row for each layer"
     caption = []
     if axis.is_cut:
@@ -151,23 +158,20 @@ def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:
         share = axis.worth_kept()
         if share is not None:
             stays = share[axis.kept.any(1)] if axis.kept is not None else share
-            alt += f", with {stays.min():.1%} to {stays.max():.1%} of a row's summed worth"
+            least, most = f"{stays.min():.1%}", f"{stays.max():.1%}"
+            alt += f", with {least if least == most else f'{least} to {most}'} of a row's summed importance"
         if axis.worth is None:
             caption.append("Without scores, only what was kept is known.")
-        elif axis.ranking == "reconstruction":
-            caption.append("Worth is what would be lost after the best re-solving; the plan keeps the units of most.")
-        elif axis.ranking == "minitron":
-            caption.append(
-                "Worth is the published Minitron metric, average activation; the plan keeps the units of most."
-            )
         else:
-            caption.append("The plan does not keep the best units by these scores: it was made in another way.")
+            caption.append("Importance is the published Minitron metric: average activation on the calibration text.")
+            caption.append(_RANKED[axis.ranking])
         if axis.name == "hidden" and rotated:
             caption.append("The stream was turned before the cut, so this shows what would go without the turn.")
     else:
         alt += "; all are kept"
     if axis.before > 256:
-        caption.append("Each cell is the mean of neighbouring units.")
+        order = "" if axis.worth is None else "Units stand in the order of their importance; "
+        caption.append(f"{order}each cell is the mean of several.")
     return alt + ".", " ".join(caption)
 
 
@@ -179,7 +183,7 @@ def describe_influence(worth: np.ndarray, dropped: tuple[int, ...]) -> tuple[str
         f"to {worth[most]:.4f} (layer {most + 1})"
     )
     if not dropped:
-        return alt + "; no layer was dropped.", "No layer was dropped."
+        return alt + ".", "No layer was dropped."
     alt += f"; dropped: {format_ranges(layer + 1 for layer in dropped)}."
     lowest = set(np.argsort(worth, kind="stable")[: len(dropped)].tolist())
     caption = "Hatched bars with a cross are layers that were dropped. " + (
