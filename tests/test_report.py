@@ -150,6 +150,7 @@ def make_run(run: Path) -> Path:
             "train_lm_loss": {step: 4.0 - 0.05 * step for step in steps},
             "val_kd_loss": {4: 0.75, 9: 0.5},
             "val_lm_loss": {4: 3.75, 9: 3.5},
+            "val_top1_agreement": {4: 0.5, 9: 0.625},
         },
     )
     log_events(run / "finetune" / "finetune" / "version_0", {"train_lm_loss": {0: 6.0, 1: 5.0}})
@@ -269,6 +270,7 @@ def test_every_drawing_has_a_text_for_those_who_cannot_see_it(whole):
     page = whole.page
     texts = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
     assert len(texts) == page.count("svg") == page.count("figure") == 8
+    assert "first choice was the teacher's at 62.5% of tokens" in page.text
     for part in (
         "teacher 60,064, loss 3.000; pruned 30,000, loss 5.000; distilled 30,000, loss 3.500",
         "4 layers, from 0.0500 (layer 3) to 0.4000 (layer 1); dropped: 3.",

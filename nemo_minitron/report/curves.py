@@ -19,12 +19,9 @@ from nemo_minitron.errors import MinitronError
 LOGGED = (
     "train_kd_loss",
     "train_lm_loss",
-    "train_top1_agreement",
     "val_kd_loss",
     "val_lm_loss",
     "val_top1_agreement",
-    "val_loss",
-    "reduced_train_loss",
     "tokens",
 )
 

@@ -194,6 +194,9 @@ def _losses(training: Training, run: Run) -> dict[str, str]:
     caption = "Lower is better. Validation during training reads part of the held-out text only."
     if references:
         caption += " Level lines are the evaluations of whole models, on all of it."
+    agreement = training.curves.get("val_top1_agreement")
+    if agreement is not None:
+        caption += f" At the end the student's first choice was the teacher's at {agreement.values[-1]:.1%} of tokens."
     what = "Distillation" if training.is_distillation else "Teacher correction"
     return _figure(f"{what} ({training.name})", alt, caption, figures.losses(training, references))
 
