@@ -374,6 +374,7 @@ def test_what_is_no_number_is_no_measurement():
     assert numbers(TEACHER | {"val_loss": float("nan"), "num_layers": "<b>", "hidden_size": -1, "more": 1.0}) == {
         name: value for name, value in TEACHER.items() if name not in ("val_loss", "num_layers", "hidden_size")
     }
+    assert numbers({"val_loss": 10**400, "num_parameters": True, "tokens_per_second": float("inf")}) == {}
     assert numbers([1]) == {} and numbers({"val_loss": 2.0})["perplexity"] == pytest.approx(7.389, abs=1e-3)
 
 
@@ -451,6 +452,15 @@ def test_the_csv_serves_where_there_are_no_event_files(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,train_kd_loss\n0,half\n")
     with pytest.raises(MinitronError, match=r"metrics\.csv: expected a training's metrics\.csv"):
         read_training(tmp_path)
+
+
+def test_a_damaged_event_file_gives_what_it_holds(folder):
+    (file,) = (folder / "distill").rglob("events.out.tfevents.*")
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size - 300)
+    assert 0 < read_training(folder / "distill").steps <= 10
+    file.write_bytes(b"\xff" * 1000)
+    assert read_training(folder / "distill") is None
 
 
 def test_without_tokens_steps_are_counted(folder):

@@ -16,6 +16,7 @@ COUNTS = (
     "num_query_groups",
 )
 MEASURED = ("val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
+_LARGEST = 1e18
 
 
 def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -27,18 +28,18 @@ def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def numbers(evaluation: object) -> dict[str, float]:
-    """What of an evaluation's JSON is a number that the page knows: finite, positive where it is a count."""
+    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are positive."""
     if not isinstance(evaluation, Mapping):
         return {}
     found: dict[str, float] = {}
     for name in (*COUNTS, *MEASURED, "tokens"):
         value = evaluation.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
             continue
         if name == "val_loss" or value > 0:
             found[name] = value
     if "val_loss" in found:
-        found.setdefault("perplexity", math.exp(min(found["val_loss"], 700.0)))
+        found.setdefault("perplexity", math.exp(min(found["val_loss"], 40.0)))
     return found
 
 

@@ -18,6 +18,7 @@ from nemo_minitron.scores import JSON, Scores
 T = TypeVar("T")
 
 _COMMANDS = ("convert", "preprocess", "synthesize", "finetune", "importance", "prune", "distill", "evaluate", "report")
+_LONGEST_CONFIG = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class StageRecord:
     """One stage as ``minitron run`` recorded it; ``command`` is None where that is not known.
 
     Attributes:
-        config: text of ``.stages/NAME.yaml``, all keys it ran with.
+        config: text of ``.stages/NAME.yaml``, all keys it ran with, up to 64 KiB.
         state: ``done`` or ``started``; seconds, fingerprint, versions of the packages: None or empty if not recorded.
     """
 
@@ -178,7 +179,7 @@ def _stages(run: Run, recipe: Mapping[str, Any]) -> list[StageRecord]:
             StageRecord(
                 name,
                 command,
-                _bytes(paths[name]).decode("utf-8", "replace"),
+                _bytes(paths[name])[:_LONGEST_CONFIG].decode("utf-8", "replace"),
                 state=str(record["state"]) if record.get("state") else None,
                 seconds=float(seconds) if isinstance(seconds, int | float) else None,
                 fingerprint=str(record["fingerprint"]) if record.get("fingerprint") else None,
