@@ -98,7 +98,7 @@ def _scale(ax: Axes, low: float, high: float) -> None:
     picture = np.dstack([np.full(ramp.shape, part) for part in _BLUE] + [0.04 + 0.96 * ramp])
     ax.imshow(picture, aspect="auto", interpolation="none", extent=(0, 1, 0, 1))
     ax.yaxis.tick_right()
-    ax.set(xticks=[], yticks=[0, 1], yticklabels=[f"{low:.2g}", f"{high:.2g}"])
+    ax.set(xticks=[], yticks=[0, 1], yticklabels=[f"{low:.3g}", f"{high:.3g}"])
     ax.grid(visible=False)
 
 
