@@ -8,11 +8,13 @@ Contents are compared, never dates (dates only spare hashing a file again that w
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import runpy
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.report.measures import ROLES, gap_closed
 
 Compose = Callable[..., DictConfig]
 """``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""
 
-ROLES = ("teacher", "pruned", "distilled")
+PACKAGES = (
+    "torch",
+    "nemo_toolkit",
+    "megatron-core",
+    "lightning",
+    "transformers",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "transformer_engine",
+    "apex",
+)
+"""What a stage's result may depend on; the last two are optional."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ def run(cfg: DictConfig, compose: Compose) -> None:
     """Run the recipe of a composed ``run`` config: ``recipe``, ``run_dir``, ``stages``, ``force``.
 
     Every stage's configuration is checked before the first one starts. Writes, in ``run_dir``,
-    ``.stages/NAME.yaml`` (the configuration that ran, usable by hand), ``.stages/NAME.json`` (its record) and
-    ``metrics.json``.
+    ``recipe.yaml`` (the recipe with its settings, usable as ``recipe=``), ``.stages/NAME.yaml`` (the configuration that
+    ran, usable by hand), ``.stages/NAME.json`` (its record) and ``metrics.json``.
 
     Raises:
         MinitronError: a stage's configuration is wrong, an input is absent, a stage failed or did not write what
@@ -70,11 +86,15 @@ def run(cfg: DictConfig, compose: Compose) -> None:
             raise MinitronError(f"stages: the recipe has no stage '{name}'." + did_you_mean(name, stages))
     run_dir = Path(cfg.run_dir)
     records = Records(run_dir / ".stages")
+    write_atomically(run_dir / "recipe.yaml", OmegaConf.to_yaml(cfg.recipe))
     print(f"recipe {cfg.recipe.name}: {len(chosen)} stages in {run_dir}", flush=True)
     started = time.monotonic()
     for number, name in enumerate(chosen, start=1):
         _run_stage(stages[name], records, f"[{number}/{len(chosen)}] {name}", force=cfg.force)
     report(cfg.recipe.get("roles") or {}, stages, run_dir)
+    for stage in stages.values():
+        if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
+            print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
     print(f"recipe {cfg.recipe.name}: done in {_minutes(time.monotonic() - started)}", flush=True)
 
 
@@ -201,7 +221,7 @@ def _run_stage(stage: Stage, records: Records, title: str, force: bool) -> None:
         absent = [path for path in stage.outputs if not os.path.exists(path)]
         raise MinitronError(f"stage '{stage.name}' ended well but did not write {', '.join(absent)}")
     done_record = {"state": "done", "fingerprint": fingerprint, "seconds": round(seconds, 3), "outputs": outputs}
-    records.write(stage.name, done_record)
+    records.write(stage.name, done_record | {"versions": versions()})
     print(f"{title}: done in {_minutes(seconds)}", flush=True)
 
 
@@ -286,12 +306,13 @@ def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """(pruned − distilled) / (pruned − teacher) in val_loss; None without all three, or where pruning cost nothing."""
-    if not all(role in metrics for role in ROLES):
-        return None
-    teacher, pruned, distilled = (metrics[role]["val_loss"] for role in ROLES)
-    return (pruned - distilled) / (pruned - teacher) if pruned > teacher else None
+def versions() -> dict[str, str]:
+    """Version of this package, of Python, and of what stages compute with, as far as installed."""
+    found = {"nemo_minitron": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,17 @@ def test_an_output_that_went_or_changed_is_made_again(demo):
     assert demo() == ["second"]
 
 
+def test_the_recipe_and_the_versions_are_kept(demo):
+    demo("recipe.settings.precision=bf16")
+    record = json.loads((demo.run_dir / ".stages" / "second.json").read_text())
+    assert record["versions"]["torch"] == metadata.version("torch") and "nemo_minitron" in record["versions"]
+    kept = demo.run_dir / "recipe.yaml"
+    cfg = compose("run", [f"recipe={kept}", f"run_dir={demo.run_dir}"])
+    demo.ran = []
+    recipe.run(cfg, compose)
+    assert demo.ran == [] and cfg.recipe.settings.precision == "bf16"
+
+
 def test_another_version_of_the_package_runs_again(demo, monkeypatch):
     demo()
     monkeypatch.setattr(recipe, "__version__", "another")
@@ -256,7 +268,7 @@ def test_shipped_recipes_fit_together(name, tmp_path):
     overrides = [] if name == "tiny" else [f"recipe.settings.source={source}"]
     cfg = compose("run", [f"recipe={name}", f"run_dir={tmp_path}/run", *overrides])
     assert cfg.recipe.name == name and cfg.recipe.description
-    written = {str(source)}
+    written = {str(source), f"{tmp_path}/run/recipe.yaml"}
     for stage in recipe.load_stages(cfg, compose).values():
         for pattern in stage.inputs:
             prefix = pattern.partition("*")[0]
@@ -293,7 +305,12 @@ def test_tiny_recipe_from_nothing_to_an_hf_folder(tmp_path):
     assert student.num_parameters() == metrics["distilled"]["num_parameters"]
 
     second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 0 and second.stdout.count("up to date, skipped") == 12
+    assert second.returncode == 0 and second.stdout.count("up to date, skipped") == 13
+
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"{metrics['distilled']['val_loss']:.4f}" in page and "What is not here" not in page
+    for run in (first, second):
+        assert f"report: {(tmp_path / 'run' / 'report.html').as_uri()}" in run.stdout
 
 
 def test_sigterm_is_passed_on_to_the_stage(monkeypatch):

@@ -227,6 +227,14 @@ class EvaluateConfig:
 
 
 @dataclass
+class ReportConfig:
+    """One page on a run, for people: what was made smaller, by how much, what it cost; HTML and Markdown."""
+
+    run_dir: str = key(REQUIRED, "folder of a run, as `minitron run` leaves it")
+    output_path: str | None = key(None, "HTML page to write, its .md beside it; RUN_DIR/report.html when null")
+
+
+@dataclass
 class RunConfig:
     """Walk a whole recipe, skipping the stages that are done and unchanged."""
 
@@ -301,6 +309,7 @@ COMMANDS: dict[str, type] = {
     "prune": PruneConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
+    "report": ReportConfig,
     "run": RunConfig,
 }
 """In the order of the journey."""

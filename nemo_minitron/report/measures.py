@@ -1,0 +1,59 @@
+"""Numbers of a run that both the command line and the page show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+ROLES = ("teacher", "pruned", "distilled")
+COUNTS = (
+    "num_parameters",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+)
+MEASURED = ("val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
+_LARGEST = 1e18
+
+
+def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """(pruned − distilled) / (pruned − teacher) in val_loss; None without all three, or where pruning cost nothing."""
+    if not all("val_loss" in metrics.get(role, {}) for role in ROLES):
+        return None
+    teacher, pruned, distilled = (metrics[role]["val_loss"] for role in ROLES)
+    return (pruned - distilled) / (pruned - teacher) if pruned > teacher else None
+
+
+def numbers(evaluation: object) -> dict[str, float]:
+    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are positive."""
+    if not isinstance(evaluation, Mapping):
+        return {}
+    found: dict[str, float] = {}
+    for name in (*COUNTS, *MEASURED, "tokens"):
+        value = evaluation.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            continue
+        if name == "val_loss" or value > 0:
+            found[name] = value
+    if "val_loss" in found:
+        found.setdefault("perplexity", math.exp(min(found["val_loss"], 40.0)))
+    return found
+
+
+def size(count: float) -> str:
+    """A count of parameters in words: ``134.5 million``."""
+    for unit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}" if unit >= 1e9 else f"{count / unit:,.1f} {name}"
+    return f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``27 s``, ``11 min 3 s`` or ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
