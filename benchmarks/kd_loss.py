@@ -4,7 +4,8 @@
 
 Each variant runs in a process of its own: forward and backward from hidden states and head weights to the gradients of
 the student's. ``*_bytes`` is the peak of the resident set while it runs, less what inputs and their gradients hold;
-``*_seconds`` the median of several runs, one variant after the other in turns so that both meet the same machine.
+``*_seconds`` the median of several runs, one variant after the other in turns so that both meet the same machine;
+``*_cpu_seconds`` the processor time of the same runs, which means more where other processes share the machine.
 """
 
 from __future__ import annotations
@@ -99,9 +100,16 @@ def child(name: str, options: argparse.Namespace, pipe: Any) -> None:
             del loss
             watched = False
             continue
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), time.process_time()
         VARIANTS[name](*tensors).backward()
-        pipe.send((time.perf_counter() - start, 0.0))
+        pipe.send((time.perf_counter() - start, time.process_time() - spent))
+
+
+def machine() -> str:
+    """The processor's name and how many there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
+    return f"{len(names)} x {names[0]}"
 
 
 def main() -> None:
@@ -116,7 +124,7 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {key: value for key, value in vars(options).items() if key != "json"}
-    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": machine()}
     workers = {}
     for name in VARIANTS:
         pipe, end = context.Pipe()
@@ -128,21 +136,24 @@ def main() -> None:
         pipe.send(True)
         found[f"{name}_bytes"], losses[name] = pipe.recv()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    processor: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for _ in range(options.runs):
         for name, (pipe, _) in workers.items():
             pipe.send(True)
-            seconds[name].append(pipe.recv()[0])
+            for values, value in zip((seconds[name], processor[name]), pipe.recv(), strict=True):
+                values.append(value)
     for pipe, worker in workers.values():
         pipe.send(False)
         worker.join()
     found |= {f"{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    found |= {f"{name}_cpu_seconds": statistics.median(values) for name, values in processor.items()}
     found |= {"all_seconds": seconds, "losses": losses}
     memory = found["fused_bytes"] / found["dense_bytes"]
-    ratio = found["fused_seconds"] / found["dense_seconds"]
+    ratio, processor_ratio = (found[f"fused_{k}"] / found[f"dense_{k}"] for k in ("seconds", "cpu_seconds"))
     for name in VARIANTS:
         print(f"{name}: {found[f'{name}_bytes'] / 2**20:,.0f} MiB, {found[f'{name}_seconds']:.2f} s, "
               f"loss {losses[name]:.6f}")  # fmt: skip
-    print(f"fused / dense: memory {memory:.3f} (bar 0.1), time {ratio:.3f} (bar 0.9)")
+    print(f"fused / dense: memory {memory:.3f} (bar 0.1), time {ratio:.3f} (bar 0.9), cpu {processor_ratio:.3f}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -190,7 +190,7 @@ def processes_to_launch(cfg: DictConfig) -> int:
         MinitronError: no number; not what the launcher started; several machines without a launcher.
     """
     trainer: Any = cfg.get("trainer")
-    if not trainer or trainer.get("devices") is None:
+    if not trainer or trainer.get("devices") is None or cfg.get("plan_only"):
         return 0
     where = place()
     nodes = int(trainer.get("num_nodes") or 1)

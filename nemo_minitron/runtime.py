@@ -231,6 +231,19 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """Resident set of this process now, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_bytes() -> int:
+    """Memory of this process's device: of the GPU, or of the machine."""
+    if has_cuda():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def fill_missing(module: Any, **names: Any) -> None:
     """Define ``names`` in ``module`` where it lacks them: what NeMo leaves undefined when Apex is not installed."""
     for name, value in names.items():

@@ -120,7 +120,11 @@ class Distill:
     loss: str = key("forward_kl", "distillation term", ("forward_kl", "reverse_kl", "jsd", "topk"))
     jsd_beta: float = key(0.5, "of distill.loss=jsd: the teacher's share of the mixture; near 0 it is forward_kl")
     top_k: int = key(64, "of distill.loss=topk: the teacher's likeliest tokens; all others share one bucket")
-    loss_memory_mib: int = key(512, "bound of what heads and losses need at a time beside gradients")
+    hidden_pairs: list[Any] = key([], "[student layer, teacher layer] pairs whose outputs are to agree, 1-indexed")
+    hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", ("cosine", "mse"))
+    hidden_weight: float = key(1.0, "weight of the sum over distill.hidden_pairs")
+    teacher_cache: str | None = key(None, "folder of the teacher's top-k answers (distill.loss=topk): written once")
+    loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 512 on GPU, else 384")
     monitor: str = key("val_loss", "logged value by which the best student is kept")
 
 
@@ -208,6 +212,7 @@ class DistillConfig:
     """Train a student to follow a teacher's predictions."""
 
     model: dict[str, Any] = _nemo()
+    plan_only: bool = key(False, "print the memory per rank by item and the largest micro-batch, and train nothing")
     distill: Distill = section(Distill, "the loss")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")

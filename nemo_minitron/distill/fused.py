@@ -21,11 +21,11 @@ from nemo_minitron import parallel
 from nemo_minitron.distill.losses import CROSS_ENTROPY, Mix, Shard, TopK, block_losses, teacher_top_k
 from nemo_minitron.errors import MinitronError
 
-MEMORY_BYTES = 512 << 20
+MEMORY_BYTES = {"cuda": 512 << 20, "cpu": 384 << 20}
 """Default budget of one call's temporaries: both sides' logits of a chunk, and what computing on a block needs."""
 
-_BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-"""float32 logits of the tokens that losses are computed on at a time: a core's cache on CPU, enough work on a GPU."""
+_BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+"""float32 logits of the tokens that losses are computed on at a time: near a CPU's caches, enough work for a GPU."""
 _SHARDED_BLOCK_BYTES = 16 << 20
 """The same on CPU under tensor parallelism, where every block costs collectives."""
 _BLOCKS_ALIVE = 7  # float32 copies of a block while its losses are computed (jsd has most)
@@ -76,8 +76,8 @@ def head_losses(
             distribution, ``[b, s, K]`` and ``[b, s]``, on every rank alike; None for cross entropy.
         vocab_start: global id of the first row of ``student.weight``.
         group: tensor-parallel group, None for one process.
-        memory_bytes: bound of the temporaries beside gradients; :data:`MEMORY_BYTES` when None. One token's logits
-            are the least.
+        memory_bytes: bound of the temporaries beside gradients; that of :data:`MEMORY_BYTES` when None. One token's
+            logits are the least.
 
     Products run in the dtype of autocast, else in that of the weight; sums, softmax and the accumulation over chunks
     in float32 (float64 for float64 weights). Gradients come in the dtypes of their inputs.
@@ -93,7 +93,7 @@ def head_losses(
         known = TopK(*(x.transpose(0, 1).flatten(0, 1) for x in teacher))
     shard = Shard(vocab_size, vocab_start, group)
     loss, kd, lm, agree = _HeadLosses.apply(
-        student.hidden, student.weight, *tensors, known, labels, weights, mix, shard, memory_bytes or MEMORY_BYTES
+        student.hidden, student.weight, *tensors, known, labels, weights, mix, shard, memory_bytes
     )
     terms = {"loss": mix.kd_weight * kd + mix.lm_weight * lm, "lm_loss": lm}
     if teacher is not None:
@@ -114,7 +114,7 @@ def head_top_k(
     with torch.autocast(teacher.hidden.device.type, enabled=False):
         weight = teacher.weight[: shard.width(teacher.weight.shape[0])].to(dtype)
         flat = teacher.hidden.flatten(0, 1).to(dtype)
-        sizes = Sizes.fit(len(flat), vocab_size, dtype, flat.device.type, parallel.size(group), MEMORY_BYTES)
+        sizes = Sizes.fit(len(flat), vocab_size, dtype, flat.device.type, parallel.size(group))
         found = [
             teacher_top_k(torch.mm(flat[rows], weight.t()).to(sizes.compute), k, temperature, shard)
             for rows in _slices(0, len(flat), sizes.block)
@@ -133,15 +133,20 @@ class Sizes:
     compute: torch.dtype
 
     @classmethod
-    def fit(cls, tokens: int, vocab_size: int, dtype: torch.dtype, device: str, ranks: int, budget: int) -> Sizes:
+    def fit(
+        cls, tokens: int, vocab_size: int, dtype: torch.dtype, device: str, ranks: int, budget: int | None = None
+    ) -> Sizes:
         """The same on every rank, whatever its share of padding: all must meet in the same collectives.
 
         Chunks are of nearly equal sizes: a small last one would waste its matrix products.
         """
+        budget = budget or MEMORY_BYTES.get(device, MEMORY_BYTES["cuda"])
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         width = -(-vocab_size // ranks)
         row = width * compute.itemsize
-        block_bytes = _SHARDED_BLOCK_BYTES if device == "cpu" and ranks > 1 else _BLOCK_BYTES.get(device, 64 << 20)
+        block_bytes = (
+            _SHARDED_BLOCK_BYTES if device == "cpu" and ranks > 1 else _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"])
+        )
         block = max(1, min(block_bytes, budget // (2 * _BLOCKS_ALIVE)) // row)
         left = budget - _BLOCKS_ALIVE * block * row
         chunk = max(1, left // (2 * width * dtype.itemsize))
@@ -167,7 +172,7 @@ class _HeadLosses(torch.autograd.Function):
         weights: Tensor,
         mix: Mix,
         shard: Shard,
-        budget: int,
+        budget: int | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, s = labels.shape
         dtype, device = _product_dtype(weight), hidden.device

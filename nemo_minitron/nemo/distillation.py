@@ -2,63 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from nemo.utils import AppState
+from megatron.core import parallel_state
 from omegaconf import DictConfig
 from torch import Tensor
 
-from nemo_minitron import runtime
+from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.data.blocks import data_fingerprint
+from nemo_minitron.data.tokenizer import vocabulary_fingerprint
+from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
-from nemo_minitron.distill.losses import Mix
+from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
+from nemo_minitron.distill.losses import Mix, TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
-from nemo_minitron.nemo.restore import job_config, load_model
-
-_SHARED_WITH_STUDENT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "sequence_parallel",
-    "micro_batch_size",
-    "encoder_seq_length",
-    "precision",
-    "megatron_amp_O2",
-    "transformer_engine",
-    "seed",
-    "optim",
-)
+from nemo_minitron.nemo.restore import job_config
+from nemo_minitron.nemo.teacher import SHARED_WITH_STUDENT, Teacher, check_vocabularies, splits
 
 
 class MinitronDistillModel(MinitronGPTModel):
-    """Student that learns from a frozen teacher on the same grid.
+    """Student that learns from a frozen :class:`Teacher` on the same grid, or from the answers that one left in a
+    cache. Sizes may differ in every dimension but the true vocabulary."""
 
-    Where the student's TP does not divide the teacher's groups or heads, the teacher runs whole on each
-    tensor-parallel rank (its memory and time are then not shared out); layers go over pipeline stages unequally where
-    they must.
-
-    The teacher runs with the RoPE scaling, norms and epsilon of its own checkpoint; it has no gradients, no optimizer
-    state and no DDP buffers, and is not a submodule, so neither checkpoints nor ``.to()`` of the student see it.
-    Sizes may differ in every dimension but the true vocabulary.
-    """
-
-    loss_names = ("loss", "kd_loss", "lm_loss", "top1_agreement")
+    loss_names: tuple[str, ...] = ("loss", "kd_loss", "lm_loss", "top1_agreement")
+    _train_ds: Any
+    _validation_ds: Any
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         super().__init__(cfg, trainer)
-        self._teacher: list[HeadlessGPT] = []  # in a list, so that it is no submodule
-        self._teacher_hidden: deque[Tensor] = deque()
-        self._teacher_grid: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._teacher: list[Teacher] = []  # in a list, so that it is no submodule
+        self._cache: TeacherCache | None = None
         self.mix = Mix()
+        self.hidden_term = HiddenTerm()
         self.loss_memory_bytes: int | None = None
+        self._projections: dict[tuple[int, int], Tensor] = {}
+        self._student_layers: deque[dict[int, Tensor]] = deque()
 
     @staticmethod
     def check_teacher(path: str | Path, student: NemoReader, run: DictConfig) -> None:
@@ -69,128 +56,238 @@ class MinitronDistillModel(MinitronGPTModel):
                 fewer layers than there are pipeline stages.
         """
         with NemoReader(path) as teacher:
-            _check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
-            asked = {key: run[key] for key in _SHARED_WITH_STUDENT if key in run}
+            check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
+            asked = {key: run[key] for key in SHARED_WITH_STUDENT if key in run}
             asked |= {"global_batch_size": 0, "encoder_seq_length": run.data.get("seq_length")}
-            if not _splits(path, int(run.get("tensor_model_parallel_size") or 1)):
+            if not splits(path, int(run.get("tensor_model_parallel_size") or 1)):
                 asked |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
             job_config(teacher, asked)
 
-    def set_teacher(self, path: str | Path, distill: DictConfig | dict[str, Any]) -> None:
-        """Load the teacher and check that it can teach this student.
+    def set_teacher(self, path: str | Path | None, distill: DictConfig | dict[str, Any]) -> None:
+        """Load the teacher and check that it can teach this student; with ``distill.teacher_cache`` that waits until
+        it is known whether the cache has all answers.
 
         Raises:
-            MinitronError: vocabularies or tokenizers differ, or a key of ``distill`` has a value that cannot be.
+            MinitronError: vocabularies or tokenizers differ, a key of ``distill`` has a value that cannot be, or
+                what it asks for is not to be had together.
         """
         self.mix = Mix(**{f.name: distill[f.name] for f in fields(Mix) if f.name in distill})
+        self.hidden_term = HiddenTerm.of(distill)
         if distill.get("loss_memory_mib") is not None:
             self.loss_memory_bytes = int(distill["loss_memory_mib"]) << 20
-        run = {key: self.cfg[key] for key in _SHARED_WITH_STUDENT if key in self.cfg} | {"global_batch_size": 0}
-        if not _splits(path, self.cfg.get("tensor_model_parallel_size", 1) or 1):
-            # its heads or groups do not divide over the student's ranks
-            self._teacher_grid = runtime.whole_on_each_rank
-            run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
-        with self._teacher_grid(), _own_app_state():
-            teacher = load_model(path, self.trainer, run)
-        _check_vocabularies(teacher.true_vocab_size, self.true_vocab_size)
-        if teacher.tokenizer is not None and self.tokenizer is not None:
-            _check_tokenizers(teacher.tokenizer, self.tokenizer)
-        self._teacher = teacher.get_model_module_list()
-        for module in self._teacher:
-            module.requires_grad_(False).eval()
+        cache = distill.get("teacher_cache")
+        if self.hidden_term.pairs:
+            self._check_hidden_term(cache)
+        if cache is not None:
+            if self.mix.loss != "topk":
+                raise MinitronError(
+                    f"distill.teacher_cache keeps the teacher's likeliest tokens alone: expected distill.loss=topk, "
+                    f"found {self.mix.loss}"
+                )
+            self._cache = TeacherCache(cache, self._identity(path))
+            self._teacher_path = path
+            return
+        if path is None:
+            raise MinitronError("model.kd_teacher_restore_from_path is needed: the teacher .nemo")
+        self._teacher = [Teacher(path, self)]
+        self.hidden_term.check(self.shape.num_layers, self._teacher[0].shape.num_layers)
+
+    def _check_hidden_term(self, cache: Any) -> None:
+        """Refuse by name what hidden-state terms cannot go with."""
+        if (self.cfg.get("pipeline_model_parallel_size", 1) or 1) > 1:
+            raise MinitronError(
+                f"distill.hidden_pairs needs model.pipeline_model_parallel_size=1, found "
+                f"{self.cfg.pipeline_model_parallel_size}: a pair's layers may lie on different stages"
+            )
+        if cache is not None:
+            raise MinitronError("distill.hidden_pairs needs the teacher itself: distill.teacher_cache keeps no layers")
+        if self.cfg.get("activations_checkpoint_granularity") == "full":
+            raise MinitronError(
+                "distill.hidden_pairs needs layer outputs that model.activations_checkpoint_granularity=full throws "
+                "away; selective works"
+            )
+        self.loss_names = (*type(self).loss_names, "hidden_loss")
+
+    # ---- the cache --------------------------------------------------------------------------------------------------
+
+    def _identity(self, path: str | Path | None) -> Identity:
+        teacher = None
+        if path is not None:
+            with NemoReader(path) as reader:
+                teacher = reader.fingerprint()
+        tokenizer: Any = getattr(self.tokenizer, "tokenizer", None)
+        data = self.cfg.data
+        lists = data.data_prefix
+        parts: list[str] = [str(int(self.cfg.seed)), str(data.get("splits_string"))]
+        by_split = isinstance(lists, (Mapping, DictConfig))  # then test data teach nobody
+        for items in [lists[split] for split in ("train", "validation")] if by_split else [lists]:
+            # weights, and what lies at the prefixes, in their order
+            parts += [data_fingerprint(item) if isinstance(item, str) else str(item) for item in items]
+        return Identity(
+            teacher=teacher,
+            data=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+            tokenizer=vocabulary_fingerprint(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else "unknown",
+            seq_length=int(data.seq_length),
+            vocab_size=self.true_vocab_size,
+            top_k=self.mix.top_k,
+            temperature=self.mix.temperature,
+        )
+
+    def build_train_valid_test_datasets(self) -> Any:
+        """The parent's; samples carry their number where a cache needs it, and the cache is filled."""
+        datasets = super().build_train_valid_test_datasets()
+        if self._cache is None:
+            return datasets
+        self._train_ds = _Numbered(self._train_ds)
+        self._validation_ds = None if self._validation_ds is None else _Numbered(self._validation_ds)
+        self._fill_cache(self._cache)
+        return self._train_ds, self._validation_ds, self._test_ds
+
+    def _fill_cache(self, cache: TeacherCache) -> None:
+        """Have a teacher answer what the cache lacks, and let go of it."""
+        steps, limit, batch = self.trainer.max_steps, self.trainer.limit_val_batches, self.cfg.global_batch_size
+        wanted = {"train": (self._train_ds, min(len(self._train_ds), steps * batch))}
+        if self._validation_ds is not None:
+            whole = len(self._validation_ds)
+            wanted["validation"] = (
+                self._validation_ds, min(whole, limit * batch) if isinstance(limit, int) else whole
+            )  # fmt: skip
+        missing = sum(len(cache.missing(split, count)) for split, (_, count) in wanted.items())
+        parallel.barrier()
+        if not missing:
+            return
+        if self._teacher_path is None:
+            raise MinitronError(
+                f"distill.teacher_cache={cache.folder} lacks answers for this run ({missing} files); "
+                "model.kd_teacher_restore_from_path must name the teacher to write them"
+            )
+        if torch.distributed.get_rank() == 0:
+            size, total = cache.identity.bytes_per_token, sum(count for _, count in wanted.values())
+            whole_size = size * total * cache.identity.seq_length
+            print(f"teacher_cache: {size} bytes per token, {whole_size / 2**20:,.1f} MiB in all -> {cache.folder}")
+            cache.create()
+        teacher = Teacher(self._teacher_path, self)
+        for split, (dataset, count) in wanted.items():
+            teacher.fill(cache, split, dataset, count, int(self.cfg.micro_batch_size))
+        parallel.barrier()
+
+    def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
+        """The parent's, which drops what it does not know, with ``sample_id [b]`` where samples are numbered."""
+        if self._cache is None:
+            return super().get_batch(data_iterator, tuning)
+        data = next(data_iterator)
+        data = data[0] if isinstance(data, tuple) else data
+        return super().get_batch(iter([data]), tuning) | {"sample_id": data["sample_id"]}
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
+        """Have the teacher's answers ready for the step's micro-batches."""
+        self._student_layers.clear()
+        if not self._teacher:
+            return
+        (teacher,) = self._teacher
+        pairs = self.hidden_term.pairs
+        teacher.run(batches, [layer for _, layer in pairs])
+        if pairs and teacher.shape.hidden_size != self.shape.hidden_size and not self._projections:
+            self._fit_projections(teacher, batches)
+
+    def student_output(self, model: HeadlessGPT, batch: dict[str, Tensor]) -> Tensor:
+        if not self.hidden_term.pairs:
+            return super().student_output(model, batch)
+        (module,) = self.get_model_module_list()
+        with outputs_of(module.decoder.layers, [layer for layer, _ in self.hidden_term.pairs]) as layers:
+            output = super().student_output(model, batch)
+        self._student_layers.append(layers)
+        return output
 
     @torch.no_grad()
-    def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
-        """Run the teacher forward over the step's micro-batches and keep its final hidden states.
+    def _fit_projections(self, teacher: Teacher, batches: list[dict[str, Tensor]]) -> None:
+        """From student to teacher, on the first global batch of the run; checkpoints keep them."""
+        fits = {pair: Projection() for pair in self.hidden_term.pairs}
+        for batch, theirs in zip(batches, teacher.layer_outputs(), strict=True):
+            with self.autocast():
+                self.student_output(self.model, batch)
+            ours = self._student_layers.pop()
+            for (s, t), fit in fits.items():
+                fit.add(ours[s], self._slice(theirs[t], ours[s]), self._slice(batch["loss_mask"].t(), ours[s]))
+        groups = [parallel_state.get_data_parallel_group()]
+        if self.cfg.get("sequence_parallel", False):
+            groups.append(self.tensor_parallel_group)
+        self._projections = {pair: fit.solve(*groups) for pair, fit in fits.items()}
 
-        Megatron's own schedule, forward only: under pipeline parallelism the last stage ends up with one
-        ``[s, b, H_t]`` per micro-batch (``[s/tp, b, H_t]`` with sequence parallel), never with logits, and the
-        student's schedule then runs as it always does.
-        """
-        (teacher,) = self._teacher
-
-        def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
-            batch = next(iterator)
-            hidden = model(
-                input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
-            )
-            return hidden, lambda output, non_loss_data: output
-
-        with self._teacher_grid():
-            hidden = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=teacher,
-                num_microbatches=len(batches),
-                seq_length=batches[0]["tokens"].shape[1],
-                micro_batch_size=batches[0]["tokens"].shape[0],
-                forward_only=True,
-                collect_non_loss_data=True,
-            )
-        self._teacher_hidden = deque(hidden)
-
-    def _teacher_head(self) -> Head:
-        """Kept hidden states of the next micro-batch with the teacher's output weight (last stage).
-
-        Of a teacher that is whole on each rank, this rank's rows of the vocabulary only; its table may end before the
-        student's padding does.
-        """
-        (teacher,) = self._teacher
-        head = teacher.head(self._teacher_hidden.popleft())
-        if self._teacher_grid is nullcontext:
-            return head
-        return Head(head.hidden, head.weight[self.vocab_start : self.vocab_start + self.vocab_part])
+    def _slice(self, whole: Tensor, like: Tensor) -> Tensor:
+        """This rank's part of ``whole [s, …]`` where ``like`` is scattered along s and ``whole`` is not."""
+        if whole.shape[0] == like.shape[0]:
+            return whole
+        return whole.chunk(parallel.size(self.tensor_parallel_group))[parallel_state.get_tensor_model_parallel_rank()]
 
     def losses(self, hidden: Tensor, batch: dict[str, Tensor], weights: Tensor) -> TokenLosses:
-        """Distance to the teacher mixed with cross entropy; both heads run inside."""
+        """Distance to the teacher mixed with cross entropy, both heads inside; and that of hidden states."""
         (student,) = self.get_model_module_list()
+        theirs: dict[int, Tensor] = {}
+        teacher: Head | TopK
+        if self._cache is not None:
+            split = "train" if torch.is_grad_enabled() else "validation"
+            found = self._cache.read(split, batch["sample_id"], batch["tokens"])
+            teacher = TopK(*(x.to(hidden.device) for x in found))
+        else:
+            teacher, theirs = self._teacher[0].next_head()
         with self.autocast():
-            return head_losses(
+            found_losses = head_losses(
                 student.head(hidden),
                 batch["labels"],
                 weights,
-                teacher=self._teacher_head(),
+                teacher=teacher,
                 mix=self.mix,
                 memory_bytes=self.loss_memory_bytes,
                 **self.head_place(),
             )
+        if not self.hidden_term.pairs:
+            return found_losses
+        return self._with_hidden_term(found_losses, self._student_layers.popleft(), theirs, weights)
+
+    def _with_hidden_term(
+        self, losses: TokenLosses, ours: dict[int, Tensor], theirs: dict[int, Tensor], weights: Tensor
+    ) -> TokenLosses:
+        """Add the term; under sequence parallelism each rank has that of its own tokens, and their gradient."""
+        term = self.hidden_term
+        total = torch.zeros((), device=weights.device)
+        for pair in term.pairs:
+            x = ours[pair[0]]
+            projection = self._projections.get(pair)
+            projection = None if projection is None else projection.to(x.device)
+            total = total + distance(x, self._slice(theirs[pair[1]], x), projection, term.kind)
+        loss = losses.loss + term.weight * (total * self._slice(weights.t(), total)).sum()
+        per_token = total.detach()
+        if per_token.shape[0] != weights.shape[1]:
+            per_token = parallel.all_gather(per_token, self.tensor_parallel_group)
+        terms = dict(losses.terms)
+        terms["hidden_loss"] = per_token.t()
+        terms["loss"] = terms["loss"] + term.weight * per_token.t()
+        return TokenLosses(loss, terms)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self._projections:
+            checkpoint["hidden_projections"] = self._projections
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._projections = checkpoint.get("hidden_projections", {})
+        super().on_load_checkpoint(checkpoint)
 
 
-def _check_vocabularies(teacher: int, student: int) -> None:
-    if teacher != student:
-        raise MinitronError(
-            f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher} tokens, the student's "
-            f"{student}; distillation compares them token by token"
-        )
+class _Numbered:
+    """A data set whose samples carry their number as ``sample_id``."""
 
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
 
-def _splits(path: str | Path, tensor_parallel: int) -> bool:
-    """Whether the checkpoint's heads, groups and neurons divide over the ranks (its vocabulary is padded anew)."""
-    with NemoReader(path) as reader:
-        shape = reader.shape
-    sizes = (shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)
-    return all(size % tensor_parallel == 0 for size in sizes)
+    def __len__(self) -> int:
+        return len(self._dataset)
 
+    def __getitem__(self, number: int | None) -> dict[str, Any]:
+        return {**self._dataset[number], "sample_id": 0 if number is None else int(number)}
 
-@contextmanager
-def _own_app_state() -> Iterator[None]:
-    """Keep what NeMo remembers of the student's grid and step while another model is built."""
-    state = AppState()
-    before = dict(state.__dict__)
-    try:
-        yield
-    finally:
-        state.__dict__.update(before)
-
-
-def _check_tokenizers(teacher: Any, student: Any) -> None:
-    """Same vocabulary, token for token: equal sizes alone would let a permuted vocabulary through."""
-    if not all(hasattr(getattr(t, "tokenizer", None), "get_vocab") for t in (student, teacher)):
-        return  # not from transformers: sizes have been compared
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        token = next(iter(sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))))
-        raise MinitronError(
-            f"teacher and student tokenizers differ: token {token!r} is {theirs.get(token)} for the teacher and "
-            f"{ours.get(token)} for the student"
-        )
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))

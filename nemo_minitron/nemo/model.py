@@ -174,6 +174,12 @@ class MinitronGPTModel(MegatronGPTModel):
         with self.autocast():
             return head_losses(module.head(hidden), batch["labels"], weights, **self.head_place())
 
+    def student_output(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
+        """This stage's output for a micro-batch: hidden states ``[s, b, H]``, final ones on the last stage."""
+        return model(
+            input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
+        )
+
     def autocast(self) -> torch.autocast:
         """The schedules' own autocast, which they leave before a loss is computed."""
         config = self.transformer_config
@@ -231,9 +237,7 @@ class MinitronGPTModel(MegatronGPTModel):
 
         def forward_step(iterator: Iterator, model: torch.nn.Module) -> tuple[Tensor, Any]:
             batch = next(iterator)
-            output = model(
-                input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
-            )
+            output = self.student_output(model, batch)
 
             def reduce(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 mask = batch["loss_mask"].float()

@@ -90,7 +90,11 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
         model_cfg.precision = cfg.trainer.get("precision", 32)
     keep = KeepBest(path, monitor)
-    teacher = required(cfg, "model.kd_teacher_restore_from_path") if hasattr(cls, "set_teacher") else None
+    teacher = None
+    if hasattr(cls, "set_teacher"):
+        teacher = cfg.model.get("kd_teacher_restore_from_path")
+        if cfg.get("distill", {}).get("teacher_cache") is None:
+            teacher = required(cfg, "model.kd_teacher_restore_from_path")
     for name in filter(None, (source, teacher)):
         if Path(name).resolve() in (path.resolve(), keep.last_path.resolve()):
             raise MinitronError(f"model.nemo_path: '{path}' would replace '{name}', which is read; choose another name")

@@ -81,8 +81,10 @@ def _double(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-@pytest.fixture(scope="session")
-def dense(family):
+HIDDEN = {"hidden_loss": "mse", "hidden_weight": 0.5}
+
+
+def _dense_step(family, hidden_pair: list[int] | None = None):
     """Loss, terms and canonical gradients of one global batch in dense float64."""
     folder, _, shape = family
     generator = torch.Generator().manual_seed(5)
@@ -91,28 +93,63 @@ def dense(family):
     mask[1], mask[4:6] = 0.0, 0.0  # micro-batches of very different weight, one of none
     teacher, student = _double(folder / "teacher"), _double(folder / "student")
     inputs, labels = blocks[:, :-1], blocks[:, 1:]
-    z = student(inputs).logits
+    ours = student(inputs, output_hidden_states=True)
     with torch.no_grad():
-        z_t = teacher(inputs).logits
+        theirs = teacher(inputs, output_hidden_states=True)
+    z, z_t = ours.logits, theirs.logits
     t = DISTILL["temperature"]
     kl = F.kl_div(F.log_softmax(z / t, -1), F.log_softmax(z_t / t, -1), reduction="none", log_target=True).sum(-1)
     ce = F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     tokens = mask.sum()
     kd, lm = ((t**2 * kl) * mask).sum() / tokens, (ce * mask).sum() / tokens
     loss = DISTILL["kd_weight"] * kd + DISTILL["lm_weight"] * lm
+    terms = {"train_kd_loss": kd.item(), "train_lm_loss": lm.item()}
+    if hidden_pair is not None:
+        x, y = ours.hidden_states[hidden_pair[0]], theirs.hidden_states[hidden_pair[1]]
+        s, target = x.detach()[mask > 0], y[mask > 0]
+        gram = s.T @ s
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        projection = torch.linalg.lstsq(gram + ridge, s.T @ target).solution
+        distance = (((x @ projection - y) ** 2).mean(-1) * mask).sum() / tokens
+        terms["train_hidden_loss"] = distance.item()
+        loss = loss + HIDDEN["hidden_weight"] * distance
     loss.backward()
     named = dict(student.named_parameters())
     gradients = {
         (p.key, layer): fuse(p, [named[name.format(l=layer)].grad for name in p.hf], shape)
         for p, layer in layout.slots(shape)
     }
-    return blocks, mask, loss.item(), {"train_kd_loss": kd.item(), "train_lm_loss": lm.item()}, gradients
+    return blocks, mask, loss.item(), terms, gradients
+
+
+@pytest.fixture(scope="session")
+def dense(family):
+    return _dense_step(family)
 
 
 @pytest.mark.parametrize("grid,world", GRIDS, ids=str)
 def test_distillation_gradients_equal_dense_float64(zygote, family, dense, grid, world):
+    _assert_step_equals(zygote, family, dense, grid, world, DISTILL)
+
+
+@pytest.mark.parametrize("grid,world", [g for g in GRIDS if g[0][1] == 1 and g[1] <= 2], ids=str)
+def test_hidden_state_gradients_equal_dense_float64(zygote, family, grid, world):
+    """Outputs of the student's first layer against the teacher's second last, through a fitted projection."""
+    pair = [1, family[1].num_layers - 1]
+    step = _dense_step(family, pair)
+    _assert_step_equals(zygote, family, step, grid, world, {**DISTILL, **HIDDEN, "hidden_pairs": [pair]})
+
+
+def test_micro_batches_in_another_order_give_the_same_step(zygote, family, dense):
+    blocks, mask, *expected = dense
+    order = torch.tensor([4, 5, 2, 3, 6, 7, 0, 1])
+    step = (blocks[order], mask[order], *expected)
+    _assert_step_equals(zygote, family, step, (1, 1, False), 1, DISTILL)
+
+
+def _assert_step_equals(zygote, family, step, grid, world, distill):
     folder, _, shape = family
-    blocks, mask, loss, terms, gradients = dense
+    blocks, mask, loss, terms, gradients = step
     results = zygote.run(
         f"{JOBS}:distillation_step",
         world,
@@ -121,7 +158,7 @@ def test_distillation_gradients_equal_dense_float64(zygote, family, dense, grid,
         grid,
         blocks,
         mask,
-        DISTILL,
+        distill,
     )
     ours_loss, ours_terms, ours = results[0]
     assert ours_loss == pytest.approx(loss, rel=1e-6)
@@ -260,3 +297,43 @@ def test_a_killed_distillation_resumes_as_if_nothing_had_happened(zygote, wide, 
     if first == then:
         with NemoReader(whole / "trained.last.nemo") as a, NemoReader(broken / "trained.last.nemo") as b:
             assert a.fingerprint() == b.fingerprint()
+
+
+TOP_K = ("distill.loss=topk", "distill.top_k=16")
+
+
+def test_a_cached_teacher_serves_every_grid_and_batch_size(zygote, wide, one_process, tmp_path):
+    """Written at DP2, killed and resumed to the same bytes, read elsewhere without a teacher: the online curve."""
+    student, prefix = str(one_process / "student.nemo"), _paths(wide)[1]
+    teacher = f"model.kd_teacher_restore_from_path={_paths(wide)[0]}"
+
+    def distil(name, grid, world, *extra, steps=10):
+        run = tmp_path / name
+        zygote.run(f"{JOBS}:train", world, "distill", student, prefix, str(run), grid, steps, (*TOP_K, *extra))
+        return curve(run, "train_kd_loss")
+
+    def content(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+    cache = tmp_path / "cache"
+    online = distil("online", (1, 1, False), 1, teacher)
+    cached = distil("dp2", (1, 1, False), 2, teacher, f"distill.teacher_cache={cache}")
+    assert len(online) == 10 and cached == pytest.approx(online, abs=5e-3)  # float16 log-probabilities
+    whole = content(cache)
+    assert sorted(whole) == ["cache.json", "train/00000000.npy", "train/00000001.npy", "validation/00000000.npy"]
+    (cache / "train" / "00000001.npy").unlink()  # as if killed before
+    assert distil("again", (1, 1, False), 1, teacher, f"distill.teacher_cache={cache}") == pytest.approx(
+        cached, abs=1e-4
+    )
+    assert content(cache) == whole
+    without = ("model.kd_teacher_restore_from_path=null", f"distill.teacher_cache={cache}")
+    assert distil("tp2", (2, 1, True), 2, *without) == pytest.approx(cached, abs=1e-4)
+    assert distil("pp2", (1, 2, False), 2, *without) == pytest.approx(cached, abs=1e-4)
+    small = distil("small", (1, 1, False), 1, *without, "model.global_batch_size=4", steps=6)
+    assert small[0] == pytest.approx(cached[0], rel=0.2)
+    with pytest.raises(RuntimeError, match=r"another temperature: it has 1\.0, this run 2\.0"):
+        distil("other", (1, 1, False), 1, *without, "distill.temperature=2.0")
+    with pytest.raises(RuntimeError, match="another data"):
+        distil("seed", (1, 1, False), 1, *without, "seed=7")
+    with pytest.raises(RuntimeError, match="lacks answers"):
+        distil("more", (1, 1, False), 1, *without, steps=40)

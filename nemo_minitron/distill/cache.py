@@ -1,0 +1,172 @@
+"""A teacher's answers on disk: the likeliest tokens of every position, written once, so that training needs no teacher.
+
+A folder holds ``cache.json``, what the answers are of (:class:`Identity`), and per split ``SPLIT/NUMBER.npy``: a shard
+of consecutive samples, one record each. A record is ``key`` (8 bytes of a hash of the sample's tokens), ``tokens
+[s, K]`` (the likeliest first), ``log_probs [s, K]`` (float16) and ``log_tail [s]`` (float32), the log-probability of
+all other tokens together.
+
+Samples are keyed by their index in the data set, whatever batch size, grid or order they are read in; the hash in each
+record is compared with the tokens at hand, so that another order of the data cannot go unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_minitron.checkpoint.staging import Staging
+from nemo_minitron.distill.losses import TopK
+from nemo_minitron.errors import MinitronError
+
+SHARD = 64
+"""Samples in a file: what a killed run loses at most per data-parallel rank."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a cache is valid for. ``teacher``, ``data`` and ``tokenizer`` are fingerprints; ``teacher`` None accepts
+    whichever teacher made it."""
+
+    teacher: str | None
+    data: str
+    tokenizer: str
+    seq_length: int
+    vocab_size: int
+    top_k: int
+    temperature: float
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Rounded up: a sample's hash goes with its tokens."""
+        return -(-self.record().itemsize // self.seq_length)
+
+    def record(self) -> np.dtype:
+        """Layout of one sample; token ids take two bytes where the vocabulary allows."""
+        shape = (self.seq_length, min(self.top_k, self.vocab_size))
+        token = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        fields: list[Any] = [("key", np.uint64), ("tokens", token, shape), ("log_probs", np.float16, shape)]
+        return np.dtype([*fields, ("log_tail", np.float32, (self.seq_length,))])
+
+
+class TeacherCache:
+    """Reader and writer of a cache folder.
+
+    Raises:
+        MinitronError: the folder holds answers of something else (both fingerprints are named), or none and
+            ``identity`` does not say of which teacher they are to be.
+    """
+
+    def __init__(self, folder: str | Path, identity: Identity) -> None:
+        self.folder = Path(folder)
+        self.identity = identity
+        self._shards: dict[tuple[str, int], np.ndarray] = {}
+        manifest = self.folder / "cache.json"
+        if manifest.is_file():
+            self._check(json.loads(manifest.read_text()))
+        elif identity.teacher is None:
+            raise MinitronError(
+                f"distill.teacher_cache={folder} holds no answers yet; model.kd_teacher_restore_from_path must name "
+                "the teacher to write them"
+            )
+
+    def _check(self, found: dict[str, Any]) -> None:
+        for name, expected in asdict(self.identity).items():
+            if found.get(name) != expected and not (name == "teacher" and expected is None):
+                raise MinitronError(
+                    f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)}, this run "
+                    f"{expected}; name another folder, or remove it"
+                )
+
+    def create(self) -> None:
+        """Write ``cache.json`` if it is not there; one process only."""
+        if not (self.folder / "cache.json").is_file():
+            self._write(self.folder / "cache.json", json.dumps(asdict(self.identity), indent=2).encode() + b"\n")
+
+    def missing(self, split: str, samples: int) -> list[int]:
+        """Numbers of the shards that are still to be written for the first ``samples`` samples."""
+        return [n for n in range(-(-samples // SHARD)) if not self._path(split, n).is_file()]
+
+    def write(self, split: str, number: int, batches: list[tuple[Tensor, TopK]]) -> None:
+        """Write shard ``number`` from micro-batches of its samples in order: tokens ``[b, s+1 or s]`` and answers."""
+        records = np.zeros(sum(len(tokens) for tokens, _ in batches), self.identity.record())
+        start = 0
+        for tokens, known in batches:
+            rows = records[start : start + len(tokens)]
+            rows["key"] = keys_of(tokens)
+            for name in ("tokens", "log_probs", "log_tail"):
+                rows[name] = getattr(known, name).cpu().numpy()
+            start += len(tokens)
+        stream = io.BytesIO()
+        np.save(stream, records)
+        self._write(self._path(split, number), stream.getvalue())
+
+    def read(self, split: str, samples: Tensor, tokens: Tensor) -> TopK:
+        """Answers ``[b, s, K]`` and ``[b, s]`` for samples ``[b]`` whose tokens are ``[b, s]``; probabilities sum to 1.
+
+        Raises:
+            MinitronError: a sample is not in the cache, or was of other tokens.
+        """
+        found = np.stack([self._record(split, int(n)) for n in samples])
+        keys = keys_of(tokens)
+        for number, ours, theirs in zip(samples.tolist(), keys, found["key"], strict=True):
+            if ours != theirs:
+                raise MinitronError(
+                    f"distill.teacher_cache={self.folder}: {split} sample {number} is of other tokens: it has "
+                    f"{int(theirs):016x}, this run {int(ours):016x}; data, seed, seq_length or the number of epochs "
+                    "are not those that it was written for"
+                )
+        log_probs = torch.from_numpy(found["log_probs"].astype(np.float64))
+        log_tail = torch.from_numpy(found["log_tail"].astype(np.float64))
+        # float16 rounds: give both together a mass of 1 again
+        mass = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
+        index = torch.from_numpy(found["tokens"].astype(np.int64))
+        return TopK(log_probs - mass.unsqueeze(-1), index, log_tail - mass)
+
+    def _record(self, split: str, sample: int) -> Any:
+        number, row = divmod(sample, SHARD)
+        shard = self._shards.get((split, number))
+        if shard is None:
+            path = self._path(split, number)
+            if not path.is_file():
+                raise MinitronError(f"distill.teacher_cache={self.folder}: {split} sample {sample} is not in it")
+            if len(self._shards) > 256:  # files held open
+                self._shards.clear()
+            shard = self._shards[split, number] = np.load(path, mmap_mode="r", allow_pickle=False)
+            if shard.dtype != self.identity.record():
+                raise MinitronError(f"{path}: expected records of {self.identity.record()}, found {shard.dtype}")
+        if row >= len(shard):
+            raise MinitronError(f"distill.teacher_cache={self.folder}: {split} sample {sample} is not in it")
+        return shard[row]
+
+    def _path(self, split: str, number: int) -> Path:
+        return self.folder / split / f"{number:08d}.npy"
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        staging = Staging(path)
+        try:
+            with staging.path.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            staging.commit()
+        except BaseException:
+            staging.abort()
+            raise
+
+
+def keys_of(tokens: Tensor) -> np.ndarray:
+    """A 64-bit hash of each row of token ids ``[b, s]``."""
+    rows = tokens.cpu().numpy().astype("<i8")
+    return np.array(
+        [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows], np.uint64
+    )

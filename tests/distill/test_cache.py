@@ -1,0 +1,88 @@
+"""The cache's files: what is written is read, whole, and only where it belongs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_minitron.distill.cache import SHARD, Identity, TeacherCache
+from nemo_minitron.distill.losses import TopK
+from nemo_minitron.errors import MinitronError
+
+LENGTH, K = 5, 4
+
+
+def _identity(vocab_size: int = 70000, **changes) -> Identity:
+    return dataclasses.replace(Identity("t", "d", "v", LENGTH, vocab_size, K, 1.0), **changes)
+
+
+def _answers(samples: int, vocab_size: int) -> tuple[torch.Tensor, TopK]:
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, vocab_size, (samples, LENGTH), generator=g)
+    log_p = torch.randn(samples, LENGTH, 50, generator=g, dtype=torch.float64).mul(3).log_softmax(-1)
+    top = log_p.topk(K, -1)
+    ids = torch.randint(0, vocab_size, top.indices.shape, generator=g)
+    return tokens, TopK(top.values, ids, torch.log1p(-top.values.exp().sum(-1)))
+
+
+def _rows(answers: TopK, rows: slice) -> TopK:
+    return TopK(*(x[rows] for x in answers))
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65536, 128256, 1 << 20])
+def test_what_is_written_is_read(tmp_path, vocab_size):
+    cache = TeacherCache(tmp_path / "cache", _identity(vocab_size))
+    cache.create()
+    assert cache.missing("train", SHARD + 10) == [0, 1]
+    tokens, answers = _answers(SHARD + 10, vocab_size)
+    for number, rows in enumerate((slice(0, SHARD), slice(SHARD, SHARD + 10))):
+        batches = [(tokens[rows][:3], _rows(_rows(answers, rows), slice(0, 3)))]
+        batches.append((tokens[rows][3:], _rows(_rows(answers, rows), slice(3, None))))
+        cache.write("train", number, batches)
+    again = TeacherCache(tmp_path / "cache", _identity(vocab_size, teacher=None))
+    assert again.missing("train", SHARD + 10) == []
+    wanted = torch.tensor([SHARD + 9, 0, 17])
+    found = again.read("train", wanted, tokens[wanted])
+    assert torch.equal(found.tokens, answers.tokens[wanted])
+    torch.testing.assert_close(found.log_probs, answers.log_probs[wanted], rtol=1e-3, atol=1e-3)
+    mass = found.log_probs.exp().sum(-1) + found.log_tail.exp()
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+    size = sum(f.stat().st_size for f in (tmp_path / "cache" / "train").iterdir())
+    assert size <= cache.identity.bytes_per_token * LENGTH * (SHARD + 10) + 2 * 512  # two headers
+    assert not [f for f in tmp_path.rglob("*") if f.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9)])
+def test_another_identity_is_refused_with_both(tmp_path, name, value):
+    cache = TeacherCache(tmp_path, _identity())
+    cache.create()
+    expected = getattr(cache.identity, name)
+    with pytest.raises(MinitronError, match=f"another {name}: it has {expected}, this run {value}"):
+        TeacherCache(tmp_path, _identity(**{name: value}))
+
+
+def test_samples_of_other_tokens_or_none_are_refused(tmp_path):
+    cache = TeacherCache(tmp_path, _identity())
+    tokens, answers = _answers(3, 300)
+    cache.write("train", 0, [(tokens, answers)])
+    with pytest.raises(MinitronError, match="train sample 1 is of other tokens"):
+        cache.read("train", torch.tensor([1]), tokens[:1])
+    for split, number in (("train", 3), ("train", 64), ("validation", 0)):
+        with pytest.raises(MinitronError, match=f"{split} sample {number} is not in it"):
+            cache.read(split, torch.tensor([number]), tokens[:1])
+
+
+def test_an_empty_cache_needs_a_teacher(tmp_path):
+    with pytest.raises(MinitronError, match="kd_teacher_restore_from_path"):
+        TeacherCache(tmp_path / "none", _identity(teacher=None))
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    cache = TeacherCache(tmp_path, _identity())
+    (tmp_path / "train").mkdir()
+    np.save(tmp_path / "train" / "00000000.npy", np.zeros(3))
+    with pytest.raises(MinitronError, match="expected records"):
+        cache.read("train", torch.tensor([0]), torch.zeros(1, LENGTH, dtype=torch.long))
