@@ -5,8 +5,8 @@
 
 Evaluation: every 25th of the 500 files of the Brown corpus in sorted order, first 512 tokens of each, and, to see
 whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calibration: 64 other files of Brown, first
-512 tokens; what is re-solved also sees ``--own-samples`` that the teacher wrote itself. All rows of a table see the same
-tokens in one run.
+512 tokens; what is re-solved also sees ``--own-samples`` that the teacher wrote itself. All rows of a table see the
+same tokens in one run.
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
@@ -39,6 +39,7 @@ TARGETS: dict[str, dict[str, int]] = {
     "layers 30→20": {"num_layers": 20},
     "ffn 1152 + hidden 512": {"ffn_hidden_size": 1152, "hidden_size": 512},
 }
+WORK = {"scores": "scores", "own text": "own_text", "ranks by reconstruction": "ranks", "order of layers": "layers"}
 METHODS = ("random", "magnitude", "plain", "ours")
 LAYER_SAMPLES = 4
 """Calibration samples on which layers are chosen by loss."""
@@ -76,8 +77,6 @@ def main() -> None:
     print(
         f"scores: {table['scores_s']:.0f} s, the model's own text {table['own_text_s']:.0f} s, ranks by reconstruction {table['ranks_s']:.0f} s"
     )
-    if "layers_s" in table:
-        print(f"order of layers by loss: {table['layers_s']:.0f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
@@ -86,7 +85,8 @@ class Bench:
     """The teacher as ``.nemo``, the tokens that every row sees, and what is known of its units.
 
     Attributes:
-        teacher: path. calibration: ``[64, 512]``. tokens: these and samples that the teacher wrote. texts: blocks ``[n, 512]`` to evaluate on, by name.
+        teacher: path. calibration: ``[64, 512]``. tokens: these and samples that the teacher wrote.
+        texts: blocks ``[n, 512]`` to evaluate on, by name.
         seconds: what scores and ranks took.
     """
 
