@@ -74,9 +74,7 @@ def main() -> None:
     for target, row in table["rows"].items():
         cells = (f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" for m in methods)
         print(f"{target:<24}" + "".join(f"{cell:>11}" for cell in cells))
-    print(
-        f"scores: {table['scores_s']:.0f} s, the model's own text {table['own_text_s']:.0f} s, ranks by reconstruction {table['ranks_s']:.0f} s"
-    )
+    print(", ".join(f"{what} {table[f'{name}_s']:.0f} s" for what, name in WORK.items() if f"{name}_s" in table))
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
