@@ -5,7 +5,8 @@
 
 Evaluation: every 25th of the 500 files of the Brown corpus in sorted order, first 512 tokens of each, and, to see
 whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calibration: 64 other files of Brown, first
-512 tokens. All rows of a table see the same tokens in one run.
+512 tokens; what is re-solved also sees ``--own-samples`` that the teacher wrote itself. All rows of a table see the
+same tokens in one run.
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
@@ -38,9 +39,12 @@ TARGETS: dict[str, dict[str, int]] = {
     "layers 30→20": {"num_layers": 20},
     "ffn 1152 + hidden 512": {"ffn_hidden_size": 1152, "hidden_size": 512},
 }
+WORK = {"scores": "scores", "own text": "own_text", "ranks by reconstruction": "ranks", "order of layers": "layers"}
 METHODS = ("random", "magnitude", "plain", "ours")
 LAYER_SAMPLES = 4
 """Calibration samples on which layers are chosen by loss."""
+OWN_SAMPLES = 16
+"""Samples that the teacher writes itself, beside the calibration: what ``minitron importance`` does by default."""
 
 
 def main() -> None:
@@ -51,12 +55,14 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
     parser.add_argument("--work", type=Path, help="folder to keep teacher, tokens and scores in between runs")
+    parser.add_argument("--own-samples", type=int, default=OWN_SAMPLES, help="that the teacher writes itself")
     arguments = parser.parse_args()
     methods, targets = arguments.methods.split(","), arguments.targets.split(",")
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        table = measure(arguments.source, arguments.brown, work, methods, targets)
+        bench = Bench(arguments.source, arguments.brown, work, arguments.own_samples)
+        table = measure(bench, methods, targets)
     table["command"] = "python " + " ".join(sys.argv)
     table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
     for where in ("brown", "pydoc"):
@@ -68,9 +74,7 @@ def main() -> None:
     for target, row in table["rows"].items():
         cells = (f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" for m in methods)
         print(f"{target:<24}" + "".join(f"{cell:>11}" for cell in cells))
-    print(f"scores: {table['scores_s']:.0f} s, and ranks by reconstruction {table['ranks_s']:.0f} s")
-    if "layers_s" in table:
-        print(f"order of layers by loss: {table['layers_s']:.0f} s")
+    print(", ".join(f"{what} {table[f'{name}_s']:.0f} s" for what, name in WORK.items() if f"{name}_s" in table))
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
@@ -79,11 +83,12 @@ class Bench:
     """The teacher as ``.nemo``, the tokens that every row sees, and what is known of its units.
 
     Attributes:
-        teacher: path. calibration: ``[64, 512]``. texts: blocks ``[n, 512]`` to evaluate on, by name.
+        teacher: path. calibration: ``[64, 512]``. tokens: these and samples that the teacher wrote.
+        texts: blocks ``[n, 512]`` to evaluate on, by name.
         seconds: what scores and ranks took.
     """
 
-    def __init__(self, source: Path, brown: Path, folder: Path) -> None:
+    def __init__(self, source: Path, brown: Path, folder: Path, own: int = OWN_SAMPLES) -> None:
         from nemo_minitron.nemo.trainer import inference_trainer
 
         self.folder, self.trainer = folder, inference_trainer()
@@ -94,6 +99,7 @@ class Bench:
         from nemo_minitron.data.blocks import document_heads, token_blocks
         from nemo_minitron.data.preprocess import preprocess
         from nemo_minitron.importance import collect
+        from nemo_minitron.importance.own_text import write_samples
         from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
         from nemo_minitron.scores import array_sizes
 
@@ -109,7 +115,7 @@ class Bench:
             "brown": self.heads[self.numbers % 25 == 0],
             "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
         }
-        known = folder / "known.npz"  # of an earlier run with --work
+        known = folder / f"known_{own}.npz"  # of an earlier run with --work
         if not known.is_file():
             seconds = {}
             model = self.load(self.teacher)
@@ -119,13 +125,16 @@ class Bench:
             del model
             start = time.perf_counter()
             with NemoReader(self.teacher) as reader:
-                ranks, slopes = rank_by_reconstruction(reader, self.calibration)
-            seconds["ranks_s"] = time.perf_counter() - start
-            np.savez(known, **scores, **ranks, slopes=slopes, **seconds)
+                written = write_samples(reader, own, 512, seed=0, dtype=reader.dtype) if own else self.calibration[:0]
+                seconds["own_text_s"] = time.perf_counter() - start
+                tokens = torch.cat([self.calibration, written])
+                ranks, slopes = rank_by_reconstruction(reader, tokens)
+            seconds["ranks_s"] = time.perf_counter() - start - seconds["own_text_s"]
+            np.savez(known, **scores, **ranks, slopes=slopes, tokens=tokens, **seconds)
         with np.load(known) as arrays:
             found = dict(arrays)
         scores = {name: found[name] for name in array_sizes(shape)}
-        self.seconds = {name: float(found[name]) for name in ("scores_s", "ranks_s")}
+        self.seconds = {name: float(found[name]) for name in ("scores_s", "own_text_s", "ranks_s")}
         self._steps: list[Any] = []
         generator = np.random.default_rng(0)
         with NemoReader(self.teacher) as reader:
@@ -137,6 +146,7 @@ class Bench:
             }
         self.moment = torch.from_numpy(found["stream_moment"])
         self.sensitivity = torch.from_numpy(clipped(found["slopes"]))
+        self.tokens = torch.from_numpy(found["tokens"])
 
     def load(self, path: Path) -> Any:
         """The model on one process."""
@@ -195,7 +205,7 @@ class Bench:
                 compensate(
                     reader,
                     plan,
-                    self.calibration,
+                    self.tokens,
                     self.sensitivity,
                     writer,
                     stream_moment=self.moment,
@@ -203,9 +213,8 @@ class Bench:
                 )
 
 
-def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets: list[str]) -> dict[str, Any]:
+def measure(bench: Bench, methods: list[str], targets: list[str]) -> dict[str, Any]:
     """Losses of every target by every method."""
-    bench = Bench(source, brown, folder)
     result: dict[str, Any] = {"teacher": bench.losses(bench.teacher), "rows": {}}
     if "ours" in methods and any("num_layers" in TARGETS[name] for name in targets):
         bench.layers_to_drop(1)
@@ -215,7 +224,7 @@ def measure(source: Path, brown: Path, folder: Path, methods: list[str], targets
         for method in methods:
             _reset_peak()
             start = time.perf_counter()
-            student = folder / "student.nemo"
+            student = bench.folder / "student.nemo"
             bench.prune(method, TARGETS[name], student)
             row[method] = {"seconds": time.perf_counter() - start, "peak_memory_bytes": _peak()}
             found = bench.losses(student)

@@ -66,12 +66,32 @@ def attend(qkv: Tensor, shape: ModelShape, rotary: Rotary) -> Tensor:
     Scaled by ``1/sqrt(d)``; the drawing of the axis is in :mod:`nemo_minitron.layout`.
     """
     b, s, _ = qkv.shape
+    query, key, value = _cells(qkv, shape)
+    key, value = (x.repeat_interleave(shape.heads_per_group, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, is_causal=True)
+    return out.transpose(1, 2).reshape(b, s, -1)
+
+
+def attend_next(qkv: Tensor, keys: Tensor, values: Tensor, at: int, shape: ModelShape, rotary: Rotary) -> Tensor:
+    """:func:`attend` for the one position ``at``: from ``qkv [b, 1, (A+2G)d]`` to ``[b, 1, A*d]``.
+
+    ``keys`` and ``values`` ``[b, G, s, d]`` hold those of the positions before it, and get its own.
+    """
+    query, key, value = _cells(qkv, shape)
+    here = Rotary(rotary.cos[at : at + 1], rotary.sin[at : at + 1])
+    keys[:, :, at], values[:, :, at] = here.turn(key)[:, :, 0], value[:, :, 0]
+    query = here.turn(query).view(len(qkv), shape.num_query_groups, -1, shape.kv_channels)  # heads as positions
+    out = F.scaled_dot_product_attention(query, keys[:, :, : at + 1], values[:, :, : at + 1])
+    return out.reshape(len(qkv), 1, -1)
+
+
+def _cells(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[b, A, s, d]``, keys and values ``[b, G, s, d]`` of fused ``qkv``."""
+    b, s, _ = qkv.shape
     groups, r, d = shape.num_query_groups, shape.heads_per_group, shape.kv_channels
     cells = qkv.view(b, s, groups, r + 2, d)
     query = cells[:, :, :, :r].reshape(b, s, groups * r, d).transpose(1, 2)
-    key, value = (cells[:, :, :, r + at].transpose(1, 2).repeat_interleave(r, dim=1) for at in (0, 1))
-    out = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, is_causal=True)
-    return out.transpose(1, 2).reshape(b, s, groups * r * d)
+    return query, cells[:, :, :, r].transpose(1, 2), cells[:, :, :, r + 1].transpose(1, 2)
 
 
 def gate(fc1: Tensor) -> Tensor:
@@ -96,8 +116,11 @@ class Layer:
 
     def attention(self, h: Tensor, rotary: Rotary) -> Tensor:
         """Input of ``linear_proj`` ``[b, s, A*d]`` from :meth:`attention_input`."""
+        return attend(self._qkv(h), self.shape, rotary)
+
+    def _qkv(self, h: Tensor) -> Tensor:
         bias = self[layout.QKV_BIAS] if self.shape.qkv_bias else None
-        return attend(F.linear(h, self[layout.QKV_WEIGHT], bias), self.shape, rotary)
+        return F.linear(h, self[layout.QKV_WEIGHT], bias)
 
     def ffn_input(self, x: Tensor) -> Tensor:
         """Output of the pre-MLP norm, ``[b, s, H]``."""
@@ -112,6 +135,12 @@ class Layer:
         x = x + F.linear(self.attention(self.attention_input(x), rotary), self[layout.PROJ_WEIGHT])
         return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
 
+    def forward_next(self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
+        """:meth:`forward` for the one position ``at``, ``x [b, 1, H]``; keys and values as for :func:`attend_next`."""
+        inner = attend_next(self._qkv(self.attention_input(x)), keys, values, at, self.shape, rotary)
+        x = x + F.linear(inner, self[layout.PROJ_WEIGHT])
+        return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
+
 
 class LayerReader(Protocol):
     """What streaming asks of a checkpoint (``nemo_minitron.checkpoint.NemoReader``, ``HfReader``)."""
@@ -121,10 +150,12 @@ class LayerReader(Protocol):
     def tensor(self, parameter: Parameter, layer: int | None = None) -> Tensor: ...
 
 
-def read_layer(reader: LayerReader, layer: int, device: torch.device | str = "cpu") -> Layer:
-    """One layer's canonical tensors in float32."""
+def read_layer(
+    reader: LayerReader, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Layer:
+    """One layer's canonical tensors in ``dtype``."""
     rows = layout.layer_parameters(reader.shape)
-    return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, torch.float32) for row in rows})
+    return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, dtype) for row in rows})
 
 
 def read_head(reader: LayerReader, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -34,6 +34,8 @@ class Calibration:
         reconstruction: also rank units by what is left once the others have been re-solved, and keep the tokens.
         reconstruction_tokens: of the drawn blocks, as many as have this many tokens serve for that, and are kept for
             compensation.
+        own_samples: blocks that the model writes itself (:mod:`nemo_minitron.importance.own_text`), kept beside those;
+            a quarter of their number when None, but none under ``stream``, which has no room for the whole model.
         stream: ``importance.stream``: read the checkpoint layer by layer instead of building the model.
     """
 
@@ -45,6 +47,7 @@ class Calibration:
     seed: int = 1234
     reconstruction: bool = True
     reconstruction_tokens: int = 65536
+    own_samples: int | None = None
     stream: bool = False
 
 
@@ -87,7 +90,7 @@ def measure_and_save(
                 arrays, counts = _stream(reader, blocks)
             else:
                 arrays, counts = _measure(source, reader.shape, blocks, calibration, {**model}, trainer)
-            kept = blocks[: max(1, calibration.reconstruction_tokens // length)] if calibration.reconstruction else None
+            kept = _kept(reader, blocks, calibration) if calibration.reconstruction else None
             ranks, sensitivity = ({}, None) if kept is None else _rank(reader, kept)
             scores = Scores(
                 shape=reader.shape,
@@ -133,6 +136,30 @@ def _stream(reader: NemoReader, blocks: Tensor) -> tuple[dict[str, Any], dict[st
     quiet = None if runtime.rank() == 0 else True
     with tqdm(total=len(mine) * reader.shape.num_layers, desc="importance", unit="layer", disable=quiet) as bar:
         return stream_collect(reader, mine, group=world, progress=bar.update)
+
+
+def _kept(reader: NemoReader, blocks: Tensor, calibration: Calibration) -> Tensor:
+    """Blocks that ranks and compensation rest on: of those drawn, and of the model's own, the same on every rank."""
+    import torch
+    from tqdm import tqdm
+
+    from nemo_minitron import parallel, runtime
+    from nemo_minitron.importance.own_text import write_samples
+
+    drawn = blocks[: max(1, calibration.reconstruction_tokens // blocks.shape[1])]
+    count = calibration.own_samples
+    if count is None:
+        count = 0 if calibration.stream else -(-len(drawn) // 4)
+    if count == 0:
+        return drawn
+    device, length = runtime.device(), blocks.shape[1]
+    written = torch.zeros(count, length, dtype=torch.int64)
+    if runtime.rank() == 0:
+        with tqdm(total=length - 1, desc="own text", unit="token") as bar:
+            written = write_samples(
+                reader, count, length, seed=calibration.seed, device=device, dtype=reader.dtype, progress=bar.update
+            )
+    return torch.cat([drawn, parallel.broadcast(written.to(device), 0, parallel.world()).to(drawn)])
 
 
 def _rank(reader: NemoReader, tokens: Tensor) -> tuple[dict[str, Any], Any]:
@@ -202,6 +229,8 @@ def _blocks(calibration: Calibration, length: int, reader: NemoReader) -> tuple[
         raise MinitronError(
             "calibration: expected one of calibration.data_prefix and calibration.path, found both or none"
         )
+    if calibration.own_samples is not None and calibration.own_samples < 0:
+        raise MinitronError(f"calibration.own_samples: expected 0 or more, found {calibration.own_samples}")
     if calibration.num_samples < 1:
         raise MinitronError(f"calibration.num_samples: expected at least 1, found {calibration.num_samples}")
     if calibration.path is None:
