@@ -231,6 +231,18 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def reset_peak_memory() -> None:
+    """Begin a new peak on CUDA; the resident set size of a process has one peak for its whole life."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given; the CPU has."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
 def fill_missing(module: Any, **names: Any) -> None:
     """Define ``names`` in ``module`` where it lacks them: what NeMo leaves undefined when Apex is not installed."""
     for name, value in names.items():

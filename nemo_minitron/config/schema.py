@@ -121,11 +121,29 @@ class Distill:
 
 
 @dataclass
+class LmEval:
+    tasks: list[str] = key([], "tasks of lm-evaluation-harness: names, patterns, YAML files or folders of them")
+    include_path: str | None = key(None, "folder of YAML files whose tasks and groups are known by name too")
+    num_fewshot: int | None = key(None, "examples before every item; each task's own number when null")
+    limit: float | None = key(None, "items of every task, a share of them below 1; all of them when null")
+    batch_size: int = key(1, "requests per forward pass")
+    log_samples: bool = key(False, "also write every item's answers to NAME.samples.jsonl beside output_path")
+
+
+@dataclass
 class Evaluate:
-    data_prefix: str = key(REQUIRED, "held-out .bin/.idx prefix")
-    seq_length: int = key(2048, "tokens per block")
+    perplexity: bool = key(True, "loss on evaluate.data_prefix")
+    data_prefix: str | None = key(None, "held-out .bin/.idx prefix; needed for perplexity")
+    seq_length: int | None = key(2048, "tokens per block; the model's own length when null")
     num_samples: int | None = key(None, "blocks to read; all of them when null")
     micro_batch_size: int = key(1, "blocks per forward pass")
+    throughput: bool = key(False, "time prefill and decode apart, with a key-value cache")
+    batch_size: int = key(1, "of throughput: sequences that each replica of the model serves together")
+    prefill_tokens: int = key(512, "of throughput: length of the prompt, read in one pass")
+    decode_tokens: int = key(32, "of throughput: tokens made after it, one by one")
+    repeats: int = key(3, "of throughput: runs whose median is told, after one that warms up")
+    energy: bool = key(False, "joules per token of both, where the machine counts them (RAPL, NVML)")
+    lm_eval: LmEval = section(LmEval, "tasks of EleutherAI's lm-evaluation-harness")
 
 
 @dataclass
@@ -212,7 +230,7 @@ class DistillConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss, perplexity, size and speed of a .nemo on held-out text, as JSON."""
+    """Loss, size, speed and energy of a model and its accuracy on lm-evaluation-harness tasks, as JSON."""
 
     model: dict[str, Any] = _nemo()
     evaluate: Evaluate = section(Evaluate, "what to measure")
