@@ -8,6 +8,7 @@ their defaults in ``conf/COMMAND.yaml``. A default of ``???`` marks a key that m
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,12 @@ class Evaluate:
 
 @dataclass
 class ConvertConfig:
-    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input."""
+    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input.
+
+    A .nemo holds config, weights and tokenizer in one file. Towards HF, config.json, generation_config.json, the
+    tokenizer's files and safetensors shards are written; nothing else is needed to load them. One tensor is in memory
+    at a time.
+    """
 
     input_name_or_path: str = key(REQUIRED, "HF folder, .gguf file, .nemo file or unpacked .nemo folder")
     output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
@@ -160,7 +166,11 @@ class ConvertConfig:
 
 @dataclass
 class PreprocessConfig:
-    """Text to token files (.bin/.idx) that Megatron and NeMo read."""
+    """Text to token files (.bin/.idx) that Megatron and NeMo read.
+
+    Writes PREFIX_KEY_document.bin and .idx, and a .json that tells which tokenizer made them, so that later commands
+    can refuse tokens of another vocabulary.
+    """
 
     input: str | None = key(None, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
@@ -186,7 +196,12 @@ class SynthesizeConfig:
 
 @dataclass
 class FinetuneConfig:
-    """Train a checkpoint on text by next-token prediction: teacher correction. The checkpoint decides the shape."""
+    """Train a checkpoint on text by next-token prediction: teacher correction. The checkpoint decides the shape.
+
+    Where the text to come differs from what the teacher was trained on, a short training on it first makes a better
+    teacher (arXiv 2408.11796). The best model by validation loss is written to model.nemo_path, the last to
+    NAME.last.nemo beside it; logs and checkpoints for resuming go to exp_manager's folder.
+    """
 
     model: dict[str, Any] = _nemo()
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
@@ -196,7 +211,11 @@ class FinetuneConfig:
 
 @dataclass
 class ImportanceConfig:
-    """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data."""
+    """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data.
+
+    Statistics of arXiv 2407.14679 and what compensated pruning needs, in a folder that `minitron prune` reads. It is
+    the same from any number of processes.
+    """
 
     model: dict[str, Any] = _nemo()
     output_path: str = key(REQUIRED, "scores folder to write")
@@ -207,7 +226,12 @@ class ImportanceConfig:
 
 @dataclass
 class PruneConfig:
-    """Make a smaller student from a teacher: a plan of what to keep, and the student .nemo."""
+    """Make a smaller student from a teacher: a plan of what to keep, and the student .nemo.
+
+    The plan, with the same scores and source, gives the same student again, bit for bit. Where prune.scores is null and
+    the plan needs scores, they are computed first. Nothing but sizes need be given: `prune.ffn_hidden_size=9216`, or a
+    target by name.
+    """
 
     model: dict[str, Any] = _nemo()
     prune: Prune = section(Prune, "what to keep; choose a target with prune=NAME or by size")
@@ -219,7 +243,11 @@ class PruneConfig:
 
 @dataclass
 class DistillConfig:
-    """Train a student to follow a teacher's predictions."""
+    """Train a student to follow a teacher's predictions.
+
+    Both are .nemo files of one vocabulary. The best student by distill.monitor is written to model.nemo_path, the last
+    to NAME.last.nemo beside it; logs and checkpoints for resuming go to exp_manager's folder.
+    """
 
     model: dict[str, Any] = _nemo()
     distill: Distill = section(Distill, "the loss")
@@ -230,7 +258,13 @@ class DistillConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss, size, speed and energy of a model and its accuracy on lm-evaluation-harness tasks, as JSON."""
+    """Loss, size, speed and energy of a model and its accuracy on lm-evaluation-harness tasks, as JSON.
+
+    Of itself it writes val_loss (nats per token), perplexity, sizes, tokens_per_second and peak_memory_bytes. Sections
+    `throughput`, `energy` and `lm_eval` are added where they are asked for. The harness (pip install
+    'nemo_minitron[lm-eval]') runs in one process on the HF folder that `minitron convert` would make, or on one that
+    model.restore_from_path names; a path of data in a task's YAML is from the folder where the command runs.
+    """
 
     model: dict[str, Any] = _nemo()
     evaluate: Evaluate = section(Evaluate, "what to measure")
@@ -241,7 +275,12 @@ class EvaluateConfig:
 
 @dataclass
 class RunConfig:
-    """Walk a whole recipe, skipping the stages that are done and unchanged."""
+    """Walk a whole recipe, skipping the stages that are done and unchanged.
+
+    Every stage is one of the other commands. `recipe.settings.KEY=…` changes what several of them share,
+    `recipe.stages.NAME.config.KEY=…` one of them. What each ran with is left in RUN_DIR/.stages, the comparison of
+    teacher, pruned and distilled in RUN_DIR/metrics.json. `recipe=./FILE.yaml` is one of your own.
+    """
 
     recipe: Any = key(REQUIRED, "name of a recipe (conf/recipe/NAME.yaml); recipe.settings.KEY=… changes one")
     run_dir: str = key("runs/${recipe.name}", "folder of the run")
@@ -323,8 +362,13 @@ STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": 
 
 
 def summary(command: str) -> str:
-    """First sentence on a command."""
-    return (COMMANDS[command].__doc__ or "").strip()
+    """A command in a line."""
+    return description(command).partition("\n")[0]
+
+
+def description(command: str) -> str:
+    """What a command does, for its help and its page in ``docs/commands``."""
+    return inspect.cleandoc(COMMANDS[command].__doc__ or "")
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
