@@ -64,6 +64,7 @@ WORDS: dict[str, list[str]] = {
     "trainer.val_check_interval=10": ["trainer.val_check_interval=2"],
     "model.global_batch_size=128": ["model.global_batch_size=2"],
     "trainer.devices=8": ["trainer.devices=2"],
+    "trainer.precision=bf16": ["trainer.precision=32"],  # bf16's autocast fails under sequence parallel
     "model.tensor_model_parallel_size=8": ["model.tensor_model_parallel_size=2"],
     "evaluate.prefill_tokens=2048": ["evaluate.prefill_tokens=16"],
     "evaluate.decode_tokens=128": ["evaluate.decode_tokens=4"],
