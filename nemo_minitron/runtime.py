@@ -244,6 +244,18 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def reset_peak_memory() -> None:
+    """Begin a new peak on CUDA; the resident set size of a process has one peak for its whole life."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was given; the CPU has."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
 def fill_missing(module: Any, **names: Any) -> None:
     """Define ``names`` in ``module`` where it lacks them: what NeMo leaves undefined when Apex is not installed."""
     for name, value in names.items():

@@ -8,6 +8,7 @@ their defaults in ``conf/COMMAND.yaml``. A default of ``???`` marks a key that m
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,16 +130,39 @@ class Distill:
 
 
 @dataclass
+class LmEval:
+    tasks: list[str] = key([], "tasks of lm-evaluation-harness: names, patterns, YAML files or folders of them")
+    include_path: str | None = key(None, "folder of YAML files whose tasks and groups are known by name too")
+    num_fewshot: int | None = key(None, "examples before every item; each task's own number when null")
+    limit: float | None = key(None, "items of every task, a share of them below 1; all of them when null")
+    batch_size: int = key(1, "requests per forward pass")
+    log_samples: bool = key(False, "also write every item's answers to NAME.samples.jsonl beside output_path")
+
+
+@dataclass
 class Evaluate:
-    data_prefix: str = key(REQUIRED, "held-out .bin/.idx prefix")
-    seq_length: int = key(2048, "tokens per block")
+    perplexity: bool = key(True, "loss on evaluate.data_prefix")
+    data_prefix: str | None = key(None, "held-out .bin/.idx prefix; needed for perplexity")
+    seq_length: int | None = key(2048, "tokens per block; the model's own length when null")
     num_samples: int | None = key(None, "blocks to read; all of them when null")
     micro_batch_size: int = key(1, "blocks per forward pass")
+    throughput: bool = key(False, "time prefill and decode apart, with a key-value cache")
+    batch_size: int = key(1, "of throughput: sequences that each replica of the model serves together")
+    prefill_tokens: int = key(512, "of throughput: length of the prompt, read in one pass")
+    decode_tokens: int = key(32, "of throughput: tokens made after it, one by one")
+    repeats: int = key(3, "of throughput: runs whose median is told, after one that warms up")
+    energy: bool = key(False, "joules per token of both, where the machine counts them (RAPL, NVML)")
+    lm_eval: LmEval = section(LmEval, "tasks of EleutherAI's lm-evaluation-harness")
 
 
 @dataclass
 class ConvertConfig:
-    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input."""
+    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input.
+
+    A .nemo holds config, weights and tokenizer in one file. Towards HF, config.json, generation_config.json, the
+    tokenizer's files and safetensors shards are written; nothing else is needed to load them. One tensor is in memory
+    at a time.
+    """
 
     input_name_or_path: str = key(REQUIRED, "HF folder, .gguf file, .nemo file or unpacked .nemo folder")
     output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
@@ -150,7 +174,11 @@ class ConvertConfig:
 
 @dataclass
 class PreprocessConfig:
-    """Text to token files (.bin/.idx) that Megatron and NeMo read."""
+    """Text to token files (.bin/.idx) that Megatron and NeMo read.
+
+    Writes PREFIX_KEY_document.bin and .idx, and a .json that tells which tokenizer made them, so that later commands
+    can refuse tokens of another vocabulary.
+    """
 
     input: str | None = key(None, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
@@ -176,7 +204,12 @@ class SynthesizeConfig:
 
 @dataclass
 class FinetuneConfig:
-    """Train a checkpoint on text by next-token prediction: teacher correction. The checkpoint decides the shape."""
+    """Train a checkpoint on text by next-token prediction: teacher correction. The checkpoint decides the shape.
+
+    Where the text to come differs from what the teacher was trained on, a short training on it first makes a better
+    teacher (arXiv 2408.11796). The best model by validation loss is written to model.nemo_path, the last to
+    NAME.last.nemo beside it; logs and checkpoints for resuming go to exp_manager's folder.
+    """
 
     model: dict[str, Any] = _nemo()
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
@@ -186,7 +219,11 @@ class FinetuneConfig:
 
 @dataclass
 class ImportanceConfig:
-    """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data."""
+    """What each neuron, head, query group, channel and layer is worth, from forward passes on calibration data.
+
+    Statistics of arXiv 2407.14679 and what compensated pruning needs, in a folder that `minitron prune` reads. It is
+    the same from any number of processes.
+    """
 
     model: dict[str, Any] = _nemo()
     output_path: str = key(REQUIRED, "scores folder to write")
@@ -197,7 +234,12 @@ class ImportanceConfig:
 
 @dataclass
 class PruneConfig:
-    """Make a smaller student from a teacher: a plan of what to keep, and the student .nemo."""
+    """Make a smaller student from a teacher: a plan of what to keep, and the student .nemo.
+
+    The plan, with the same scores and source, gives the same student again, bit for bit. Where prune.scores is null and
+    the plan needs scores, they are computed first. Nothing but sizes need be given: `prune.ffn_hidden_size=9216`, or a
+    target by name.
+    """
 
     model: dict[str, Any] = _nemo()
     prune: Prune = section(Prune, "what to keep; choose a target with prune=NAME or by size")
@@ -209,7 +251,11 @@ class PruneConfig:
 
 @dataclass
 class DistillConfig:
-    """Train a student to follow a teacher's predictions."""
+    """Train a student to follow a teacher's predictions.
+
+    Both are .nemo files of one vocabulary. The best student by distill.monitor is written to model.nemo_path, the last
+    to NAME.last.nemo beside it; logs and checkpoints for resuming go to exp_manager's folder.
+    """
 
     model: dict[str, Any] = _nemo()
     plan_only: bool = key(False, "print the memory per rank by item and the largest micro-batch, and train nothing")
@@ -221,7 +267,13 @@ class DistillConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Loss, perplexity, size and speed of a .nemo on held-out text, as JSON."""
+    """Loss, size, speed and energy of a model and its accuracy on lm-evaluation-harness tasks, as JSON.
+
+    Of itself it writes val_loss (nats per token), perplexity, sizes, tokens_per_second and peak_memory_bytes. Sections
+    `throughput`, `energy` and `lm_eval` are added where they are asked for. The harness (pip install
+    'nemo_minitron[lm-eval]') runs in one process on the HF folder that `minitron convert` would make, or on one that
+    model.restore_from_path names; a path of data in a task's YAML is from the folder where the command runs.
+    """
 
     model: dict[str, Any] = _nemo()
     evaluate: Evaluate = section(Evaluate, "what to measure")
@@ -240,7 +292,12 @@ class ReportConfig:
 
 @dataclass
 class RunConfig:
-    """Walk a whole recipe, skipping the stages that are done and unchanged."""
+    """Walk a whole recipe, skipping the stages that are done and unchanged.
+
+    Every stage is one of the other commands. `recipe.settings.KEY=…` changes what several of them share,
+    `recipe.stages.NAME.config.KEY=…` one of them. What each ran with is left in RUN_DIR/.stages, the comparison of
+    teacher, pruned and distilled in RUN_DIR/metrics.json. `recipe=./FILE.yaml` is one of your own.
+    """
 
     recipe: Any = key(REQUIRED, "name of a recipe (conf/recipe/NAME.yaml); recipe.settings.KEY=… changes one")
     run_dir: str = key("runs/${recipe.name}", "folder of the run")
@@ -323,8 +380,13 @@ STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": 
 
 
 def summary(command: str) -> str:
-    """First sentence on a command."""
-    return (COMMANDS[command].__doc__ or "").strip()
+    """A command in a line."""
+    return description(command).partition("\n")[0]
+
+
+def description(command: str) -> str:
+    """What a command does, for its help and its page in ``docs/commands``."""
+    return inspect.cleandoc(COMMANDS[command].__doc__ or "")
 
 
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, str, Any, dict[str, Any]]]:

@@ -99,6 +99,45 @@ def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool])
     return stage.run(compose("evaluate", [*options, f"output_path={folder}/out.json"]))["val_loss"]
 
 
+def evaluate_speed(source: str, prefix: str, folder: str, grid: tuple[int, int]) -> dict[str, Any]:
+    """``evaluate`` with all that it measures itself; its metrics as each rank has them."""
+    from nemo_minitron.stages import evaluate as stage
+
+    options = [
+        f"model.restore_from_path={source}",
+        f"evaluate.data_prefix={prefix}",
+        f"evaluate.seq_length={LENGTH}",
+        "evaluate.num_samples=2",
+        "evaluate.throughput=true",
+        "evaluate.energy=true",
+        "evaluate.batch_size=2",
+        "evaluate.prefill_tokens=16",
+        "evaluate.decode_tokens=4",
+        f"model.tensor_model_parallel_size={grid[0]}",
+        f"model.pipeline_model_parallel_size={grid[1]}",
+        f"trainer.devices={runtime.world_size()}",
+        f"output_path={folder}/out.json",
+    ]
+    return stage.run(compose("evaluate", options))
+
+
+def decode(source: str, tokens: list[list[int]], prompt: int, grid: tuple[int, int]) -> list | None:
+    """``[b, s, Vp/tp]`` logits of ``tokens``, ``prompt`` of them read at once and the rest one by one."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from nemo_minitron.evaluate.throughput import step
+    from nemo_minitron.nemo.restore import load_model
+    from nemo_minitron.nemo.trainer import inference_trainer
+
+    given = torch.tensor(tokens)
+    model = load_model(source, inference_trainer(devices=runtime.world_size()), settings(*grid, False))
+    model.get_model_module_list()[0].eval()
+    context = StaticInferenceContext(*given.shape)
+    passes = [given[:, :prompt], *given[:, prompt:].split(1, dim=1)]
+    logits = [step(model, part, context) for part in passes]
+    return None if logits[0] is None else torch.cat([part for part in logits if part is not None], dim=1).tolist()
+
+
 def train(
     command: str,
     source: str,

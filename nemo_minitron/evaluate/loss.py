@@ -1,4 +1,4 @@
-"""Held-out loss and cost of a model."""
+"""Held-out loss of a model, and what it costs to compute."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.shape import ModelShape
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
+
+
+def facts(shape: ModelShape) -> dict[str, int]:
+    """A model's sizes, under the names that a ``metrics.json`` has for them."""
+    return {
+        "num_parameters": shape.num_parameters(),
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+    }
 
 
 @torch.no_grad()
@@ -73,16 +86,10 @@ def evaluate(model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = 1)
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):
         raise MinitronError(f"val_loss is {loss}: the model's weights or its data are broken")
-    shape = model.shape
     return {
         "val_loss": loss,
         "perplexity": math.exp(loss),
-        "num_parameters": shape.num_parameters(),
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
+        **facts(model.shape),
         "tokens": int(total[1]),
         "tokens_per_second": float(total[1]) / seconds,
         "peak_memory_bytes": runtime.peak_memory_bytes(),

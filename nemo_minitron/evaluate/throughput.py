@@ -1,0 +1,141 @@
+"""Speed of a model as a server has it: a prompt is read in one pass, then one token after another is made.
+
+b batch, s tokens of a pass, V vocabulary, tp tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_minitron import parallel, runtime
+from nemo_minitron.evaluate.energy import Meter
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+
+def throughput(
+    model: MinitronGPTModel,
+    batch_size: int,
+    prefill_tokens: int,
+    decode_tokens: int,
+    repeats: int,
+    seed: int,
+    meter: Meter | None = None,
+) -> dict[str, Any]:
+    """Median speed of ``repeats`` runs over random tokens, after one that warms up.
+
+    Every data-parallel rank serves a batch of its own at the same time; tokens are those of all of them. Any TP and PP,
+    without sequence parallel, which cannot divide one token. Megatron-Core's own key-value cache is used.
+
+    Args:
+        batch_size: sequences that one replica of the model serves together.
+        prefill_tokens: length of the prompt, read in one pass; logits of its last token alone.
+        decode_tokens: passes of one token after it.
+        meter: of energy, if that is wanted too.
+
+    Returns:
+        Settings, tokens/s of both phases, milliseconds from pass to pass while decoding, bytes of the key-value cache
+        and peak bytes of the rank that needs most (on CUDA of this measurement alone, else of the process's life), and
+        with a meter that works ``joules_per_token`` of both phases.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    (module,) = model.get_model_module_list()
+    module.eval()
+    runtime.reset_peak_memory()
+    length = prefill_tokens + decode_tokens
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.true_vocab_size, (batch_size, length), generator=generator).to(runtime.device())
+    replicas = parallel_state.get_data_parallel_world_size()
+    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+    joules = {"prefill": 0.0, "decode": 0.0}
+    cache = 0
+    bar = None if torch.distributed.get_rank() == 0 else True
+    for number in tqdm(range(repeats + 1), desc="throughput", unit="run", disable=bar):
+        context = StaticInferenceContext(batch_size, length)
+        context.materialize_only_last_token_logits = True
+        for phase, passes in (("prefill", [tokens[:, :prefill_tokens]]), ("decode", _single(tokens, prefill_tokens))):
+            before, start = meter.read() if meter else None, _now()
+            for part in passes:
+                step(model, part, context)
+            end = _now()
+            if number:
+                seconds[phase].append(end - start)
+                joules[phase] += meter.since(before) if meter and before is not None else 0.0
+        cache = sum(t.nbytes for pair in context.key_value_memory_dict.values() for t in pair)
+    made = {
+        "prefill": batch_size * prefill_tokens * replicas,
+        "decode": batch_size * decode_tokens * replicas,
+    }
+    middle = {phase: statistics.median(values) for phase, values in seconds.items()}
+    most = torch.tensor([cache, runtime.peak_memory_bytes()], device=runtime.device())
+    cache, peak = parallel.all_reduce(most, parallel.world(), "max").tolist()
+    found = {
+        "batch_size": batch_size,
+        "prefill_tokens": prefill_tokens,
+        "decode_tokens": decode_tokens,
+        "repeats": repeats,
+        "prefill_tokens_per_second": made["prefill"] / middle["prefill"],
+        "decode_tokens_per_second": made["decode"] / middle["decode"],
+        "decode_milliseconds_per_step": 1000 * middle["decode"] / decode_tokens,
+        "kv_cache_bytes": cache,
+        "peak_memory_bytes": peak,
+    }
+    if meter is not None and (total := meter.of_the_job(list(joules.values()))) is not None:
+        found["joules_per_token"] = {
+            phase: value / (repeats * made[phase]) for phase, value in zip(joules, total, strict=True)
+        }
+    return found
+
+
+@torch.no_grad()
+def step(model: MinitronGPTModel, tokens: Tensor, context: StaticInferenceContext) -> Tensor | None:
+    """Run ``tokens [b, s]`` after those that ``context`` holds, and keep them there.
+
+    Returns:
+        ``[b, 1, Vp/tp]`` logits of the last token on the last pipeline stage (``[b, s, Vp/tp]`` if the context asks for
+        all of them), None elsewhere.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    (module,) = model.get_model_module_list()
+    offset, (b, s) = context.sequence_len_offset, tokens.shape
+    positions = torch.arange(offset, offset + s, device=tokens.device).expand(b, s)
+
+    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
+        logits = stage(input_ids=tokens, position_ids=positions, attention_mask=None, inference_context=context)
+        return logits, lambda last: (last.new_zeros(()), last)
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=module,
+        num_microbatches=1,
+        forward_only=True,
+        seq_length=s,
+        micro_batch_size=b,
+    )
+    context.sequence_len_offset += s
+    context.enable_decode_mode()
+    return found[0] if found else None
+
+
+def _single(tokens: Tensor, start: int) -> list[Tensor]:
+    return [tokens[:, i : i + 1] for i in range(start, tokens.shape[1])]
+
+
+def _now() -> float:
+    """Seconds at which every rank has come here with its device at rest."""
+    runtime.synchronize()
+    parallel.barrier()
+    return time.perf_counter()
