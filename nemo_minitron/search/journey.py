@@ -102,11 +102,12 @@ def run(cfg: DictConfig, compose: Compose) -> Outcome:
     fits = [name for name, limit in budget.limits().items() if budget.costs(scores.shape)[name] > limit]
     if not fits:
         raise MinitronError(f"budget: nothing to search; the source itself fits it ({describe(scores.shape)})")
-    removed, without = _layers(cfg, scores, records, until)
+    # an impossible budget is refused before anything is measured, and no prediction changes what is possible
+    scan(space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1, sample=1)
+    removed, without = _layers(cfg, scores, records)
     features = predict.Features.of(scores, without)
-    predictor = predict.defaults(features, layers_measured=without is not None)
-    scan(space, budget, predictor, keep=1, sample=1)  # an impossible budget is refused before anything is measured
     if until == "predict":
+        predictor = predict.defaults(features, layers_measured=without is not None)
         return _finish(cfg, folder, scores, removed, _predicted(cfg, space, budget, predictor, given))
 
     path = Path(str(cfg.scores))
@@ -206,9 +207,7 @@ def _given(cfg: DictConfig, source: ModelShape) -> list[ModelShape]:
     return shapes
 
 
-def _layers(
-    cfg: DictConfig, scores: Scores, records: Records, until: str
-) -> tuple[list[tuple[int, ...]], list[float] | None]:
+def _layers(cfg: DictConfig, scores: Scores, records: Records) -> tuple[list[tuple[int, ...]], list[float] | None]:
     """Layers to remove by their number, and the damage of that, where both are found by loss; else nothing."""
     if cfg.search.layer_selection != "greedy" or "num_layers" not in cfg.search.shrink:
         return [], None
@@ -365,8 +364,11 @@ def _zero_shot(cfg: DictConfig, bench: Bench, outcome: Outcome, fitted: Sequence
         cached = bench.known(one.shape)
         one.zero_shot = bench.zero_shot(one.shape)
         table.row(one.shape, one.predicted, one.zero_shot, _note(one), cached)
-        if not cfg.search.keep_students and one.role == "validation":
-            bench.forget_student(one.shape)
+        if not cfg.search.keep_students:
+            alive = _best(cfg, outcome)
+            for other in wanted:
+                if other not in alive and other.role != "given":
+                    bench.forget_student(other.shape)
     new = [one for one in wanted if one.shape not in fitted and one.zero_shot is not None]
     outcome.rank_correlation = predict.rank_correlation(
         [one.predicted for one in new],
@@ -376,19 +378,20 @@ def _zero_shot(cfg: DictConfig, bench: Bench, outcome: Outcome, fitted: Sequence
         print(f"rank correlation of predicted and measured over {len(new)} shapes: {outcome.rank_correlation:.3f}")
 
 
+def _best(cfg: DictConfig, outcome: Outcome) -> list[Candidate]:
+    """The best few of those measured so far, whatever they were measured for."""
+    rivals = [one for one in outcome.candidates if one.role in ("searched", "validation") and one.zero_shot is not None]
+    return sorted(rivals, key=_measured)[: int(cfg.search.finalists)]
+
+
 def _halve(cfg: DictConfig, bench: Bench, outcome: Outcome) -> None:
     """Distil the best few; the better half goes on for twice the steps, until one is left.
 
     Shapes of ``search.shapes`` within the budget go through every round beside them, so that they are compared with
     the winner after equal training, and win if they are better.
     """
-    budget = [one for one in outcome.candidates if one.role == "searched"]
-    alive = sorted(budget, key=_measured)[: int(cfg.search.finalists)]
+    alive = _best(cfg, outcome)
     beside = [one for one in outcome.candidates if one.role == "given" and one.rank is not None]
-    if not cfg.search.keep_students:
-        for one in outcome.candidates:
-            if one not in alive and one not in beside:
-                bench.forget_student(one.shape)
     steps: list[int] = []
     while True:
         steps.append(int(cfg.search.distill_steps) * 2 ** len(steps))
