@@ -22,7 +22,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import TARGETS, Plan
 from nemo_minitron.recipe import Compose, Records, Stage, minutes, run_stage, settled
 from nemo_minitron.scores import Scores
-from nemo_minitron.search.space import key_of
+from nemo_minitron.search.space import count, key_of
 from nemo_minitron.shape import ModelShape
 
 RUNNING = ("devices", "num_nodes", "accelerator", "precision")
@@ -58,6 +58,7 @@ class Bench:
         trainer = OmegaConf.to_container(cfg.trainer)
         self._running = {name: trainer[name] for name in RUNNING if name in trainer}  # type: ignore[operator,call-overload,index]
         self._grid = {name: cfg.model.get(name) for name in GRID}
+        self._stages: dict[str, Stage] = {}
 
     def plan(self, shape: ModelShape) -> Path:
         """The plan file of a shape, written unless it is there and the same."""
@@ -180,15 +181,18 @@ class Bench:
         self,
         name: str,
         command: str,
-        config: Mapping[str, Any],
+        config: Any,
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         work: Path | None = None,
     ) -> Stage:
-        try:
-            return Stage(name, command, self.compose(command, config=config), inputs, outputs, work)
-        except MinitronError as error:
-            raise MinitronError(f"stage '{name}': {error}") from None
+        if name not in self._stages:  # composing takes longer than all else that is done to see what is known
+            try:
+                config = self.compose(command, config=config)
+            except MinitronError as error:
+                raise MinitronError(f"stage '{name}': {error}") from None
+            self._stages[name] = Stage(name, command, config, inputs, outputs, work)
+        return self._stages[name]
 
 
 class Table:
@@ -214,7 +218,7 @@ class Table:
         number = f"[{self._done}/{self._count}]"
         print(
             f"{number:>9} {shape.num_layers:>6} {shape.hidden_size:>6} {shape.ffn_hidden_size:>6} {heads:>9} "
-            f"{shape.num_parameters() / 1e6:>7.1f}M {predicted:>9.4f} {measured:>9.4f}  "
+            f"{count(shape.num_parameters()):>8} {predicted:>9.4f} {measured:>9.4f}  "
             f"{'known' if cached else minutes(spent):>12}  {note}{'  ' if note and eta else ''}{eta}".rstrip(),
             flush=True,
         )

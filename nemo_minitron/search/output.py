@@ -11,7 +11,7 @@ import yaml
 
 from nemo_minitron import __version__
 from nemo_minitron.plan import TARGETS
-from nemo_minitron.search.space import describe
+from nemo_minitron.search.space import count, describe
 
 if TYPE_CHECKING:
     from nemo_minitron.search.journey import Candidate, Outcome
@@ -91,8 +91,8 @@ def summary(outcome: Outcome, rows: int = 8) -> str:
     lines = [f"\n{'':<26}{'size':>9}{'GiB':>8}{'ms':>8}{'predicted':>11}{'zero-shot':>11}{'distilled':>11}  role"]
     for one in ordered(outcome)[:rows]:
         cells = [
-            f"{one.costs['num_parameters'] / 1e6:,.1f}M",
-            f"{one.costs['memory_gib']:.3g}",
+            count(one.costs["num_parameters"]),
+            f"{one.costs['memory_gib']:.2g}",
             f"{one.costs['latency_ms']:.3g}" if "latency_ms" in one.costs else "-",
         ]
         losses = [one.predicted, one.zero_shot, one.distilled[-1] if one.distilled else None]

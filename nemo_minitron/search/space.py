@@ -405,9 +405,16 @@ def describe(shape: ModelShape) -> str:
     )
 
 
+def count(number: float) -> str:
+    """``4.51B``, ``98.9M``, ``219K``."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}" if unit == "B" else f"{number / size:.4g}{unit}"
+    return f"{number:.0f}"
+
+
 def show(cost: str, value: float) -> str:
     """A cost with its unit."""
     if cost == "num_parameters":
-        size, unit = (value / 1e9, "B") if value >= 1e9 else (value / 1e6, "M")
-        return f"{size:.2f}{unit} parameters"
+        return f"{count(value)} parameters"
     return f"{value:.3g} {'GiB' if cost == 'memory_gib' else 'ms'}"

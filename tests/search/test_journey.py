@@ -262,7 +262,7 @@ def test_calibration_tokens_can_be_fewer():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["budget.num_parameters=1e3"], "budget.num_parameters: 0.00M parameters is too little"),
+        (["budget.num_parameters=1e3"], "budget.num_parameters: 1K parameters is too little"),
         (["budget.num_parameters=1e9"], "budget: nothing to search; the source itself fits it"),
         (["budget.num_parameters=null"], "budget: expected at least one of budget.num_parameters"),
         (["budget.memory_gib=0"], "budget.memory_gib: expected a positive number, found 0.0"),
