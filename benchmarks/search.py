@@ -7,9 +7,9 @@ reference texts). Then the same folder is searched twice:
 
 1. timed: 12 shapes measured, 4 distilled, nothing else;
 2. further: 8 shapes drawn at random, so that the prediction is judged on 20 and more that it was not fitted to, and, in
-   every round of distillation, the first winner and two rivals: the *uniform* shrink (of the shapes that use at least 97% of the budget,
-   the one whose five sizes keep the most equal shares) and the choice by *parameters* alone (the most that the budget
-   allows). The second search starts no stage of the first again.
+   every round of distillation, the first winner and two rivals: the *uniform* shrink (of the shapes that use at least
+   97% of the budget, the one whose five sizes keep the most equal shares) and the choice by *parameters* alone (the
+   most that the budget allows). The second search starts no stage of the first again.
 
 The winner of the first is compared with the rivals after equal training. On paper: a scores folder of Llama-3.1-8B's
 sizes with random scores; its rank of the paper's shape says that it is found and how long that takes, not what it is

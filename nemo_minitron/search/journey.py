@@ -103,7 +103,9 @@ def run(cfg: DictConfig, compose: Compose) -> Outcome:
     if not fits:
         raise MinitronError(f"budget: nothing to search; the source itself fits it ({describe(scores.shape)})")
     # an impossible budget is refused before anything is measured, and no prediction changes what is possible
-    scan(space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1, sample=1)
+    any_shape = _shapes(space, scan(space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1).best)[
+        0
+    ]
     removed, without = _layers(cfg, scores, records)
     features = predict.Features.of(scores, without)
     if until == "predict":
@@ -115,7 +117,7 @@ def run(cfg: DictConfig, compose: Compose) -> Outcome:
         scores, path = _write_scores(fewer_tokens(scores, int(cfg.search.tokens)), folder / "scores"), folder / "scores"
     bench = Bench(cfg, compose, folder, records, scores, path, removed)
     probes = _probes(cfg, space)
-    bench.check(probes[0], distil=until == "distill")
+    bench.check(any_shape, distil=until == "distill")
     source_loss = bench.source_loss()
     print(f"{describe(scores.shape)}: loss {source_loss:.4f}")
     guess = predict.defaults(features, source_loss, without is not None)
@@ -170,7 +172,7 @@ def _space(cfg: DictConfig, shape: ModelShape) -> Space:
 
 
 def _budget(cfg: DictConfig, shape: ModelShape, records: Records) -> Budget:
-    """The budget, with the rates of this device where latency is asked; they are measured once and kept."""
+    """The budget, with the rates of this device, which are measured once and kept: others would allow other shapes."""
     values: Any = OmegaConf.to_container(cfg.budget)
     values["seq_length"] = values["seq_length"] or min(POSITIONS, shape.max_position_embeddings)
     for name in ("batch_size", "seq_length", "bytes_per_value"):
@@ -178,7 +180,7 @@ def _budget(cfg: DictConfig, shape: ModelShape, records: Records) -> Budget:
             raise MinitronError(f"budget.{name}: expected at least 1, found {values[name]}")
     if values["bytes_per_value"] not in latency.DTYPES and values["latency_ms"] is not None:
         raise MinitronError(f"budget.bytes_per_value: latency is measured at 2 or 4, found {values['bytes_per_value']}")
-    if values["latency_ms"] is not None:
+    if values["bytes_per_value"] in latency.DTYPES:
         device = {"device": latency.device_name(), "bytes_per_value": values["bytes_per_value"]}
         known = records.read("device")
         if known.get("of") != device:
@@ -324,14 +326,16 @@ def _predicted(
 def _candidates(
     space: Space, rows: Rows, chosen: Sequence[int], role: str, taken: Sequence[ModelShape]
 ) -> list[Candidate]:
-    shapes = Shapes.of(space.source, rows.sizes)
     found = []
-    for at in chosen:
-        shape = shapes.shape(at)
+    for at, shape in zip(chosen, _shapes(space, rows.take(np.array(chosen, dtype=np.int64))), strict=True):
         if shape not in taken:
             costs = {name: float(cost[at]) for name, cost in rows.costs.items()}
             found.append(Candidate(shape, role, float(rows.loss[at]), costs))
     return found
+
+
+def _shapes(space: Space, rows: Rows | None) -> list[ModelShape]:
+    return [] if rows is None else [Shapes.of(space.source, rows.sizes).shape(at) for at in range(len(rows))]
 
 
 def _evenly(rows: Rows, count: int, taken: Sequence[ModelShape]) -> list[int]:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import recipe, search
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import TARGETS, Plan
 from nemo_minitron.search import latency, measure
+from nemo_minitron.search import output as search_output
 from nemo_minitron.shape import ModelShape
 from tests.llamas import GQA
 from tests.search.test_predict import make_scores
 
+DRAW = search_output.plots
 SOURCE_LOSS = 3.0
 TRUTH = {
     "hidden_size": 0.9,
@@ -44,6 +47,8 @@ class Stages:
         self.left: int | None = None
         self.teacher = teacher
         monkeypatch.setattr(recipe, "_launch", self._launch)
+        monkeypatch.setattr(search_output, "plots", lambda outcome, folder: None)
+        monkeypatch.setattr(latency, "measure", lambda bytes_per_value: latency.Rates("here", 1e12, 1e10, 1e-6))
 
     def _launch(self, argv: list[str], log: Path) -> int:
         assert log.parent == Path(argv[2])
@@ -90,17 +95,28 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def plots(stages, monkeypatch) -> None:
+    """Draw them as well."""
+    monkeypatch.setattr(search_output, "plots", DRAW)
+
+
+@pytest.fixture
 def stages(monkeypatch, source) -> Stages:
     return Stages(monkeypatch, str(source / "teacher.nemo"))
 
 
-def run(source: Path, output: Path, *overrides: str, weights: bool = True):
+def plain(command: str, config: Any) -> DictConfig:
+    """A stage's configuration as it was given; composing all of them in every test takes longer than the tests."""
+    return OmegaConf.create({**config, "command": command})
+
+
+def run(source: Path, output: Path, *overrides: str, weights: bool = True, stage_compose: Any = plain):
     given = [f"scores={source}/scores", f"output_path={output}", "budget.num_parameters=65e3", "search.probes=[0.3]"]
     given += ["search.measure=4", "search.validate=3", "search.distill_steps=4", "search.min_fraction=0.5"]
     if weights:
         given += [f"model.restore_from_path={source}/teacher.nemo", f"evaluate.data_prefix={source}/validation"]
         given += [f"model.data.data_prefix={{train:[1.0,{source}/train],validation:[{source}/validation]}}"]
-    return search.run(compose("search", [*given, *overrides]), compose)
+    return search.run(compose("search", [*given, *overrides]), stage_compose)
 
 
 def refused(source: Path, output: Path, *overrides: str, weights: bool = True) -> str:
@@ -109,8 +125,8 @@ def refused(source: Path, output: Path, *overrides: str, weights: bool = True) -
     return str(caught.value)
 
 
-def test_the_winner_has_the_lowest_loss_after_the_last_round(source, tmp_path, stages, capsys):
-    outcome = run(source, tmp_path / "out")
+def test_the_winner_has_the_lowest_loss_after_the_last_round(source, tmp_path, stages, capsys, plots):
+    outcome = run(source, tmp_path / "out", stage_compose=compose)
     document = yaml.safe_load((tmp_path / "out" / "candidates.yaml").read_text())
     entries = {entry["name"]: entry for entry in document["candidates"]}
     assert document["winner"] == document["candidates"][0]["name"] == outcome.winner.key
