@@ -371,7 +371,7 @@ def _zero_shot(cfg: DictConfig, bench: Bench, outcome: Outcome, fitted: Sequence
         if not cfg.search.keep_students:
             alive = _best(cfg, outcome)
             for other in wanted:
-                if other not in alive and other.role != "given":
+                if other.zero_shot is not None and other not in alive and other.role != "given":
                     bench.forget_student(other.shape)
     new = [one for one in wanted if one.shape not in fitted and one.zero_shot is not None]
     outcome.rank_correlation = predict.rank_correlation(
