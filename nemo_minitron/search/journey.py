@@ -312,9 +312,8 @@ def _predicted(
     rest = found.sample.take(found.sample.order())
     candidates += _candidates(space, rest, _evenly(rest, int(cfg.search.validate), taken), "validation", taken)
     print(
-        f"{found.considered:,} shapes, {found.feasible:,} within the budget ("
-        + ", ".join(f"{name} {show(name, limit)}" for name, limit in limits.items())
-        + ")"
+        f"{found.considered:,} shapes, {found.feasible:,} within the budget of "
+        + ", ".join(show(name, getattr(budget, name)) for name in limits)
     )
     for one in candidates:
         if one.role == "given":
