@@ -118,7 +118,7 @@ def _main(argv: list[str]) -> int:
     if arguments.command is None:
         print(help_text(), end="", file=sys.stdout if arguments.help else sys.stderr)
         return 0 if arguments.help else 2
-    from nemo_minitron.config.schema import COMMANDS
+    from nemo_minitron.config.schema import COMMANDS, JOURNEYS
 
     if arguments.command not in COMMANDS:
         raise MinitronError(
@@ -143,7 +143,7 @@ def _main(argv: list[str]) -> int:
 
         cluster.submit(arguments.command, cfg, arguments.overrides)
         return 0
-    if processes := processes_to_launch(cfg):
+    if arguments.command not in JOURNEYS and (processes := processes_to_launch(cfg)):
         from nemo_minitron import launch
 
         return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
@@ -171,11 +171,12 @@ def _orderly_end() -> Iterator[None]:
 
 def dispatch(command: str, cfg: DictConfig) -> None:
     """Import the command's module, and only that, and run it."""
-    if command == "run":
-        from nemo_minitron import recipe
+    from nemo_minitron.config.schema import JOURNEYS
+
+    if command in JOURNEYS:
         from nemo_minitron.config.compose import compose
 
-        recipe.run(cfg, compose)
+        importlib.import_module(f"nemo_minitron.{'recipe' if command == 'run' else command}").run(cfg, compose)
         return
     importlib.import_module(f"nemo_minitron.stages.{command}").run(cfg)
 
@@ -247,7 +248,7 @@ def command_help(command: str) -> str:
     """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
     from pathlib import Path
 
-    from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, description, keys
+    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, REQUIRED, Cluster, description, keys
 
     ours, foreign = [], []
     for name, kind, default, metadata in keys(COMMANDS[command]):
@@ -266,7 +267,7 @@ def command_help(command: str) -> str:
         lines += [f"  {name:<{width}}{text}" for name, text in foreign]
         text = (Path(__file__).parent / "conf" / f"{command}.yaml").read_text()
         lines += ["", *(f"  {line}".rstrip() for line in text.splitlines() if not line.startswith("#"))]
-    if command != "run":
+    if command not in JOURNEYS:
         rows = [(name, metadata["help"]) for name, _, _, metadata in keys(Cluster, "cluster.")]
         lines += ["", "with +cluster=slurm:", *(f"  {name:<{width}}{text}" for name, text in rows)]
     return "\n".join([*lines, "", _OPTIONS])

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -90,12 +90,12 @@ def run(cfg: DictConfig, compose: Compose) -> None:
     print(f"recipe {cfg.recipe.name}: {len(chosen)} stages in {run_dir}", flush=True)
     started = time.monotonic()
     for number, name in enumerate(chosen, start=1):
-        _run_stage(stages[name], records, f"[{number}/{len(chosen)}] {name}", force=cfg.force)
+        run_stage(stages[name], records, f"[{number}/{len(chosen)}] {name}", force=cfg.force)
     report(cfg.recipe.get("roles") or {}, stages, run_dir)
     for stage in stages.values():
         if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
             print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
-    print(f"recipe {cfg.recipe.name}: done in {_minutes(time.monotonic() - started)}", flush=True)
+    print(f"recipe {cfg.recipe.name}: done in {minutes(time.monotonic() - started)}", flush=True)
 
 
 def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
@@ -146,14 +146,20 @@ class Records:
         """Replace the record of a stage."""
         write_atomically(self.folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
 
-    def fingerprint(self, stage: Stage) -> str:
+    def fingerprint(self, stage: Stage, known: Mapping[str, str] | None = None) -> str:
         """sha256 over the command, its resolved config, its inputs' content and this package's version.
+
+        Args:
+            known: content of inputs that need not be there any more, by path.
 
         Raises:
             MinitronError: an input is absent.
         """
         inputs: dict[str, str] = {}
         for pattern in stage.inputs:
+            if known and pattern in known:
+                inputs[pattern] = known[pattern]
+                continue
             paths = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
             if not paths or not all(os.path.exists(path) for path in paths):
                 raise MinitronError(f"stage '{stage.name}': input {pattern} does not exist")
@@ -193,40 +199,71 @@ class Records:
         return digest.hexdigest()
 
 
-def _run_stage(stage: Stage, records: Records, title: str, force: bool) -> None:
+def settled(stages: Sequence[Stage], records: Records) -> bool:
+    """Whether a chain, of which only the last output is wanted, need not run: all done, unchanged, that output there.
+
+    What the earlier ones wrote may have been deleted since; its recorded content stands in for it.
+    """
+    known: dict[str, str] = {}
+    record: dict[str, Any] = {}
+    for stage in stages:
+        record = records.read(stage.name)
+        if record.get("state") != "done" or record.get("fingerprint") != records.fingerprint(stage, known):
+            return False
+        known |= record["outputs"]
+    return records.outputs(stages[-1]) == record["outputs"]
+
+
+def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False, quiet: bool = False) -> None:
+    """Run one stage, or skip it where it is done and unchanged.
+
+    Args:
+        title: begins every line that is printed.
+        quiet: print nothing, and send what the stage says to ``NAME.log`` beside its record.
+
+    Raises:
+        MinitronError: as :func:`run`.
+    """
+    log = records.folder / f"{stage.name}.log" if quiet else None
+    say = (lambda text: None) if quiet else (lambda text: print(f"{title}: {text}", flush=True))
     fingerprint = records.fingerprint(stage)
     record = records.read(stage.name)
     same = record.get("fingerprint") == fingerprint
     done = same and record.get("state") == "done"
     if done and not force and stage.outputs and records.outputs(stage) == record.get("outputs"):
-        print(f"{title}: up to date, skipped (took {_minutes(record['seconds'])})", flush=True)
+        say(f"up to date, skipped (took {minutes(record['seconds'])})")
         return
     resume = same and not done and not force
     if stage.work is not None and not resume and stage.work.exists():
         shutil.rmtree(stage.work)  # checkpoints of another configuration must not be resumed
-    print(f"{title}: {'resuming' if resume and record else 'running'} minitron {stage.command}", flush=True)
+    say(f"{'resuming' if resume and record else 'running'} minitron {stage.command}")
     records.write(stage.name, {"state": "started", "fingerprint": fingerprint})
     write_atomically(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
     started = time.monotonic()
     flags = ["--config-path", str(records.folder), "--config-name", f"{stage.name}.yaml"]
-    code = _launch([stage.command, *flags])
+    code = _launch([stage.command, *flags], log) if log else _launch([stage.command, *flags])
     seconds = time.monotonic() - started
     outputs = records.outputs(stage)
     if code:
         raise MinitronError(
-            f"stage '{stage.name}' failed (minitron {stage.command}, exit status {code}, after {_minutes(seconds)}); "
-            "the same command starts again from this stage"
+            f"stage '{stage.name}' failed (minitron {stage.command}, exit status {code}, after {minutes(seconds)}); "
+            f"the same command starts again from this stage{_last_words(log)}"
         )
     if outputs is None:
         absent = [path for path in stage.outputs if not os.path.exists(path)]
         raise MinitronError(f"stage '{stage.name}' ended well but did not write {', '.join(absent)}")
     done_record = {"state": "done", "fingerprint": fingerprint, "seconds": round(seconds, 3), "outputs": outputs}
     records.write(stage.name, done_record | {"versions": versions()})
-    print(f"{title}: done in {_minutes(seconds)}", flush=True)
+    say(f"done in {minutes(seconds)}")
 
 
-def _launch(argv: list[str]) -> int:
-    """Run ``python -m nemo_minitron ARGV`` to its end, its output streamed; return its exit status.
+def _last_words(log: Path | None) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log and log.is_file() else []
+    return f"; {log} ends with: {lines[-1]}" if lines else ""
+
+
+def _launch(argv: list[str], log: Path | None = None) -> int:
+    """Run ``python -m nemo_minitron ARGV`` to its end, its output streamed or sent to ``log``; return its exit status.
 
     A stage's process is forked from a server that has imported NeMo once, which takes some nine seconds; with an
     NVIDIA device, whose driver does not survive a fork, it starts from nothing. When interrupted, the stage may leave
@@ -234,7 +271,10 @@ def _launch(argv: list[str]) -> int:
     passed on.
     """
     if Path("/dev/nvidiactl").exists():
-        started = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *argv])
+        out = log.open("wb") if log else None
+        started = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *argv], stdout=out, stderr=out)
+        if out:
+            out.close()
         try:
             return started.wait()
         except KeyboardInterrupt:
@@ -246,7 +286,7 @@ def _launch(argv: list[str]) -> int:
             raise
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nemo_minitron.nemo.training", "nemo_minitron.nemo.distillation"])
-    forked = context.Process(target=_as_main, args=(argv,))
+    forked = context.Process(target=_as_main, args=(argv, log))
     forked.start()
     try:
         forked.join()
@@ -260,7 +300,11 @@ def _launch(argv: list[str]) -> int:
     return forked.exitcode or 0
 
 
-def _as_main(argv: list[str]) -> None:
+def _as_main(argv: list[str], log: Path | None = None) -> None:
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
     sys.argv = ["minitron", *argv]
     runpy.run_module("nemo_minitron", run_name="__main__")
 
@@ -344,5 +388,6 @@ def _is_inside(path: Path, folder: Path) -> bool:
     return path != folder and path.is_relative_to(folder)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A duration for people."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, STRAY, Recipe, Stage, WithCluster, keys, tree_of
+from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, Recipe, Stage, WithCluster, keys, tree_of
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
@@ -18,7 +18,7 @@ _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "st
 def known_keys(command: str) -> Tree:
     """Nested names that ``command`` knows, ``cluster`` and the strays of NeMo's files included."""
     tree = tree_of(COMMANDS[command])
-    return tree if command == "run" else STRAY | tree_of(WithCluster) | tree
+    return tree if command in JOURNEYS else STRAY | tree_of(WithCluster) | tree
 
 
 def recipe_tree(recipe: DictConfig) -> Tree:

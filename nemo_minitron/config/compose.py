@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, STRAY, WithCluster
+from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 CONF = "nemo_minitron.conf"
@@ -87,10 +87,10 @@ def compose(
     _register_resolvers()
     tree = check.known_keys(command)
     groups, values = _parse(overrides, source)
-    if command == "run" and any(override.key_or_group.split(".")[0] == "cluster" for override in groups + values):
+    if command in JOURNEYS and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
         raise MinitronError(
-            "cluster: `minitron run` is not submitted itself, as its stages need different machines; submit the stages "
-            "one by one with +cluster=slurm, or start the recipe inside an allocation (salloc, sbatch --wrap)"
+            f"cluster: `minitron {command}` is not submitted itself, as its stages need different machines; submit the "
+            "stages one by one with +cluster=slurm, or start it inside an allocation (salloc, sbatch --wrap)"
         )
     cfg = _load(command, Source())
     if source.names_a_file(command):
@@ -109,7 +109,7 @@ def compose(
     for override in values:
         _apply(cfg, override, tree)
     check.refuse_unknown(cfg, tree)
-    stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command != "run" and name in cfg}
+    stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command not in JOURNEYS and name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
     if "cluster" in stray:
         stray |= check.typed(WithCluster, OmegaConf.masked_copy(cfg, "cluster"))

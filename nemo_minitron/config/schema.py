@@ -156,6 +156,52 @@ class Evaluate:
 
 
 @dataclass
+class EvaluateData(Evaluate):
+    data_prefix: str | None = key(None, "held-out .bin/.idx prefix")  # type: ignore[assignment]
+
+
+@dataclass
+class Budget:
+    num_parameters: float | None = key(None, "most parameters, a nominal size: 4.5e9, 100e6")
+    memory_gib: float | None = key(None, "most memory of weights and KV cache")
+    latency_ms: float | None = key(None, "longest decoding step on this device, modelled from its measured rates")
+    batch_size: int = key(1, "sequences decoded at a time, for memory and latency")
+    seq_length: int | None = key(None, "tokens of each in the KV cache; 2048, or the model's own length, when null")
+    bytes_per_value: int = key(2, "of weights and KV cache: 2 for bf16")
+    tolerance: float = key(0.005, "share by which budget.num_parameters may be exceeded")
+
+
+@dataclass
+class Search:
+    shrink: list[str] = key(
+        ["num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "num_attention_heads"],
+        "sizes that may become smaller; heads within their group",
+    )
+    hidden_step: int | None = key(None, "hidden sizes are multiples of it; 128, or less for small models, when null")
+    ffn_step: int | None = key(None, "the same for FFN sizes")
+    layers_step: int = key(1, "the same for numbers of layers")
+    groups_step: int = key(1, "the same for query groups")
+    min_fraction: float = key(0.25, "least share of each size that is tried")
+    until: str = key("distill", "last stage: predict needs scores alone", ("predict", "zero_shot", "distill"))
+    probes: list[float] = key([0.15, 0.35], "shares cut of one size at a time, measured to fit the prediction")
+    measure: int = key(12, "best predicted shapes whose zero-shot loss is measured")
+    validate: int = key(8, "further shapes measured, drawn from all that use the budget, to judge the prediction by")
+    spread: float = key(0.1, "least difference between measured shapes in some size, as a share")
+    finalists: int = key(4, "best measured shapes that are distilled; half of them go on for twice the steps, …")
+    distill_steps: int = key(20, "steps of the first round of distillation")
+    shapes: list[Any] = key([], "shapes of your own to rank and measure as well, {hidden_size: …, ffn_hidden_size: …}")
+    layer_selection: str = key(
+        "block_influence",
+        "how layers are chosen; greedy: by one search by loss, which also predicts what depth costs",
+        ("block_influence", "contiguous", "greedy"),
+    )
+    layer_tokens: int = key(4096, "calibration tokens of search.layer_selection=greedy")
+    compensate: bool | None = key(None, "as prune.compensate")
+    tokens: int | None = key(None, "calibration tokens that students are re-solved on; those in the scores when null")
+    keep_students: bool = key(False, "keep the students that are not distilled; plans are kept in any case")
+
+
+@dataclass
 class ConvertConfig:
     """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input.
 
@@ -230,6 +276,22 @@ class ImportanceConfig:
     calibration: Calibration = section(Calibration, "calibration data")
     importance: Importance = section(Importance, "how it is measured")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+
+
+@dataclass
+class SearchConfig:
+    """Best shape for a budget, chosen by evidence: predicted from scores, measured zero-shot, distilled."""
+
+    scores: str = key(REQUIRED, "scores folder of `minitron importance`")
+    output_path: str = key(REQUIRED, "folder to write candidates.yaml, plans and students to; an earlier run resumes")
+    budget: Budget = section(Budget, "what a student may cost; all that are given must hold")
+    search: Search = section(Search, "space and stages")
+    model: dict[str, Any] = known(MODEL, "restore_from_path, and for distillation what `distill` takes")
+    evaluate: EvaluateData = section(EvaluateData, "held-out data that losses are measured on")
+    distill: Distill = section(Distill, "the loss of the distillation")
+    trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, of every stage")
+    exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager, of the distillations")
+    seed: int = key(1234, "seed of everything random")
 
 
 @dataclass
@@ -367,6 +429,7 @@ COMMANDS: dict[str, type] = {
     "synthesize": SynthesizeConfig,
     "finetune": FinetuneConfig,
     "importance": ImportanceConfig,
+    "search": SearchConfig,
     "prune": PruneConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
@@ -374,6 +437,9 @@ COMMANDS: dict[str, type] = {
     "run": RunConfig,
 }
 """In the order of the journey."""
+
+JOURNEYS = ("search", "run")
+"""Commands that run others: in one process themselves, the stages in as many as their configuration says."""
 
 STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": S3_CHECKPOINTING}
 """Top-level names of NeMo's and the NeMo launcher's files that every command but ``run`` accepts and ignores."""

