@@ -70,6 +70,11 @@ WORDS: dict[str, list[str]] = {
     "evaluate.decode_tokens=128": ["evaluate.decode_tokens=4"],
     "evaluate.batch_size=8": ["evaluate.batch_size=2"],
     "evaluate.lm_eval.tasks=[arc_easy,hellaswag]": ["evaluate.lm_eval.tasks=[tests/tasks/everyday.yaml]"],
+    "budget.num_parameters=100e6": [
+        "budget.num_parameters=110e3", "search.probes=[]", "search.measure=1", "search.validate=0", "search.finalists=1",
+        "search.distill_steps=2",
+    ],
+    "run_dir=runs/smollm2_135m": ["run_dir=runs/llama3_1_8b_width"],
     "--config-path=/results/distill": ["--config-path=results/distill"],
 }  # fmt: skip
 """Word of a documented command → words on the tiny model; all others stay. Every entry must be used."""
@@ -81,7 +86,7 @@ TRAINING = [
     "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1", "model.data.seq_length=32",
     "model.global_batch_size=2",
 ]  # fmt: skip
-FIRST = {"finetune": TRAINING, "distill": TRAINING}
+FIRST = {"finetune": TRAINING, "distill": TRAINING, "search": [*TRAINING[1:], "evaluate.seq_length=32"]}
 """Words put before those of a command, where it leaves what is large to its defaults."""
 
 DISTILL = [
@@ -205,13 +210,13 @@ def run(argv: list[str], home: str) -> tuple[int, str]:
     return status, printed.getvalue()
 
 
-def _forked(argv: list[str]) -> int:
+def _forked(argv: list[str], log: Path | None = None) -> int:
     """A stage of a recipe in a fork of this process, which has imported NeMo."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = sys.stderr = open(log or 2, "w", closefd=log is not None)  # noqa: SIM115
             status = main(argv)
             sys.stdout.flush()
         finally:
