@@ -59,7 +59,7 @@ WORDS: dict[str, list[str]] = {
     "workers=32": ["workers=1"],
     "model.data.seq_length=8192": ["model.data.seq_length=32"],
     "calibration.seq_length=8192": ["calibration.seq_length=32", "calibration.num_samples=8"],
-    "evaluate.seq_length=8192": ["evaluate.seq_length=32"],
+    "evaluate.seq_length=8192": ["evaluate.seq_length=32", "evaluate.num_samples=8"],
     "trainer.max_steps=30": ["trainer.max_steps=2"],
     "trainer.val_check_interval=10": ["trainer.val_check_interval=2"],
     "model.global_batch_size=128": ["model.global_batch_size=2"],
@@ -79,8 +79,8 @@ WORDS: dict[str, list[str]] = {
 }  # fmt: skip
 """Word of a documented command → words on the tiny model; all others stay. Every entry must be used."""
 
-SHARED = "/shared/"
-"""Folder of the documents' file server; here it is the folder where the commands run."""
+PATHS = {"/shared/train_": "data/train_", "/shared/validation_": "data/validation_", "/shared/": ""}
+"""Where the files of the documents' file server are in the folder in which the commands run."""
 
 TRAINING = [
     "trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.limit_val_batches=1", "model.data.seq_length=32",
@@ -189,7 +189,9 @@ def minitron_words(words: list[str]) -> list[str] | None:
 def tiny(words: list[str]) -> list[str]:
     """The same command on the tiny model."""
     small = [part for word in words for part in WORDS.get(word, [word])]
-    return [small[0], *FIRST.get(small[0], []), *(word.replace(SHARED, "") for word in small[1:])]
+    for shared, here in PATHS.items():
+        small = [word.replace(shared, here) for word in small]
+    return [small[0], *FIRST.get(small[0], []), *small[1:]]
 
 
 def compose_as_shown(argv: list[str], complete: bool = True) -> None:
@@ -249,7 +251,7 @@ def home(tmp_path_factory) -> Path:
     text = folder / "text" / "wikitext" / "wikitext-103-v1"
     text.mkdir(parents=True)
     articles = [[f" = {name} = \n", *body.splitlines(keepends=True)] for name, body in sorted(topics.items())]
-    for split, part in (("train", articles[:25]), ("validation", articles[25:30])):
+    for split, part in (("train", articles[:25]), ("validation", articles[25:27])):
         rows = [row if row.strip() else "" for article in part for row in article]
         parquet.write_table(pyarrow.table({"text": rows}), text / f"{split}-00000-of-00001.parquet")
     (folder / "results" / "distill").mkdir(parents=True)
@@ -342,7 +344,7 @@ def test_linked_and_named_files_exist(file):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (file.parent / target).exists(), f"{file.name} links to {target}"
-    for name in re.findall(r"`([\w./-]+/[\w./-]*)`", text):
+    for name in re.findall(r"`([\w.][\w./-]*/[\w./-]*)`", text):
         is_placeholder = re.search(r"\b[A-Z]{2,}\b", name) or name in READERS_OWN
         homes = [home for home in (ROOT, ROOT / "nemo_minitron") if (home / name.split("/")[0]).exists()]
         assert not homes or is_placeholder or any((home / name).exists() for home in homes), f"{file.name}: {name}"
