@@ -56,6 +56,22 @@ def prepare() -> None:
         os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes the shell of an allocation for one of its tasks
     if not has_cuda():
         install_cpu()
+    _reduce_scatter_in_output_dtype()
+
+
+def _reduce_scatter_in_output_dtype() -> None:
+    """Under autocast and sequence parallel, Megatron-Core's local layers sum bf16 gradients into a float32 buffer."""
+    from megatron.core.tensor_parallel import layers
+
+    scatter = layers.dist_reduce_scatter_func
+    if getattr(scatter, "casts", False):
+        return
+
+    def reduce_scatter(output: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
+        return scatter(output, given.to(output.dtype), **options)
+
+    reduce_scatter.casts = True  # type: ignore[attr-defined]
+    layers.dist_reduce_scatter_func = reduce_scatter
 
 
 def _is_cuda(value: Any) -> bool:

@@ -64,15 +64,14 @@ WORDS: dict[str, list[str]] = {
     "trainer.val_check_interval=10": ["trainer.val_check_interval=2"],
     "model.global_batch_size=128": ["model.global_batch_size=2"],
     "trainer.devices=8": ["trainer.devices=2"],
-    "trainer.precision=bf16": ["trainer.precision=32"],  # bf16's autocast fails under sequence parallel
     "model.tensor_model_parallel_size=8": ["model.tensor_model_parallel_size=2"],
     "evaluate.prefill_tokens=2048": ["evaluate.prefill_tokens=16"],
     "evaluate.decode_tokens=128": ["evaluate.decode_tokens=4"],
     "evaluate.batch_size=8": ["evaluate.batch_size=2"],
     "evaluate.lm_eval.tasks=[arc_easy,hellaswag]": ["evaluate.lm_eval.tasks=[tests/tasks/everyday.yaml]"],
     "budget.num_parameters=100e6": [
-        "budget.num_parameters=110e3", "search.probes=[]", "search.measure=1", "search.validate=0", "search.finalists=1",
-        "search.distill_steps=2",
+        "budget.num_parameters=110e3", "search.probes=[]", "search.measure=1", "search.validate=0",
+        "search.finalists=1", "search.distill_steps=2",
     ],
     "run_dir=runs/smollm2_135m": ["run_dir=runs/llama3_1_8b_width"],
     "--config-path=/results/distill": ["--config-path=results/distill"],
