@@ -5,8 +5,8 @@
 
 Evaluation: every 25th of the 500 files of the Brown corpus in sorted order, first 512 tokens of each, and, to see
 whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calibration: 64 other files of Brown, first
-512 tokens; all methods see the same in one run, and ``ours`` also ``--own-samples`` that the teacher wrote itself, of
-which ``minitron importance`` adds a quarter where nothing else is said.
+512 tokens; all methods see the same in one run, and ``ours`` also ``--own-samples`` that the teacher wrote itself
+(``calibration.own_samples``).
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:

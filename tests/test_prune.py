@@ -299,12 +299,13 @@ def measured(teacher):
         f"calibration.data_prefix={teacher}/tokens_text_document",
     ]
     sizes = ["calibration.num_samples=12", "calibration.seq_length=32", "calibration.reconstruction_tokens=256"]
+    sizes += ["calibration.own_samples=2"]
     assert main(["importance", *keys, *sizes, f"output_path={teacher}/measured"]) == 0
     return Scores.load(teacher / "measured")
 
 
 def test_importance_keeps_tokens_and_ranks_for_compensation(measured):
-    assert measured.tokens.shape == (8, 32) and measured.sensitivity.shape == (6, 8, 32)  # 256 of 12 * 32 tokens
+    assert measured.tokens.shape == (10, 32) and measured.sensitivity.shape == (6, 10, 32)  # 256 of 12 * 32, and 2 own
     assert set(measured.ranks) == {"ffn_rank", "heads_rank", "groups_rank", "hidden_rank", "stream_moment"}
 
 
@@ -388,6 +389,7 @@ def test_streamed_scores_are_those_of_the_model_in_memory(teacher, measured):
         f"calibration.data_prefix={teacher}/tokens_text_document",
     ]
     sizes = ["calibration.num_samples=12", "calibration.seq_length=32", "calibration.reconstruction_tokens=256"]
+    sizes += ["calibration.own_samples=2"]
     assert main(["importance", *keys, *sizes, "importance.stream=true", f"output_path={teacher}/streamed"]) == 0
     streamed = Scores.load(teacher / "streamed")
     for name in array_sizes(measured.shape):

@@ -35,7 +35,7 @@ class Calibration:
         reconstruction_tokens: of the drawn blocks, as many as have this many tokens serve for that, and are kept for
             compensation.
         own_samples: blocks that the model writes itself (:mod:`nemo_minitron.importance.own_text`), kept beside those;
-            a quarter of their number when None, but none under ``stream``, which has no room for the whole model.
+            needs the whole model in one process's memory, under ``stream`` as well.
         stream: ``importance.stream``: read the checkpoint layer by layer instead of building the model.
     """
 
@@ -47,7 +47,7 @@ class Calibration:
     seed: int = 1234
     reconstruction: bool = True
     reconstruction_tokens: int = 65536
-    own_samples: int | None = None
+    own_samples: int = 0
     stream: bool = False
 
 
@@ -148,8 +148,6 @@ def _kept(reader: NemoReader, blocks: Tensor, calibration: Calibration) -> Tenso
 
     drawn = blocks[: max(1, calibration.reconstruction_tokens // blocks.shape[1])]
     count = calibration.own_samples
-    if count is None:
-        count = 0 if calibration.stream else -(-len(drawn) // 4)
     if count == 0:
         return drawn
     device, length = runtime.device(), blocks.shape[1]
@@ -229,7 +227,7 @@ def _blocks(calibration: Calibration, length: int, reader: NemoReader) -> tuple[
         raise MinitronError(
             "calibration: expected one of calibration.data_prefix and calibration.path, found both or none"
         )
-    if calibration.own_samples is not None and calibration.own_samples < 0:
+    if calibration.own_samples < 0:
         raise MinitronError(f"calibration.own_samples: expected 0 or more, found {calibration.own_samples}")
     if calibration.num_samples < 1:
         raise MinitronError(f"calibration.num_samples: expected at least 1, found {calibration.num_samples}")
