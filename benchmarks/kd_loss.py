@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nemo_minitron.runtime import resident_bytes
+
 
 def inputs(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Student hidden ``[s, 1, H]`` and head ``[V, H]`` with gradients, teacher's without, labels ``[1, s]``."""
@@ -58,23 +60,18 @@ def fused(hidden: Tensor, weight: Tensor, hidden_t: Tensor, weight_t: Tensor, la
 VARIANTS = {"dense": dense, "fused": fused}
 
 
-def resident() -> int:
-    """Bytes of this process's resident set."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 class Peak:
     """Highest resident set seen by a thread that looks every millisecond."""
 
     def __enter__(self) -> Peak:
-        self.bytes, self._stop = resident(), threading.Event()
+        self.bytes, self._stop = resident_bytes(), threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            self.bytes = max(self.bytes, resident())
+            self.bytes = max(self.bytes, resident_bytes())
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -91,7 +88,7 @@ def child(name: str, options: argparse.Namespace, pipe: Any) -> None:
         for x in tensors[:2]:
             x.grad = None
         if watched:
-            before = resident()
+            before = resident_bytes()
             with Peak() as peak:
                 loss = VARIANTS[name](*tensors)
                 loss.backward()

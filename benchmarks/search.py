@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from zero_shot import _processor
 
 BUDGET = 100e6
 PAPER_BUDGET, PAPER = 4.5e9, {"hidden_size": 3072, "ffn_hidden_size": 9216}
@@ -197,12 +198,6 @@ def _facts(document: dict[str, Any]) -> dict[str, Any]:
 def _minitron(*words: str) -> None:
     print("minitron", *words, flush=True)
     subprocess.run([sys.executable, "-m", "nemo_minitron", *words], check=True)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores"
 
 
 if __name__ == "__main__":

@@ -132,12 +132,15 @@ class Layer:
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """The residual stream ``[b, s, H]`` after this layer."""
-        x = x + F.linear(self.attention(self.attention_input(x), rotary), self[layout.PROJ_WEIGHT])
-        return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
+        return self._after_attention(x, self.attention(self.attention_input(x), rotary))
 
     def forward_next(self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
         """:meth:`forward` for the one position ``at``, ``x [b, 1, H]``; keys and values as for :func:`attend_next`."""
         inner = attend_next(self._qkv(self.attention_input(x)), keys, values, at, self.shape, rotary)
+        return self._after_attention(x, inner)
+
+    def _after_attention(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The rest of the layer, from the input of ``linear_proj``."""
         x = x + F.linear(inner, self[layout.PROJ_WEIGHT])
         return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
 
@@ -158,9 +161,11 @@ def read_layer(
     return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, dtype) for row in rows})
 
 
-def read_head(reader: LayerReader, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Final norm ``[H]`` and output layer ``[V, H]`` (the embedding where tied), float32, without padded rows."""
+def read_head(
+    reader: LayerReader, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Final norm ``[H]``, float32, and output layer ``[V, H]`` (the embedding where tied) without padded rows."""
     shape = reader.shape
     row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
     norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
-    return norm, reader.tensor(row)[: shape.vocab_size].to(device, torch.float32)
+    return norm, reader.tensor(row)[: shape.vocab_size].to(device, dtype)

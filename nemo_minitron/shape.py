@@ -14,6 +14,9 @@ from typing import Any
 
 from nemo_minitron.errors import MinitronError
 
+_SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
+"""Sizes that tensor parallelism divides, beside the padded vocabulary."""
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -103,7 +106,7 @@ class ModelShape:
         TP must divide groups (QKV is split by group), heads, ffn and the padded vocabulary; every pipeline stage
         needs a layer.
         """
-        for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size", "padded_vocab_size"):
+        for name in (*_SPLIT, "padded_vocab_size"):
             if getattr(self, name) % tensor_parallel:
                 raise MinitronError(
                     f"model.tensor_model_parallel_size ({tensor_parallel}) must divide {name} ({getattr(self, name)})"
@@ -113,6 +116,10 @@ class ModelShape:
                 f"model.pipeline_model_parallel_size ({pipeline_parallel}) must be at most num_layers "
                 f"({self.num_layers})"
             )
+
+    def splits_over(self, tensor_parallel: int) -> bool:
+        """Whether TP divides every size but the padded vocabulary, which is padded anew for each grid."""
+        return all(getattr(self, name) % tensor_parallel == 0 for name in _SPLIT)
 
     def first_stage_layers(self, pipeline_parallel: int) -> int | None:
         """Layers of the first pipeline stage where the stages cannot be equal; None where they can.

@@ -31,6 +31,8 @@ class Staging:
     The temporary is locked while its process lives. What a killed process left for the same destination is removed by
     the next one that writes there.
 
+    As a context it commits at the end, and aborts where that or anything before it fails.
+
     Args:
         room: bytes that are going to be written; refused now where the disk has less.
 
@@ -56,6 +58,17 @@ class Staging:
         except MinitronError:
             self._remove_parents()
             raise
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        try:
+            if failed is None:
+                self.commit()
+        finally:
+            if self._lock >= 0:  # not committed
+                self.abort()
 
     def _check_existing(self, replaceable: tuple[str, ...]) -> None:
         if not self.destination.exists():

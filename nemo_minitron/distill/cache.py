@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,16 +151,8 @@ class TeacherCache:
 
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
-        staging = Staging(path)
-        try:
-            with staging.path.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            staging.commit()
-        except BaseException:
-            staging.abort()
-            raise
+        with Staging(path) as staging:
+            staging.path.write_bytes(data)
 
 
 def keys_of(tokens: Tensor) -> np.ndarray:

@@ -131,7 +131,7 @@ def _activations(run: Run) -> int:
 def _teacher(run: Run, shape: ModelShape) -> int:
     """Weights, and final hidden states of the step's micro-batches."""
     split = run.tensor_parallel
-    if any(size % split for size in (shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)):
+    if not shape.splits_over(split):
         run = replace(run, tensor_parallel=1, sequence_parallel=False)
     own = max(_parameters(shape, run, stage) for stage in (0, run.pipeline_parallel - 1))
     tokens = run.seq_length * run.micro_batch_size * run.micro_batches

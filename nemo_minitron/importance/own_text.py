@@ -38,9 +38,9 @@ def write_samples(
     if count < 1 or length < 1:
         raise ValueError(f"nothing to write: {count} samples of {length} tokens")
     shape, generator = reader.shape, torch.Generator().manual_seed(seed)
-    table = reader.tensor(layout.EMBEDDING)[: shape.vocab_size].to(device, dtype)
-    norm, head = read_head(reader, device)
-    head = table if shape.share_embeddings_and_output_weights else head.to(dtype)
+    norm, head = read_head(reader, device, dtype)
+    tied = shape.share_embeddings_and_output_weights
+    table = head if tied else reader.tensor(layout.EMBEDDING)[: shape.vocab_size].to(device, dtype)
     layers = [read_layer(reader, number, device, dtype) for number in range(shape.num_layers)]
     rotary = Rotary.of(shape, length, device)
     size = (shape.num_layers, 2, count, shape.num_query_groups, length, shape.kv_channels)

@@ -54,7 +54,9 @@ class Teacher:
         self._student = student
         self._grid: Callable[[], AbstractContextManager[None]] = nullcontext
         run = {key: student.cfg[key] for key in SHARED_WITH_STUDENT if key in student.cfg} | {"global_batch_size": 0}
-        if not splits(path, student.cfg.get("tensor_model_parallel_size", 1) or 1):
+        with NemoReader(path) as reader:
+            shape = reader.shape
+        if not shape.splits_over(student.cfg.get("tensor_model_parallel_size", 1) or 1):
             # its heads or groups do not divide over the student's ranks
             self._grid = runtime.whole_on_each_rank
             run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
@@ -169,14 +171,6 @@ def check_vocabularies(teacher: int, student: int) -> None:
             f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher} tokens, the student's "
             f"{student}; distillation compares them token by token"
         )
-
-
-def splits(path: str | Path, tensor_parallel: int) -> bool:
-    """Whether the checkpoint's heads, groups and neurons divide over the ranks (its vocabulary is padded anew)."""
-    with NemoReader(path) as reader:
-        shape = reader.shape
-    sizes = (shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)
-    return all(size % tensor_parallel == 0 for size in sizes)
 
 
 @contextmanager

@@ -287,19 +287,7 @@ def write(html: str, markdown: str, path: Path) -> Path:
     from nemo_minitron.checkpoint.staging import Staging
 
     other = path.with_suffix(".md")
-    first = Staging(path)
-    try:
-        second = Staging(other)
-    except BaseException:
-        first.abort()
-        raise
-    try:
+    with Staging(path) as first, Staging(other) as second:
         first.path.write_text(html, encoding="utf-8")
         second.path.write_text(markdown, encoding="utf-8")
-        second.commit()
-        first.commit()
-    except BaseException:
-        first.abort()
-        second.abort()
-        raise
     return other

@@ -270,13 +270,8 @@ def _write_scores(scores: Scores, folder: Path) -> Scores:
     """Write scores with fewer tokens, unless they are there."""
     if (folder / JSON).is_file() and Scores.load(folder).fingerprint() == scores.fingerprint():
         return scores
-    staging = Staging(folder, folder=True, replaceable=(JSON, NPZ))
-    try:
+    with Staging(folder, folder=True, replaceable=(JSON, NPZ)) as staging:
         scores.write(staging.path)
-        staging.commit()
-    except BaseException:
-        staging.abort()
-        raise
     return scores
 
 

@@ -70,15 +70,14 @@ def measure(bytes_per_value: int = 2) -> Rates:
 
     device, dtype = runtime.device(), getattr(torch, DTYPES.get(bytes_per_value, "bfloat16"))
     large = device.type == "cuda"
-    synchronize = torch.cuda.synchronize if large else lambda: None
 
     def best(work: Callable[[], Any], repeats: int) -> float:
         seconds = []
         for _ in range(repeats):
-            synchronize()
+            runtime.synchronize()
             start = time.perf_counter()
             work()
-            synchronize()
+            runtime.synchronize()
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 

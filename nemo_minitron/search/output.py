@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from nemo_minitron import __version__
+from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.plan import TARGETS
 from nemo_minitron.search.space import count, describe
 
@@ -171,8 +172,7 @@ def plots(outcome: Outcome, folder: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    part = path.with_name(f".{path.name}.part")
     figure.tight_layout()
-    figure.savefig(part, dpi=120, format="png")
+    with Staging(path) as staging:
+        figure.savefig(staging.path, dpi=120, format="png")
     pyplot.close(figure)
-    part.replace(path)
