@@ -106,7 +106,7 @@ def run(cfg: DictConfig, compose: Compose) -> Outcome:
     any_shape = _shapes(space, scan(space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1).best)[
         0
     ]
-    removed, without = _layers(cfg, scores, records)
+    removed, without = _layers(cfg, scores, space, records)
     features = predict.Features.of(scores, without)
     if until == "predict":
         predictor = predict.defaults(features, layers_measured=without is not None)
@@ -209,11 +209,13 @@ def _given(cfg: DictConfig, source: ModelShape) -> list[ModelShape]:
     return shapes
 
 
-def _layers(cfg: DictConfig, scores: Scores, records: Records) -> tuple[list[tuple[int, ...]], list[float] | None]:
+def _layers(
+    cfg: DictConfig, scores: Scores, space: Space, records: Records
+) -> tuple[list[tuple[int, ...]], list[float] | None]:
     """Layers to remove by their number, and the damage of that, where both are found by loss; else nothing."""
     if cfg.search.layer_selection != "greedy" or "num_layers" not in cfg.search.shrink:
         return [], None
-    most = scores.shape.num_layers - _space(cfg, scores.shape).axes["num_layers"][0]
+    most = scores.shape.num_layers - space.axes["num_layers"][0]
     if not most:
         return [], None
     if not cfg.model.get("restore_from_path"):
@@ -229,37 +231,21 @@ def _layers(cfg: DictConfig, scores: Scores, records: Records) -> tuple[list[tup
 
 
 def _search_layers(cfg: DictConfig, scores: Scores, most: int) -> dict[str, Any]:
-    import torch
-    from tqdm import tqdm
-
-    from nemo_minitron import runtime
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.importance import layer_loss
+    from nemo_minitron.stages.prune import layers_by_loss
 
-    if scores.tokens is None:
-        raise MinitronError(
-            "search.layer_selection=greedy: the scores hold no calibration tokens to measure the loss on; "
-            "run `minitron importance calibration.reconstruction=true`"
-        )
-    samples = max(1, int(cfg.search.layer_tokens) // scores.tokens.shape[1])
-    tokens = torch.from_numpy(scores.tokens.astype("int64"))[:samples].to(runtime.device())
-    layers = scores.shape.num_layers
-    sets = 1 + layers + (most - 1) * layer_loss.TRIED
-    with (
-        NemoReader(Path(str(cfg.model.restore_from_path))) as reader,
-        tqdm(total=sets * layers, desc="layers", unit="layer") as bar,
-    ):
+    with NemoReader(Path(str(cfg.model.restore_from_path))) as reader:
         scores.check_matches(reader.fingerprint(), reader.shape)
-        losses = layer_loss.LayerLoss(
+        whole, steps = layers_by_loss(
             reader,
-            tokens,
+            "greedy",
+            most,
+            scores,
+            tokens=int(cfg.search.layer_tokens),
             stand_ins=cfg.search.compensate is not False,
             half=str(cfg.trainer.precision).startswith("bf16"),
-            progress=bar.update,
+            section="search",
         )
-        (whole,) = losses([layer_loss.Removed()])
-        steps = layer_loss.search(losses, most)
-        bar.total = bar.n
     return {
         "losses": [whole, *(step.loss for step in steps)],
         "removed": [[], *(list(step.removed) for step in steps)],
@@ -345,8 +331,7 @@ def _measure(
     losses = []
     table = Table(title, len(shapes))
     for shape in shapes:
-        cached = bench.known(shape)
-        loss = bench.zero_shot(shape)
+        loss, cached = bench.zero_shot(shape)
         table.row(shape, float(predictor(shape)[0]), loss, cached=cached)
         losses.append(loss)
         if not keep:
@@ -359,8 +344,7 @@ def _zero_shot(cfg: DictConfig, bench: Bench, outcome: Outcome, fitted: Sequence
     wanted = [one for one in outcome.candidates if one.role != "probe"]
     table = Table("zero-shot losses", len(wanted))
     for one in wanted:
-        cached = bench.known(one.shape)
-        one.zero_shot = bench.zero_shot(one.shape)
+        one.zero_shot, cached = bench.zero_shot(one.shape)
         table.row(one.shape, one.predicted, one.zero_shot, _note(one), cached)
         if not cfg.search.keep_students:
             alive = _best(cfg, outcome)
@@ -396,7 +380,7 @@ def _halve(cfg: DictConfig, bench: Bench, outcome: Outcome) -> None:
         rivals = [*alive, *beside]
         table = Table(f"distilled for {sum(steps):,} steps", len(rivals))
         for one in rivals:
-            loss = bench.distilled(one.shape, steps)
+            loss, _ = bench.distilled(one.shape, steps)
             one.distilled.append(loss)
             table.row(one.shape, one.predicted, loss, _note(one))
         alive = sorted(alive, key=_measured)[: max(1, len(alive) // 2)]

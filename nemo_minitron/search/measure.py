@@ -59,12 +59,16 @@ class Bench:
         self._running = {name: trainer[name] for name in RUNNING if name in trainer}  # type: ignore[operator,call-overload,index]
         self._grid = {name: cfg.model.get(name) for name in GRID}
         self._stages: dict[str, Stage] = {}
+        self._plans: dict[str, Plan] = {}
 
-    def plan(self, shape: ModelShape) -> Path:
-        """The plan file of a shape, written unless it is there and the same."""
-        path = self.folder / "plans" / f"{key_of(shape)}.yaml"
-        write_plan(plan_of(self.cfg, self.scores, shape, self.removed), path)
-        return path
+    def plan(self, shape: ModelShape) -> tuple[Path, Plan]:
+        """The plan of a shape and its file, written unless it is there and the same."""
+        key = key_of(shape)
+        path = self.folder / "plans" / f"{key}.yaml"
+        if key not in self._plans:
+            self._plans[key] = plan_of(self.cfg, self.scores, shape, self.removed)
+            write_plan(self._plans[key], path)
+        return path, self._plans[key]
 
     def check(self, shape: ModelShape, distil: bool) -> None:
         """Refuse settings that a later stage would refuse, before the first one runs.
@@ -83,18 +87,14 @@ class Bench:
 
     def source_loss(self) -> float:
         """Of the source itself, nats/token."""
-        return self._loss([self._evaluation("source", self.teacher, self.folder / "evaluation" / "source.json")])
+        return self._loss([self._evaluation("source", self.teacher, self.folder / "evaluation" / "source.json")])[0]
 
-    def known(self, shape: ModelShape) -> bool:
-        """Whether the zero-shot loss is there already."""
-        return settled(self._zero_shot(shape), self.records)
-
-    def zero_shot(self, shape: ModelShape) -> float:
-        """Loss of the student before any training, nats/token."""
+    def zero_shot(self, shape: ModelShape) -> tuple[float, bool]:
+        """Loss of the student before any training, nats/token, and whether it was known already."""
         return self._loss(self._zero_shot(shape))
 
-    def distilled(self, shape: ModelShape, steps: Sequence[int]) -> float:
-        """Loss after training for each of ``steps`` in turn, nats/token; the last is measured."""
+    def distilled(self, shape: ModelShape, steps: Sequence[int]) -> tuple[float, bool]:
+        """The same after training for each of ``steps`` in turn; the last is measured."""
         return self._loss(self._distilled(shape, steps))
 
     def distilled_path(self, shape: ModelShape, steps: Sequence[int]) -> Path:
@@ -108,17 +108,17 @@ class Bench:
     def _student(self, shape: ModelShape) -> Path:
         return self.folder / "students" / f"{key_of(shape)}.nemo"
 
-    def _loss(self, stages: Sequence[Stage]) -> float:
-        path = Path(stages[-1].outputs[0])
-        if not settled(stages, self.records):
-            for stage in stages:
-                run_stage(stage, self.records, stage.name, quiet=True)
-        return float(json.loads(path.read_text())["val_loss"])
+    def _loss(self, stages: Sequence[Stage]) -> tuple[float, bool]:
+        known = settled(stages, self.records)
+        for stage in () if known else stages:
+            run_stage(stage, self.records, stage.name, quiet=True)
+        return float(json.loads(Path(stages[-1].outputs[0]).read_text())["val_loss"]), known
 
     def _zero_shot(self, shape: ModelShape) -> list[Stage]:
-        key, plan, student = key_of(shape), self.plan(shape), self._student(shape)
-        prune: dict[str, Any] = {"plan": str(plan)}
-        if Plan.load(plan).compensation is not None:
+        key, student = key_of(shape), self._student(shape)
+        path, plan = self.plan(shape)
+        prune: dict[str, Any] = {"plan": str(path)}
+        if plan.compensation is not None:
             prune["scores"] = str(self.scores_path)
         config = {
             "model": {"restore_from_path": self.teacher, **self._grid},
@@ -127,7 +127,7 @@ class Bench:
             "trainer": self._running,
             "seed": self.cfg.seed,
         }
-        inputs = (self.teacher, str(plan), *([str(self.scores_path)] if "scores" in prune else []))
+        inputs = (self.teacher, str(path), *([str(self.scores_path)] if "scores" in prune else []))
         return [
             self._stage(f"prune-{key}", "prune", config, inputs, (str(student),)),
             self._evaluation(key, str(student), self.folder / "evaluation" / f"{key}.json"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +25,9 @@ from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.importance import Calibration, measure_and_save
+
+if TYPE_CHECKING:
+    from nemo_minitron.importance.layer_loss import Step
 
 
 def run(cfg: DictConfig) -> Plan:
@@ -202,9 +205,50 @@ def _drop_by_loss(
     reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None, half: bool
 ) -> list[int]:
     """Layers to drop, 1-indexed, by the loss without them; every process of the job takes part."""
+    from nemo_minitron import runtime
+
+    whole, steps = layers_by_loss(
+        reader,
+        selection,
+        reader.shape.num_layers - int(options["num_layers"]),
+        scores,
+        tokens=int(options.get("layer_tokens") or 4096),
+        beam=int(options.get("beam_width") or 3) if selection == "beam" else 1,
+        stand_ins=options.get("compensate") is not False,
+        half=half,
+    )
+    if runtime.rank() == 0:
+        for step in steps:
+            removed = ", ".join(str(layer + 1) for layer in step.removed)
+            print(f"without layers {removed}: loss {step.loss:.4f} (+{step.loss - whole:.4f})")
+    return [layer + 1 for layer in steps[-1].removed]
+
+
+def layers_by_loss(
+    reader: NemoReader,
+    selection: str,
+    count: int,
+    scores: Scores | None,
+    *,
+    tokens: int,
+    beam: int = 1,
+    stand_ins: bool = True,
+    half: bool = False,
+    section: str = "prune",
+) -> tuple[float, list[Step]]:
+    """Loss of the whole model and without up to ``count`` layers, on the first ``tokens`` tokens of the scores.
+
+    Every process of the job takes part, each with its share of the samples; progress is shown.
+
+    Args:
+        selection: one of ``LOSS_SELECTIONS``; the last step is its answer. section: of the keys that errors name.
+
+    Raises:
+        MinitronError: the scores hold no calibration tokens.
+    """
     if scores is None or scores.tokens is None:
         raise MinitronError(
-            f"prune.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
+            f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
             "run `minitron importance calibration.reconstruction=true`"
         )
     import torch
@@ -216,22 +260,15 @@ def _drop_by_loss(
     if runtime.world_size() > 1 and parallel.world() is None:
         runtime.init_distributed()
     world = parallel.world()
-    wanted, length = int(options.get("layer_tokens") or 4096), scores.tokens.shape[1]
-    tokens = torch.from_numpy(scores.tokens.astype("int64"))[: max(parallel.size(world), -(-wanted // length))]
-    share = tokens[runtime.rank() :: parallel.size(world)].to(runtime.device())
-    total, count = reader.shape.num_layers, reader.shape.num_layers - int(options["num_layers"])
-    beam = int(options.get("beam_width") or 3) if selection == "beam" else 1
+    samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
+    share = torch.from_numpy(scores.tokens.astype("int64"))[:samples][runtime.rank() :: parallel.size(world)]
+    total = reader.shape.num_layers
     sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
         selection, 1 + total + (count - 1) * beam * layer_loss.TRIED
     )
     with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
         losses = layer_loss.LayerLoss(
-            reader,
-            share,
-            stand_ins=options.get("compensate") is not False,
-            half=half,
-            group=world,
-            progress=bar.update,
+            reader, share.to(runtime.device()), stand_ins=stand_ins, half=half, group=world, progress=bar.update
         )
         (whole,) = losses([layer_loss.Removed()])
         if selection == "leave_one_out":
@@ -241,11 +278,7 @@ def _drop_by_loss(
         else:
             steps = layer_loss.search(losses, count, beam)
         bar.total = bar.n
-    if runtime.rank() == 0:
-        for step in steps:
-            removed = ", ".join(str(layer + 1) for layer in step.removed)
-            print(f"without layers {removed}: loss {step.loss:.4f} (+{step.loss - whole:.4f})")
-    return [layer + 1 for layer in steps[-1].removed]
+    return whole, steps
 
 
 def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | None) -> None:
