@@ -30,7 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.report.measures import ROLES, gap_closed
+from nemo_minitron.report.measures import ROLES, duration, gap_closed
 
 Compose = Callable[..., DictConfig]
 """``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""
@@ -95,7 +95,7 @@ def run(cfg: DictConfig, compose: Compose) -> None:
     for stage in stages.values():
         if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
             print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
-    print(f"recipe {cfg.recipe.name}: done in {minutes(time.monotonic() - started)}", flush=True)
+    print(f"recipe {cfg.recipe.name}: done in {duration(time.monotonic() - started)}", flush=True)
 
 
 def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
@@ -231,7 +231,7 @@ def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False
     same = record.get("fingerprint") == fingerprint
     done = same and record.get("state") == "done"
     if done and not force and stage.outputs and records.outputs(stage) == record.get("outputs"):
-        say(f"up to date, skipped (took {minutes(record['seconds'])})")
+        say(f"up to date, skipped (took {duration(record['seconds'])})")
         return
     resume = same and not done and not force
     if stage.work is not None and not resume and stage.work.exists():
@@ -246,7 +246,7 @@ def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False
     outputs = records.outputs(stage)
     if code:
         raise MinitronError(
-            f"stage '{stage.name}' failed (minitron {stage.command}, exit status {code}, after {minutes(seconds)}); "
+            f"stage '{stage.name}' failed (minitron {stage.command}, exit status {code}, after {duration(seconds)}); "
             f"the same command starts again from this stage{_last_words(log)}"
         )
     if outputs is None:
@@ -254,7 +254,7 @@ def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False
         raise MinitronError(f"stage '{stage.name}' ended well but did not write {', '.join(absent)}")
     done_record = {"state": "done", "fingerprint": fingerprint, "seconds": round(seconds, 3), "outputs": outputs}
     records.write(stage.name, done_record | {"versions": versions()})
-    say(f"done in {minutes(seconds)}")
+    say(f"done in {duration(seconds)}")
 
 
 def _last_words(log: Path | None) -> str:
@@ -386,8 +386,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _is_inside(path: Path, folder: Path) -> bool:
     path, folder = path.resolve(), folder.resolve()
     return path != folder and path.is_relative_to(folder)
-
-
-def minutes(seconds: float) -> str:
-    """A duration for people."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import TARGETS, Plan
-from nemo_minitron.recipe import Compose, Records, Stage, minutes, run_stage, settled
+from nemo_minitron.recipe import Compose, Records, Stage, run_stage, settled
+from nemo_minitron.report.measures import duration
 from nemo_minitron.scores import Scores
 from nemo_minitron.search.space import count, key_of
 from nemo_minitron.shape import ModelShape
@@ -213,13 +214,13 @@ class Table:
         self._slow += not cached
         spent = time.monotonic() - self._began
         left = self._count - self._done
-        eta = f"{minutes(spent / self._slow * left)} left" if left and self._slow else ""
+        eta = f"{duration(spent / self._slow * left)} left" if left and self._slow else ""
         heads = f"{shape.num_attention_heads}/{shape.num_query_groups}"
         number = f"[{self._done}/{self._count}]"
         print(
             f"{number:>9} {shape.num_layers:>6} {shape.hidden_size:>6} {shape.ffn_hidden_size:>6} {heads:>9} "
             f"{count(shape.num_parameters()):>8} {predicted:>9.4f} {measured:>9.4f}  "
-            f"{'known' if cached else minutes(spent):>12}  {note}{'  ' if note and eta else ''}{eta}".rstrip(),
+            f"{'known' if cached else duration(spent):>12}  {note}{'  ' if note and eta else ''}{eta}".rstrip(),
             flush=True,
         )
 
