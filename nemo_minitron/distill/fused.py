@@ -5,12 +5,18 @@ into their gradient in place, and the gradients of hidden states and head weight
 scales them. The same operator serves every tensor-parallel size, with and without sequence parallel, and plain cross
 entropy.
 
+A bf16 head's gradient is accumulated in float32, which is twice the gradient itself. Where the budget has no room for
+that, forward and reverse KL and cross entropy make the logits a second time, for some columns of all tokens, and finish
+these columns' gradient in one product (:mod:`nemo_minitron.distill.rows`). On a GPU both ways use Triton kernels
+(:mod:`nemo_minitron.distill.kernels`) for 16-bit logits.
+
 Legend: s tokens of a sequence, b sequences, n = s·b, H hidden size (the teacher's may differ), V true and Vp padded
 vocabulary, tp ranks of the tensor-parallel group, c tokens of a chunk.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +24,20 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
+from nemo_minitron.distill import rows
 from nemo_minitron.distill.losses import CROSS_ENTROPY, Mix, Shard, TopK, block_losses, teacher_top_k
 from nemo_minitron.errors import MinitronError
 
-MEMORY_BYTES = {"cuda": 512 << 20, "cpu": 384 << 20}
-"""Default budget of one call's temporaries: both sides' logits of a chunk, and what computing on a block needs."""
+MEMORY_BYTES = {"cuda": 896 << 20, "cpu": 384 << 20}
+"""Default budget of one call's temporaries: both sides' logits of a chunk, what computing on a block needs, and sums of
+gradients in a wider dtype than theirs."""
 
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 """float32 logits of the tokens that losses are computed on at a time: near a CPU's caches, enough work for a GPU."""
 _SHARDED_BLOCK_BYTES = 16 << 20
 """The same on CPU under tensor parallelism, where every block costs collectives."""
 _BLOCKS_ALIVE = 7  # float32 copies of a block while its losses are computed (jsd has most)
+_WORTHWHILE = 512  # tokens of a chunk, below which matrix products spend their time on the weights
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def head_losses(
         vocab_start: global id of the first row of ``student.weight``.
         group: tensor-parallel group, None for one process.
         memory_bytes: bound of the temporaries beside gradients; that of :data:`MEMORY_BYTES` when None. One token's
-            logits are the least.
+            logits are the least; ``jsd`` and ``topk`` keep a 16-bit head's sums beside it where it is too small.
 
     Products run in the dtype of autocast, else in that of the weight; sums, softmax and the accumulation over chunks
     in float32 (float64 for float64 weights). Gradients come in the dtypes of their inputs.
@@ -126,37 +135,69 @@ def head_top_k(
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many tokens make a ``chunk`` (matrix products) and a ``block`` of it (losses) within a budget of bytes."""
+    """What is at hand at a time within a budget of bytes: ``chunk`` tokens in matrix products with the whole head and
+    ``block`` tokens of it in the losses; ``columns`` of the head in products with all tokens, 0 where every gradient
+    is summed up over chunks of tokens instead."""
 
     chunk: int
     block: int
+    columns: int
     compute: torch.dtype
+    alive: int
+    sums: int
 
     @classmethod
     def fit(
-        cls, tokens: int, vocab_size: int, dtype: torch.dtype, device: str, ranks: int, budget: int | None = None
+        cls,
+        tokens: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        device: str,
+        ranks: int,
+        budget: int | None = None,
+        *,
+        halves: bool = False,
+        kernels: bool = False,
+        hidden_sums: int = 0,
+        weight_sums: int = 0,
     ) -> Sizes:
         """The same on every rank, whatever its share of padding: all must meet in the same collectives.
 
         Chunks are of nearly equal sizes: a small last one would waste its matrix products.
+
+        Args:
+            halves: the loss is one of :mod:`nemo_minitron.distill.rows`, so that columns may come in pieces.
+            kernels: it is computed in place.
+            hidden_sums: bytes of sums of the gradient of hidden states beside the gradient itself.
+            weight_sums: the same of the head's. Where they do not fit, and ``halves`` allows it, the logits are made
+                twice, and the second time for some columns of all tokens: half as many products more, and no sums.
         """
         budget = budget or MEMORY_BYTES.get(device, MEMORY_BYTES["cuda"])
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         width = -(-vocab_size // ranks)
-        row = width * compute.itemsize
+        row, pair = width * compute.itemsize, 2 * width * dtype.itemsize
+        alive = 0 if kernels else _BLOCKS_ALIVE
         block_bytes = (
             _SHARDED_BLOCK_BYTES if device == "cpu" and ranks > 1 else _BLOCK_BYTES.get(device, _BLOCK_BYTES["cuda"])
         )
         block = max(1, min(block_bytes, budget // (2 * _BLOCKS_ALIVE)) // row)
-        left = budget - _BLOCKS_ALIVE * block * row
-        chunk = max(1, left // (2 * width * dtype.itemsize))
+        left = budget - alive * block * row - hidden_sums
+        columns, sums = 0, hidden_sums + weight_sums
+        if halves and weight_sums and left - weight_sums < min(tokens, _WORTHWHILE) * pair:
+            parts = -(-width * tokens * 2 * dtype.itemsize // max(left, 1))
+            columns, sums = max(1, -(-width // parts)), hidden_sums
+            columns = min(width, -(-columns // 128) * 128 if columns > 128 else columns)
+        elif left - weight_sums >= pair:
+            left -= weight_sums
+        chunk = max(1, left // pair)
         chunk = -(-tokens // -(-tokens // chunk))
-        return cls(chunk, min(block, chunk), compute)
+        return cls(chunk, min(block, chunk), columns, compute, alive, sums)
 
-    def memory_bytes(self, vocab_size: int, dtype: torch.dtype, ranks: int) -> int:
+    def memory_bytes(self, tokens: int, vocab_size: int, dtype: torch.dtype, ranks: int) -> int:
         """Temporaries of a call that has a teacher's logits."""
         width = -(-vocab_size // ranks)
-        return width * (2 * self.chunk * dtype.itemsize + _BLOCKS_ALIVE * self.block * self.compute.itemsize)
+        logits = max(self.chunk * width, tokens * self.columns)
+        return 2 * logits * dtype.itemsize + self.alive * self.block * width * self.compute.itemsize + self.sums
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -176,41 +217,14 @@ class _HeadLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         b, s = labels.shape
         dtype, device = _product_dtype(weight), hidden.device
-        gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        label, token_weight = labels.t().reshape(-1), weights.t().reshape(-1)
-        sizes = Sizes.fit(s * b, shard.vocab_size, dtype, device.type, parallel.size(shard.group), budget)
         width = shard.width(weight.shape[0])
         with torch.autocast(device.type, enabled=False):
-            flat = _whole(hidden, s, shard.group).to(dtype)
-            rows_of_head = weight.detach()[:width].to(dtype)
-            buffer = torch.empty(sizes.chunk, width, dtype=dtype, device=device)
+            sides = [(_whole(hidden, s, shard.group).to(dtype), weight.detach()[:width].to(dtype))]
             if teacher_hidden is not None and teacher_weight is not None:
-                flat_t, head_t = _whole(teacher_hidden, s, shard.group).to(dtype), teacher_weight[:width].to(dtype)
-                buffer_t = torch.empty_like(buffer)
-            found = torch.empty(3, s * b, dtype=torch.float64, device=device)
-            hidden_grad = torch.empty(flat.shape, dtype=sizes.compute, device=device) if gradient else None
-            weight_grad = torch.empty(weight.shape, dtype=sizes.compute, device=device) if gradient else None
-            if weight_grad is not None:
-                weight_grad[width:] = 0.0
-            for chunk in _slices(0, s * b, sizes.chunk):
-                z = torch.mm(flat[chunk], rows_of_head.t(), out=buffer[: chunk.stop - chunk.start])
-                if teacher_hidden is not None:
-                    z_t = torch.mm(flat_t[chunk], head_t.t(), out=buffer_t[: chunk.stop - chunk.start])
-                for block in _slices(chunk.start, chunk.stop, sizes.block):
-                    inside = slice(block.start - chunk.start, block.stop - chunk.start)
-                    logits = z[inside].to(sizes.compute)  # the buffer itself where that is its dtype
-                    teacher: Tensor | TopK | None = known.rows(block) if known is not None else None
-                    if teacher_hidden is not None:
-                        teacher = z_t[inside].to(sizes.compute)
-                    losses = block_losses(
-                        logits, teacher, label[block], token_weight[block], mix, shard, gradient=gradient
-                    )
-                    found[:, block] = torch.stack(losses)
-                    if gradient and logits.dtype != dtype:
-                        z[inside] = logits
-                if hidden_grad is not None and weight_grad is not None:
-                    _product(z, rows_of_head, hidden_grad[chunk])
-                    _accumulate(weight_grad[:width], z, flat[chunk], first=chunk.start == 0)
+                sides.append((_whole(teacher_hidden, s, shard.group).to(dtype), teacher_weight[:width].to(dtype)))
+            call = _Call(sides, known, labels.t().reshape(-1), weights.t().reshape(-1), mix, shard)
+            gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+            found, hidden_grad, weight_grad = call.run(gradient, hidden.dtype, weight.dtype, weight.shape[0], budget)
             kd, lm, agree = (x.view(s, b).t() for x in found.unbind())
             loss = ((mix.kd_weight * kd + mix.lm_weight * lm) * weights).sum()
             if hidden_grad is not None and weight_grad is not None:
@@ -219,9 +233,9 @@ class _HeadLosses(torch.autograd.Function):
                 else:
                     hidden_grad = parallel.reduce_scatter(hidden_grad, shard.group)
                 ctx.gradients = hidden_grad.view_as(hidden).to(hidden.dtype), weight_grad.to(weight.dtype)
-        kd, lm, agree = (x.to(sizes.compute) for x in (kd, lm, agree))
+        kd, lm, agree = (x.to(call.compute) for x in (kd, lm, agree))
         ctx.mark_non_differentiable(kd, lm, agree)
-        return loss.to(sizes.compute), kd, lm, agree
+        return loss.to(call.compute), kd, lm, agree
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
@@ -230,6 +244,147 @@ class _HeadLosses(torch.autograd.Function):
         hidden_grad, weight_grad = (g.mul_(loss_grad.to(g.dtype)) for g in ctx.gradients)
         ctx.gradients = None
         return hidden_grad, weight_grad, *([None] * 8)
+
+
+class _Call:
+    """One micro-batch; ``sides`` are the student's hidden states ``[n, H]`` and head ``[v, H]`` and, where its logits
+    are wanted, the teacher's."""
+
+    def __init__(
+        self,
+        sides: list[tuple[Tensor, Tensor]],
+        known: TopK | None,
+        labels: Tensor,
+        weights: Tensor,
+        mix: Mix,
+        shard: Shard,
+    ) -> None:
+        self.sides, self.known, self.weights, self.mix, self.shard = sides, known, weights, mix, shard
+        self.flat, self.head = sides[0]
+        self.labels, self.column = labels, labels - shard.start
+        self.tokens, self.width, self.dtype, self.device = *labels.shape, len(self.head), self.head.dtype, labels.device
+        self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.halves = known is None and (len(sides) == 1 or mix.loss in rows.KINDS)
+        self.kernels = self.halves and _has_kernels(self.device, self.dtype)
+
+    def run(
+        self, gradient: bool, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, head_rows: int, budget: int | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Losses ``[3, n]`` in float64, and where asked for the gradients of hidden states ``[n, H]``, before they are
+        summed over ranks, and head ``[head_rows, H]``, each in its own dtype or the one of sums."""
+        ranks = parallel.size(self.shard.group)
+        columns, size = -(-self.shard.vocab_size // ranks), self.compute.itemsize * self.flat.shape[1]
+        self.sizes = sizes = Sizes.fit(
+            self.tokens, self.shard.vocab_size, self.dtype, self.device.type, ranks, budget,
+            halves=self.halves, kernels=self.kernels,
+            hidden_sums=self.tokens * size if gradient and hidden_dtype != self.compute else 0,
+            weight_sums=columns * size if gradient and weight_dtype != self.compute else 0,
+        )  # fmt: skip
+        room = max(sizes.chunk * self.width, self.tokens * sizes.columns)
+        self.buffers = [torch.empty(room, dtype=self.dtype, device=self.device) for _ in self.sides]
+        found = torch.empty(3, self.tokens, dtype=torch.float64, device=self.device)
+        if not gradient:
+            for chunk in _slices(0, self.tokens, sizes.chunk):
+                found[:, chunk] = self.losses(chunk, self.logits(chunk, slice(0, self.width)), gradient=False)
+            return found, None, None
+        twice = sizes.columns > 0
+        hidden_grad = torch.empty(self.flat.shape, dtype=self.compute, device=self.device)
+        weight_grad = torch.empty(
+            head_rows, self.flat.shape[1], dtype=weight_dtype if twice else self.compute, device=self.device
+        )
+        weight_grad[self.width :] = 0.0
+        (self.by_columns if twice else self.by_tokens)(found, hidden_grad, weight_grad[: self.width])
+        return found, hidden_grad, weight_grad
+
+    def by_tokens(self, found: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
+        """Logits once, for some tokens at a time; the head's gradient is summed up over them."""
+        for chunk in _slices(0, self.tokens, self.sizes.chunk):
+            logits = self.logits(chunk, slice(0, self.width))
+            found[:, chunk] = self.losses(chunk, logits, gradient=True)
+            _product(logits[0], self.head, hidden_grad[chunk], first=True)
+            _product(logits[0].t(), self.flat[chunk], weight_grad, first=chunk.start == 0)
+
+    def by_columns(self, found: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> None:
+        """Logits twice: for each token's sums, and for the gradient, of which some columns are finished at once."""
+        norms = torch.empty(len(rows.Norms._fields), self.tokens, dtype=self.compute, device=self.device)
+        for chunk in _slices(0, self.tokens, self.sizes.chunk):
+            losses, of_chunk = self.halves_of(chunk, self.logits(chunk, slice(0, self.width)))
+            found[:, chunk], norms[:, chunk] = losses, torch.stack(of_chunk)
+        everything = slice(0, self.tokens)
+        for columns in _slices(0, self.width, self.sizes.columns):
+            logits = self.logits(everything, columns)
+            self.slope_(everything, logits, rows.Norms(*norms), columns.start)
+            _product(logits[0].t(), self.flat, weight_grad[columns], first=True)
+            _product(logits[0], self.head[columns], hidden_grad, first=columns.start == 0)
+        if not self.width:
+            hidden_grad.zero_()
+
+    def logits(self, tokens: slice, columns: slice) -> list[Tensor]:
+        """Of each side ``[tokens, columns]``, in buffers that the next call overwrites."""
+        shape = tokens.stop - tokens.start, columns.stop - columns.start
+        return [
+            torch.mm(flat[tokens], head[columns].t(), out=buffer[: shape[0] * shape[1]].view(shape))
+            for (flat, head), buffer in zip(self.sides, self.buffers, strict=True)
+        ]
+
+    def losses(self, chunk: slice, logits: list[Tensor], *, gradient: bool) -> Tensor:
+        """``[3, c]`` of a chunk; the student's logits become their gradient."""
+        if self.kernels:
+            found, norms = self.halves_of(chunk, logits)
+            if gradient:
+                self.slope_(chunk, logits, norms, 0)
+            return found
+        parts = []
+        for block in _slices(chunk.start, chunk.stop, self.sizes.block):
+            inside = slice(block.start - chunk.start, block.stop - chunk.start)
+            # the buffers themselves where they have the dtype
+            z, *others = (x[inside].to(self.compute) for x in logits)
+            teacher: Tensor | TopK | None = others[0] if others else None
+            if self.known is not None:
+                teacher = self.known.rows(block)
+            losses = block_losses(
+                z, teacher, self.labels[block], self.weights[block], self.mix, self.shard, gradient=gradient
+            )
+            parts.append(torch.stack(losses))
+            if gradient and z.dtype != self.dtype:
+                logits[0][inside] = z
+        return torch.cat(parts, -1)
+
+    def halves_of(self, chunk: slice, logits: list[Tensor]) -> tuple[Tensor, rows.Norms]:
+        """Losses ``[3, c]`` and what their gradient needs, of logits of all columns."""
+        if self.kernels:
+            from nemo_minitron.distill import kernels
+
+            sums = kernels.sums(*self._pair(logits), self.column[chunk], self.mix)
+        else:
+            parts = [
+                rows.sums(*self._pair([x[block].to(self.compute) for x in logits]), self.column[chunk][block], self.mix)
+                for block in _slices(0, chunk.stop - chunk.start, self.sizes.block)
+            ]
+            sums = rows.Sums(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
+        losses, norms = rows.combine(sums, self.weights[chunk], self.mix, self.shard, len(logits) > 1)
+        return torch.stack(losses), norms
+
+    def slope_(self, tokens: slice, logits: list[Tensor], norms: rows.Norms, start: int) -> None:
+        """Turn the student's logits of the columns from ``start`` on into their gradient."""
+        column = self.column[tokens] - start
+        if self.kernels:
+            from nemo_minitron.distill import kernels
+
+            kernels.slope_(*self._pair(logits), column, norms, self.mix)
+            return
+        for block in _slices(0, tokens.stop - tokens.start, self.sizes.block):
+            z, a = self._pair([x[block].to(self.compute) for x in logits])
+            slope = rows.slope_(z, a, column[block], rows.Norms(*(x[block] for x in norms)), self.mix)
+            logits[0][block] = slope
+
+    @staticmethod
+    def _pair(logits: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return logits[0], logits[1] if len(logits) > 1 else None
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype.itemsize == 2 and importlib.util.find_spec("triton") is not None
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
@@ -251,21 +406,23 @@ def _slices(start: int, stop: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if left.dtype == out.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(torch.mm(left, right))
+_MIXED = "dtype_out" in torch.ops.aten.addmm.overloads()  # bf16 products into float32 sums in one call, torch >= 2.8
 
 
-def _accumulate(total: Tensor, z: Tensor, hidden: Tensor, first: bool) -> None:
-    """``total [v, H] += zᵀ hidden``; in parts of the vocabulary where the product has another dtype than the sum."""
-    if z.dtype == total.dtype:
-        total.addmm_(z.t(), hidden, beta=0.0 if first else 1.0)
-        return
-    for rows in _slices(0, total.shape[0], 8192):
-        part = torch.mm(z[:, rows].t(), hidden)
+def _product(left: Tensor, right: Tensor, total: Tensor, *, first: bool) -> None:
+    """``total [r, c] = left @ right``, or ``+=`` where it is not the ``first``; in parts of the rows where the sum has
+    another dtype and the device cannot add to it at once."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0.0 if first else 1.0)
+    elif _MIXED and left.is_cuda:
         if first:
-            total[rows] = part
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
-            total[rows] += part
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for part in _slices(0, len(total), 8192):
+            product = torch.mm(left[part], right)
+            if first:
+                total[part] = product
+            else:
+                total[part] += product

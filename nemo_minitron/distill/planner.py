@@ -140,15 +140,19 @@ def _teacher(run: Run, shape: ModelShape) -> int:
 
 
 def _loss(run: Run) -> int:
-    """Chunks of logits; gradients of head and hidden states before they are added to what is there."""
+    """Chunks of logits and sums; gradients of head and hidden states before they are added to what is there."""
     dtype = torch.bfloat16 if run.half else torch.float32
-    tokens = run.seq_length * run.micro_batch_size
+    tokens, hidden = run.seq_length * run.micro_batch_size, run.student.hidden_size
     budget = run.loss_memory or MEMORY_BYTES.get(run.device, MEMORY_BYTES["cuda"])
-    sizes = Sizes.fit(tokens, run.student.vocab_size, dtype, run.device, run.tensor_parallel, budget)
-    chunks = sizes.memory_bytes(run.student.vocab_size, dtype, run.tensor_parallel)
-    head = _padded(run.student, run) // run.tensor_parallel * run.student.hidden_size
+    head = _padded(run.student, run) // run.tensor_parallel * hidden
+    sizes = Sizes.fit(
+        tokens, run.student.vocab_size, dtype, run.device, run.tensor_parallel, budget,
+        halves=True, kernels=run.half and run.device == "cuda",
+        hidden_sums=4 * tokens * hidden if run.half_weights else 0, weight_sums=4 * head if run.half_weights else 0,
+    )  # fmt: skip
+    temporaries = sizes.memory_bytes(tokens, run.student.vocab_size, dtype, run.tensor_parallel)
     casts = 0
     if run.half and not run.half_weights:
-        wide = run.student.hidden_size + (run.teacher.hidden_size if run.teacher is not None else 0)
+        wide = hidden + (run.teacher.hidden_size if run.teacher is not None else 0)
         casts = 2 * _padded(run.student, run) // run.tensor_parallel * wide
-    return chunks + 4 * (head + tokens * run.student.hidden_size) + casts
+    return temporaries + (2 if run.half_weights else 4) * (head + tokens * hidden) + casts

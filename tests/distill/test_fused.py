@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ MIXES = [
         KINDS, [(1.0, 1.0, 0.0), (2.5, 0.7, 0.3), (1.0, 0.7, 0.3), (1.0, 0.0, 1.0)]
     )
 ]
+HALVES = [mix for mix in MIXES if mix.loss in ("forward_kl", "reverse_kl")]
 
 
 def _inputs(dtype: torch.dtype = torch.float64):
@@ -96,6 +99,25 @@ def _ours(dtype, mix: Mix, scattered: bool = False, memory: int | None = SMALL, 
     return found.loss.detach(), hidden.grad, weight.grad, t["kd_loss"], t["lm_loss"], t["top1_agreement"]
 
 
+@contextmanager
+def _in_columns(columns: int = 11):
+    """Every call that may, makes its logits twice, some columns at a time."""
+    fit = Sizes.fit.__func__
+
+    def pieces(cls, *args, **options):
+        found = fit(cls, *args, **options)
+        return replace(found, columns=columns if options["halves"] else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sizes, "fit", classmethod(pieces))
+        yield
+
+
+def _in_columns_mixes(scattered: bool):
+    with _in_columns():
+        return [_ours(dtype, mix, scattered) for dtype in DTYPES for mix in HALVES]
+
+
 def _all_mixes(scattered: bool, whole_teacher: bool):
     return [_ours(dtype, mix, scattered, whole_teacher=whole_teacher) for dtype in DTYPES for mix in MIXES]
 
@@ -127,6 +149,57 @@ def test_tensor_parallel_equals_dense(world, scattered):
         weight = torch.cat([p[2] for p in parts])
         for loss, _, _, *terms in parts:
             _assert_equal((loss, hidden, weight, *terms), dense, DTYPES[dtype], f"{mix} {dtype}")
+
+
+@pytest.mark.parametrize("world,scattered", [(1, False), (2, False), (2, True), (4, False), (4, True)])
+def test_columns_in_pieces_equal_dense(world, scattered):
+    ranks = run_ranks(_in_columns_mixes, world, scattered) if world > 1 else [_in_columns_mixes(scattered)]
+    for i, (dtype, mix) in enumerate(itertools.product(DTYPES, HALVES)):
+        parts = [rank[i] for rank in ranks]
+        hidden = torch.cat([p[1] for p in parts]) if scattered else parts[0][1]
+        weight = torch.cat([p[2] for p in parts])
+        for loss, _, _, *terms in parts:
+            ours = (loss, hidden, weight, *terms)
+            _assert_equal(ours, _dense(_inputs(dtype), mix), DTYPES[dtype], f"{mix} {dtype}")
+
+
+def test_columns_in_pieces_serve_cross_entropy_and_no_gradient():
+    hidden, weight, hidden_t, weight_t, labels, weights = _inputs()
+    dense = _dense(_inputs(), Mix(kd_weight=0.0, lm_weight=1.0))
+    student = Head(hidden.requires_grad_(True), weight.requires_grad_(True))
+    with _in_columns():
+        found = head_losses(student, labels, weights, vocab_size=V, memory_bytes=SMALL)
+        found.loss.backward()
+        with torch.no_grad():
+            kd = head_losses(student, labels, weights, vocab_size=V, teacher=Head(hidden_t, weight_t), mix=MIXES[0])
+    torch.testing.assert_close(found.loss.detach(), dense[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(hidden.grad, dense[1], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(weight.grad, dense[2], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(kd.terms["kd_loss"], _dense(_inputs(), MIXES[0])[3], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_columns_in_pieces_are_zero_at_equality(kind):
+    hidden, weight, _, _, labels, weights = _inputs(torch.bfloat16)
+    student = Head(hidden.clone().requires_grad_(True), weight.clone().requires_grad_(True))
+    with _in_columns():
+        found = head_losses(
+            student, labels, weights, vocab_size=V, teacher=Head(hidden, weight), mix=Mix(kind, temperature=2.0)
+        )
+        found.loss.backward()
+    assert found.terms["kd_loss"].abs().max() <= 1e-6
+    assert student.hidden.grad.abs().max() <= 1e-6 and student.weight.grad.abs().max() <= 1e-6
+
+
+def test_a_wide_sum_that_does_not_fit_is_not_made():
+    """bf16 head of 1 MB, its float32 sums 2 MB: with room for them the logits are made once, without it twice."""
+    size = {"tokens": 4096, "vocab_size": 4096, "dtype": torch.bfloat16, "device": "cuda", "ranks": 1}
+    sums = {"hidden_sums": 4 * 4096 * 128, "weight_sums": 4 * 4096 * 128}
+    for budget, kernels in itertools.product((3 << 20, 8 << 20, 64 << 20), (False, True)):
+        sizes = Sizes.fit(**size, budget=budget, halves=True, kernels=kernels, **sums)
+        assert (sizes.columns == 0) == (budget > 13 << 20), budget
+        assert sizes.memory_bytes(4096, 4096, torch.bfloat16, 1) <= max(budget, 2 * 128 * 4096 * 2 + (2 << 20))
+    assert Sizes.fit(**size, budget=8 << 20, **sums).columns == 0  # jsd and topk
 
 
 def test_a_teacher_whole_on_each_rank_equals_dense():
@@ -265,10 +338,10 @@ def test_a_second_backward_is_refused():
 
 def test_temporaries_stay_within_the_budget():
     sizes = Sizes.fit(8192, 128256, torch.bfloat16, "cuda", 1, 512 << 20)
-    assert sizes.memory_bytes(128256, torch.bfloat16, 1) <= 512 << 20
+    assert sizes.memory_bytes(8192, 128256, torch.bfloat16, 1) <= 512 << 20
     assert sizes.chunk > 256 and sizes.block > 64
     cpu = Sizes.fit(2048, 128256, torch.float32, "cpu", 1)
-    assert cpu.memory_bytes(128256, torch.float32, 1) <= 384 << 20 and cpu.chunk == 342  # 6 nearly equal ones
+    assert cpu.memory_bytes(2048, 128256, torch.float32, 1) <= 384 << 20 and cpu.chunk == 342  # 6 nearly equal ones
 
 
 @pytest.mark.parametrize(
