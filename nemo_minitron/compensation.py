@@ -326,8 +326,8 @@ class _Walk:
         cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=self.device)
         for sample in self.samples:
             x, y, weights = parts(sample)
-            moment += second_moment(x, x, weights, own)
-            cross += second_moment(x, y, weights, other)
+            second_moment(x, x, weights, own, out=moment)
+            second_moment(x, y, weights, other, out=cross)
         return parallel.all_reduce(moment, self.group), parallel.all_reduce(cross, self.group)
 
 

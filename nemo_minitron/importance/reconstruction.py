@@ -98,8 +98,9 @@ def rank_by_reconstruction(
             moments = moments.reduced(group)
             fc2, proj = (weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT))
             head, r = shape.kv_channels, shape.heads_per_group
+            del weights
             fc2 = metric_root(moments.ffn_metric) @ fc2
-            arrays["ffn_rank"][layer] = elimination_order(moments.ffn, fc2, RIDGE)
+            arrays["ffn_rank"][layer] = elimination_order(moments.ffn, fc2, RIDGE, overwrite=True)
             proj = metric_root(moments.proj_metric) @ proj
             arrays["heads_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=head)
             arrays["groups_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=r * head)
@@ -208,7 +209,7 @@ class _StreamMoment:
 
     def add(self, stream: Tensor, weight: float = 1.0) -> None:
         """``[s, H]`` of one sample."""
-        self.sum += second_moment(stream, stream, weight * stream_weights(stream), self._quantum)
+        second_moment(stream, stream, weight * stream_weights(stream), self._quantum, out=self.sum)
 
 
 class _Gathered:
@@ -228,6 +229,6 @@ class _Gathered:
         """``[C, C]`` of all that was added."""
         if self._waiting:
             x = torch.cat(self._waiting)
-            self._sum += second_moment(x, x)
+            second_moment(x, x, out=self._sum)
             self._waiting.clear()
         return self._sum
