@@ -106,7 +106,7 @@ def _summary(table: dict[str, Any]) -> str:
     words = f"Teacher: {teacher}. Every trained student saw {table['tokens']:,} tokens; {seeds} seeds."
     if corrected := table["corrected_teacher"]:
         words += f" The corrected teachers: {np.mean(corrected):.3f} on brown."
-    return words
+    return f"{words} All of it took {table['seconds'] / 60:.0f} minutes."
 
 
 def _rate(row: dict[str, Any], side: str) -> str:
