@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=Setting.steps, help="of 512 tokens")
     parser.add_argument("--work", type=Path, help="folder to keep everything in; a second call resumes")
-    parser.add_argument("--device", default="cpu", help="where students learn: cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
     parser.add_argument("--json", type=Path, help="write the table here, and a plot beside it")
     parser.add_argument(
         "--markdown", type=Path, help="write the table here, between its markers where the file has them"
@@ -125,6 +125,9 @@ def main() -> None:
         parser.error(f"--claims: expected some of {', '.join(CLAIMS)}, found {unknown[0]!r}")
     if given.seeds < 1 or given.steps < 1:
         parser.error(f"--seeds and --steps must be at least 1, found {given.seeds} and {given.steps}")
+    for name in ("source", "brown"):
+        if not getattr(given, name).exists():
+            parser.error(f"--{name}: expected a file or folder, found nothing at {getattr(given, name)}")
     with tempfile.TemporaryDirectory() as folder:
         study = Study(given.source, given.brown, given.work or Path(folder), Setting(given.steps), given.device)
         table = study.table(claims, given.seeds) | provenance()
@@ -145,6 +148,10 @@ class Study:
 
     def __init__(self, source: Path, brown: Path, work: Path, setting: Setting, device: str = "cpu") -> None:
         self.source, self.brown, self.setting, self.device = source, brown, setting, device
+        if device != "cpu":
+            from loop import check_device
+
+            check_device(device)
         inputs = hashlib.sha256(repr((setting.samples, setting.width, setting.depth)).encode())
         for file in (*_files(source), *_files(brown)):
             inputs.update(hashlib.sha256(file.read_bytes()).digest())
@@ -221,8 +228,9 @@ class Study:
         method, field = STUDENTS[name]
         target, path = dict([getattr(self.setting, field)]), self._checkpoint(name)
         bench = self.bench
-        print(f"student {name}: {target}", flush=True)
-        bench.prune(method, target, path)
+        if not path.is_file():  # for another device
+            print(f"student {name}: {target}", flush=True)
+            bench.prune(method, target, path)
         student = load(path, self.device)
         return {"parameters": student.num_parameters(), "losses": losses_of(student, bench.texts["brown"])}
 

@@ -28,6 +28,12 @@ class Answers:
     head: Tensor
 
 
+def check_device(device: str) -> None:
+    """Leave with one line, before the work, where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: expected a CUDA device, found none")
+
+
 def load(checkpoint: Path, device: str = "cpu") -> Any:
     """The transformers model of a ``.nemo``, float32; the HF folder that it goes through stays beside it."""
     from transformers import AutoModelForCausalLM

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help=f"of {STEP_TOKENS} tokens")
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--work", type=Path, help="as zero_shot.py's")
-    parser.add_argument("--device", default="cpu", help="where students learn: cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
@@ -60,8 +60,9 @@ def main() -> None:
 def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Curves of every target, method and seed."""
     import torch
-    from loop import answers, constant, load, loss_of, train
+    from loop import answers, check_device, constant, load, loss_of, train
 
+    check_device(given.device)
     bench = Bench(source, brown, folder)
     training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
     evaluation = bench.texts["brown"]

@@ -144,8 +144,6 @@ def test_table_has_every_claim_and_its_numbers(table, tmp_path):
     parameters = {name: student["parameters"] for name, student in table["students"].items()}
     assert parameters["width"] == parameters["width, cut"] == SHAPE.replace(ffn_hidden_size=64).num_parameters()
     assert parameters["depth"] == SHAPE.replace(num_layers=3).num_parameters()
-    random = table["arms"]["random, KD"]
-    assert random["loss"][0] != random["loss"][1], "the seed draws the weights"
     first = {name: arm["train_lm_loss"][0][0] for name, arm in table["arms"].items()}  # of one student on one batch
     assert first["width, KD"] == first["width, CE"] == first["width, corrected KD"]
     assert min(table["corrected_teacher"]) < table["teacher"]["brown"]
@@ -161,6 +159,18 @@ def test_table_has_every_claim_and_its_numbers(table, tmp_path):
         assert sum(shown.count(f"{row['difference']:+.3f}") for row in rows) >= len(rows)
     claims_table.plot(json.loads(json.dumps(table)), tmp_path / "claims.png")
     assert (tmp_path / "claims.png").stat().st_size > 10_000
+
+
+def test_the_seed_draws_random_weights(inputs, table):
+    study = claims.Study(*inputs, SETTING)
+    weights = [study._fresh("random", seed).lm_head.weight for seed in (0, 1, 0)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused_before_the_work(inputs):
+    with pytest.raises(SystemExit, match="found none"):
+        claims.Study(*inputs, SETTING, "cuda")
 
 
 def test_a_second_call_runs_only_what_is_missing(inputs, table, monkeypatch):
