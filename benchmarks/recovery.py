@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zero_shot import TARGETS, Bench, _processor
+from provenance import provenance
+from zero_shot import TARGETS, Bench
 
 STEP_TOKENS, BLOCK = 1024, 256
 
@@ -37,13 +36,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help=f"of {STEP_TOKENS} tokens")
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--work", type=Path, help="as zero_shot.py's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         table = measure(given.source, given.brown, work, given)
-    table["command"] = "python " + " ".join(sys.argv)
-    table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    table |= provenance()
     tokens = table["tokens"]
     print(f"\nloss on held-out Brown, unpruned {table['teacher']:.3f}, mean of {given.seeds} seeds")
     shown = [at for at in range(len(tokens)) if at % max(1, len(tokens) // 5) == 0 or at == len(tokens) - 1]
@@ -61,29 +60,25 @@ def main() -> None:
 def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Curves of every target, method and seed."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from loop import answers, check_device, constant, load, loss_of, train
 
-    from nemo_minitron.convert import convert
-
+    check_device(given.device)
     bench = Bench(source, brown, folder)
     training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
     evaluation = bench.texts["brown"]
-
-    def as_hf(path: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            convert(path, folder / f"{path.stem}-hf"), torch_dtype=torch.float32
-        )
-
-    teacher = as_hf(bench.teacher)
+    teacher = load(bench.teacher, given.device)
     budgets = list(range(0, given.steps + 1, given.every))
-    result: dict[str, Any] = {"teacher": loss_of(teacher, evaluation), "tokens": [b * STEP_TOKENS for b in budgets]}
+    result: dict[str, Any] = {
+        "teacher": loss_of(teacher, evaluation),
+        "tokens": [b * STEP_TOKENS for b in budgets],
+    }
     result["rows"] = {}
+    rates = constant(3e-4, budgets[-1])
     batches = {
         seed: training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))].split(4)
         for seed in range(given.seeds)
     }
-    answers = {seed: hidden_states(teacher, batches[seed][: given.steps]) for seed in batches}
-    head = teacher.lm_head.weight.detach()
+    taught = {seed: answers(teacher, batches[seed][: given.steps]) for seed in batches}
     for target in given.targets.split(","):
         row: dict[str, Any] = {"plain": [], "ours": []}
         for method in ("plain", "ours"):
@@ -91,7 +86,14 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
             bench.prune(method, TARGETS[target], path)
             for seed in range(given.seeds):
                 start = time.perf_counter()
-                curve = distil(as_hf(path), head, batches[seed], answers[seed], evaluation, budgets)
+                student = load(path, given.device)
+                curve = [loss_of(student, evaluation)]
+
+                def after(step: int, student: Any = student, curve: list[float] = curve) -> None:
+                    if step in budgets:
+                        curve.append(loss_of(student, evaluation))
+
+                train(student, batches[seed], rates, taught[seed], after)
                 row[method].append(curve)
                 print(
                     f"{target}, {method}, seed {seed}: {np.round(curve, 3)} {time.perf_counter() - start:.0f} s",
@@ -100,64 +102,6 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
         row["ratio"] = ratio(np.array(result["tokens"]), np.mean(row["plain"], axis=0), np.mean(row["ours"], axis=0))
         result["rows"][target] = row
     return result
-
-
-def hidden_states(teacher: Any, batches: Any) -> list[Any]:
-    """The teacher's final hidden states ``[b, s, H]``, which its head turns into logits in every step."""
-    import torch
-
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return [teacher.model(batch).last_hidden_state.bfloat16() for batch in batches]
-
-
-def distil(
-    student: Any, head: Any, batches: Any, answers: list[Any], evaluation: Any, budgets: list[int]
-) -> list[float]:
-    """Losses at ``budgets``."""
-    import torch
-
-    from nemo_minitron.distill.fused import Head, head_losses
-    from nemo_minitron.distill.losses import Mix
-
-    student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.0)
-    curve = [loss_of(student, evaluation)]
-    for step in range(1, budgets[-1] + 1):
-        tokens = batches[step - 1]
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = student.model(tokens).last_hidden_state
-            labels = torch.cat((tokens[:, 1:], tokens[:, :1]), dim=1)
-            weights = torch.ones(tokens.shape) / tokens.numel()
-            loss = head_losses(
-                Head(hidden.float().transpose(0, 1), student.lm_head.weight),
-                labels,
-                weights,
-                vocab_size=len(head),
-                teacher=Head(answers[step - 1].float().transpose(0, 1), head),
-                mix=Mix(),
-            ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-4 * min(1.0, step / 5)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step in budgets:
-            curve.append(loss_of(student, evaluation))
-    return curve
-
-
-def loss_of(model: Any, blocks: Any) -> float:
-    """Mean next-token loss over blocks ``[n, s]``, nats/token."""
-    import torch
-
-    total, count = 0.0, 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for block in blocks.split(2):
-            logits = model(block[:, :-1]).logits.float().flatten(0, 1)
-            total += float(torch.nn.functional.cross_entropy(logits, block[:, 1:].flatten(), reduction="sum"))
-            count += block[:, 1:].numel()
-    return total / count
 
 
 def ratio(tokens: np.ndarray, plain: np.ndarray, ours: np.ndarray) -> str:

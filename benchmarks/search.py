@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from zero_shot import _processor
+from provenance import provenance
 
 BUDGET = 100e6
 PAPER_BUDGET, PAPER = 4.5e9, {"hidden_size": 3072, "ffn_hidden_size": 9216}
@@ -53,8 +52,7 @@ def main() -> None:
     for part in given.parts.split(","):
         result |= smollm2(work, given, result, path) if part == "smollm2" else paper(work)
         path.write_text(json.dumps(result, indent=2) + "\n")
-    result["command"] = "python " + " ".join(sys.argv)
-    result["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    result |= provenance()
     result["holds"] = verdicts(result)
     print(json.dumps(result, indent=2))
     if given.json:

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from provenance import provenance
 
 TARGETS: dict[str, dict[str, int]] = {
     "ffn 1536→1024": {"ffn_hidden_size": 1024},
@@ -43,6 +42,8 @@ WORK = {"scores": "scores", "own text": "own_text", "ranks by reconstruction": "
 METHODS = ("random", "magnitude", "plain", "ours")
 LAYER_SAMPLES = 4
 """Calibration samples on which layers are chosen by loss."""
+SAMPLES = 64
+"""Of calibration."""
 
 
 def main() -> None:
@@ -61,8 +62,7 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(arguments.source, arguments.brown, work, arguments.own_samples)
         table = measure(bench, methods, targets)
-    table["command"] = "python " + " ".join(sys.argv)
-    table["machine"] = f"{_processor()}, {platform.system()}, Python {platform.python_version()}"
+    table |= provenance()
     for where in ("brown", "pydoc"):
         print(f"\n{where}, nats/token above the unpruned model's {table['teacher'][where]:.3f}")
         print(f"{'target':<24}" + "".join(f"{method:>11}" for method in methods))
@@ -81,17 +81,19 @@ class Bench:
     """The teacher as ``.nemo``, the tokens that every row sees, and what is known of its units.
 
     Attributes:
-        teacher: path. calibration: ``[64, 512]``. tokens: these and samples that the teacher wrote.
+        teacher: path. calibration: ``[samples, 512]``. tokens: these and ``own`` samples that the teacher wrote.
         texts: blocks ``[n, 512]`` to evaluate on, by name.
-        seconds: what scores and ranks took.
+        seconds: what scores, ranks and the order of layers took.
     """
 
-    def __init__(self, source: Path, brown: Path, folder: Path, own: int = 0) -> None:
+    def __init__(self, source: Path, brown: Path, folder: Path, own: int = 0, samples: int = SAMPLES) -> None:
         from nemo_minitron.nemo.trainer import inference_trainer
 
         self.folder, self.trainer = folder, inference_trainer()
         import torch
+        from tqdm import tqdm
 
+        from nemo_minitron import runtime
         from nemo_minitron.checkpoint import NemoReader
         from nemo_minitron.convert import convert
         from nemo_minitron.data.blocks import document_heads, token_blocks
@@ -108,17 +110,19 @@ class Bench:
         preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(self.teacher))
         self.heads = document_heads(folder / "brown_text_document", 512)
         self.numbers = np.arange(len(self.heads))
-        self.calibration = self.heads[(self.numbers % 25 != 0) & (self.numbers % 7 == 1)][:64]
+        self.calibration = self.heads[(self.numbers % 25 != 0) & (self.numbers % 7 == 1)][:samples]
         self.texts = {
             "brown": self.heads[self.numbers % 25 == 0],
             "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
         }
-        known = folder / f"known_{own}.npz"  # of an earlier run with --work
+        known = folder / (f"known_{own}.npz" if samples == SAMPLES else f"known_{own}_{samples}.npz")
+        device = runtime.device()
         if not known.is_file():
             seconds = {}
             model = self.load(self.teacher)
             start = time.perf_counter()
-            scores, _ = collect(model.model, self.calibration.split(4), model.shape)
+            batches = tqdm(self.calibration.to(device).split(4), desc="importance", unit="batch", disable=None)
+            scores, _ = collect(model.model.to(device), batches, model.shape)
             seconds["scores_s"] = time.perf_counter() - start
             del model
             start = time.perf_counter()
@@ -126,7 +130,8 @@ class Bench:
                 written = write_samples(reader, own, 512, seed=0, dtype=reader.dtype) if own else self.calibration[:0]
                 seconds["own_text_s"] = time.perf_counter() - start
                 tokens = torch.cat([self.calibration, written])
-                ranks, slopes = rank_by_reconstruction(reader, tokens)
+                with tqdm(total=2 * shape.num_layers, desc="ranks", unit="layer", disable=None) as bar:
+                    ranks, slopes = rank_by_reconstruction(reader, tokens.to(device), progress=bar.update)
             seconds["ranks_s"] = time.perf_counter() - start - seconds["own_text_s"]
             np.savez(known, **scores, **ranks, slopes=slopes, tokens=tokens, **seconds)
         with np.load(known) as arrays:
@@ -143,8 +148,8 @@ class Bench:
                 "ours": scores | {name: found[f"{name}_rank"] for name in ("ffn", "heads", "groups", "hidden")},
             }
         self.moment = torch.from_numpy(found["stream_moment"])
-        self.sensitivity = torch.from_numpy(clipped(found["slopes"]))
-        self.tokens = torch.from_numpy(found["tokens"])
+        self.sensitivity = torch.from_numpy(clipped(found["slopes"])).to(device)
+        self.tokens = torch.from_numpy(found["tokens"]).to(device)
 
     def load(self, path: Path) -> Any:
         """The model on one process."""
@@ -163,21 +168,28 @@ class Bench:
         return {name: evaluate(model, blocks, micro_batch_size=4)["val_loss"] for name, blocks in self.texts.items()}
 
     def layers_to_drop(self, count: int) -> list[int]:
-        """1-indexed; one greedy search serves all rows."""
-        from nemo_minitron.checkpoint import NemoReader
-        from nemo_minitron.importance.layer_loss import LayerLoss, search
+        """1-indexed; one greedy search serves all smaller counts."""
+        from tqdm import tqdm
 
-        if not self._steps:
+        from nemo_minitron.checkpoint import NemoReader
+        from nemo_minitron.importance.layer_loss import TRIED, LayerLoss, search
+
+        if len(self._steps) < count:
             start = time.perf_counter()
-            most = max(30 - target["num_layers"] for target in TARGETS.values() if "num_layers" in target)
-            samples = self.calibration[:: len(self.calibration) // LAYER_SAMPLES].contiguous()
+            samples = self.calibration[:: max(1, len(self.calibration) // LAYER_SAMPLES)].contiguous()
             with NemoReader(self.teacher) as reader:
-                self._steps = search(LayerLoss(reader, samples, stand_ins=True, half=True), most)
+                layers = reader.shape.num_layers
+                runs = layers * (layers + (count - 1) * TRIED)
+                with tqdm(total=runs, desc="order of layers", unit="layer", disable=None) as bar:
+                    on = samples.to(self.tokens.device)
+                    self._steps = search(LayerLoss(reader, on, stand_ins=True, half=True, progress=bar.update), count)
             self.seconds["layers_s"] = time.perf_counter() - start
         return [layer + 1 for layer in self._steps[count - 1].removed]
 
     def prune(self, method: str, target: dict[str, int], path: Path) -> None:
         """Write the student that a method makes of a target."""
+        from tqdm import tqdm
+
         from nemo_minitron.checkpoint import NemoReader, NemoWriter
         from nemo_minitron.compensation import compensate
         from nemo_minitron.plan import Compensation, make_plan
@@ -200,22 +212,25 @@ class Bench:
                 if ours is None:
                     prune_checkpoint(reader, plan, writer)
                     return
-                compensate(
-                    reader,
-                    plan,
-                    self.tokens,
-                    self.sensitivity,
-                    writer,
-                    stream_moment=self.moment,
-                    dtype=reader.dtype,
-                )
+                with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=None) as bar:
+                    compensate(
+                        reader,
+                        plan,
+                        self.tokens,
+                        self.sensitivity,
+                        writer,
+                        stream_moment=self.moment,
+                        dtype=reader.dtype,
+                        progress=bar.update,
+                    )
 
 
 def measure(bench: Bench, methods: list[str], targets: list[str]) -> dict[str, Any]:
     """Losses of every target by every method."""
     result: dict[str, Any] = {"teacher": bench.losses(bench.teacher), "rows": {}}
-    if "ours" in methods and any("num_layers" in TARGETS[name] for name in targets):
-        bench.layers_to_drop(1)
+    depths = [TARGETS[name]["num_layers"] for name in targets if "num_layers" in TARGETS[name]]
+    if "ours" in methods and depths:
+        bench.layers_to_drop(30 - min(depths))
     result |= bench.seconds
     for name in targets:
         row = result["rows"][name] = {}
@@ -261,12 +276,6 @@ def _reset_peak() -> None:
 def _peak() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores"
 
 
 if __name__ == "__main__":

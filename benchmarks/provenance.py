@@ -1,0 +1,21 @@
+"""Where the numbers of a table come from."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from pathlib import Path
+
+
+def provenance() -> dict[str, str]:
+    """``command``, without the folders of absolute paths, and ``machine`` of a table."""
+    names = []
+    if (file := Path("/proc/cpuinfo")).is_file():
+        names = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
+    processor = f"{names[0]}, {len(names)} cores" if names else platform.processor()
+    words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    return {
+        "command": "python " + re.sub(r"(?<![^ =])/[^ ]*/", "", " ".join(words)),
+        "machine": f"{processor}, {platform.system()}, Python {platform.python_version()}",
+    }
