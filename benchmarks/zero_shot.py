@@ -179,10 +179,11 @@ class Bench:
             samples = self.calibration[:: max(1, len(self.calibration) // LAYER_SAMPLES)].contiguous()
             with NemoReader(self.teacher) as reader:
                 layers = reader.shape.num_layers
-                runs = layers * (layers + (count - 1) * TRIED)
+                runs = layers * (1 + layers + (count - 1) * TRIED)
                 with tqdm(total=runs, desc="order of layers", unit="layer", disable=None) as bar:
-                    on = samples.to(self.tokens.device)
-                    self._steps = search(LayerLoss(reader, on, stand_ins=True, half=True, progress=bar.update), count)
+                    on, fitted = (part.to(self.tokens.device) for part in (samples, self.calibration))
+                    losses = LayerLoss(reader, on, stand_ins=fitted, half=True, progress=bar.update)
+                    self._steps = search(losses, count)
             self.seconds["layers_s"] = time.perf_counter() - start
         return [layer + 1 for layer in self._steps[count - 1].removed]
 

@@ -52,10 +52,12 @@ class LayerLoss:
     Args:
         reader: the checkpoint; its layers are read once for every call, or more often where memory asks for it.
         tokens: ``[n, s]`` int64, unpadded, this process's samples; all work is done on their device.
-        stand_ins: replace removed layers by their linear stand-ins, fitted on these tokens.
+        stand_ins: ``[m, s]``, this process's samples to fit linear stand-ins of removed layers on; a map of H x H wants
+            many more tokens than a loss does, and those of 2,048 tokens chose layers at 0.54 nats where those of 32,768
+            chose at 0.32 (SmolLM2-135M, 6 of 30 layers). None: removed layers are passed by.
         half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
         group: the processes that share the samples.
-        progress: told after each layer of each set that is run.
+        progress: told after each layer of each set that is run, and of the fit.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class LayerLoss:
         reader: LayerReader,
         tokens: Tensor,
         *,
-        stand_ins: bool = False,
+        stand_ins: Tensor | None = None,
         half: bool = False,
         group: parallel.Group = None,
         progress: Callable[[int], None] = lambda layers: None,
@@ -75,7 +77,7 @@ class LayerLoss:
         self._table = reader.tensor(layout.EMBEDDING)
         self._count = int(parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=tokens.device), group))
         self._known: dict[Removed, float] = {}
-        self._stand_ins = self._fit() if stand_ins else None
+        self._stand_ins = None if stand_ins is None else self._fit(stand_ins)
 
     @torch.no_grad()
     def __call__(self, sets: Iterable[Removed]) -> list[float]:
@@ -132,26 +134,38 @@ class LayerLoss:
         return total
 
     @torch.no_grad()
-    def _fit(self) -> list[Tensor]:
+    def _fit(self, tokens: Tensor) -> list[Tensor]:
         """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square."""
         maps = []
-        x = self._embed(self.tokens)
+        width, device = self.shape.hidden_size, tokens.device
+        rotary = Rotary.of(self.shape, tokens.shape[1], device)
+        x = self._embed(tokens)
         for layer in range(self.shape.num_layers):
-            weights = read_layer(self.reader, layer, x.device)
-            after = torch.cat([weights.forward(one, self._rotary) for one in x.split(1)])
-            h, added, weight = rms_norm(x, None, self.shape.layernorm_epsilon), after - x, stream_weights(after)
-            h_squares, added_squares = (parallel.all_reduce(squares(value, weight), self.group) for value in (h, added))
+            weights = read_layer(self.reader, layer, device)
+            after = torch.empty_like(x)
+            sums = torch.zeros(2, width, dtype=torch.float64, device=device)
+            for sample in range(len(x)):
+                one = slice(sample, sample + 1)
+                with self._autocast:
+                    after[one] = weights.forward(x[one], rotary)
+                h, added, weight = self._parts(x[sample], after[sample])
+                sums += torch.stack([squares(h, weight), squares(added, weight)])
+            h_squares, added_squares = parallel.all_reduce(sums, self.group)
             own, other = quantum(h_squares, h_squares), quantum(h_squares, added_squares)
-            moment, cross = (
-                parallel.all_reduce(
-                    sum((second_moment(h[at], y[at], weight[at], step) for at in range(len(h))), torch.tensor(0.0)),
-                    self.group,
-                )
-                for y, step in ((h, own), (added, other))
-            )
+            moment, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+            for sample in range(len(x)):
+                h, added, weight = self._parts(x[sample], after[sample])
+                second_moment(h, h, weight, own, out=moment)
+                second_moment(h, added, weight, other, out=cross)
+            moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
             maps.append(ridge_solve(moment, cross, torch.zeros_like(cross.T, dtype=torch.float32), RIDGE))
             x = after
+            self.progress(1)
         return maps
+
+    def _parts(self, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed input of a layer, what it adds, and the token's weight."""
+        return rms_norm(x, None, self.shape.layernorm_epsilon), after - x, stream_weights(after)
 
 
 def leave_one_out(losses: LayerLoss, count: int) -> list[Step]:

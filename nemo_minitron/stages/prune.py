@@ -238,6 +238,8 @@ def layers_by_loss(
 ) -> tuple[float, list[Step]]:
     """Loss of the whole model and without up to ``count`` layers, on the first ``tokens`` tokens of the scores.
 
+    Stand-ins of removed layers are fitted on all of their tokens.
+
     Every process of the job takes part, each with its share of the samples; progress is shown.
 
     Args:
@@ -261,14 +263,19 @@ def layers_by_loss(
         runtime.init_distributed()
     world = parallel.world()
     samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
-    share = torch.from_numpy(scores.tokens.astype("int64"))[:samples][runtime.rank() :: parallel.size(world)]
+    everything, mine = (
+        torch.from_numpy(scores.tokens.astype("int64")),
+        slice(runtime.rank(), None, parallel.size(world)),
+    )
+    share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
     total = reader.shape.num_layers
     sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
         selection, 1 + total + (count - 1) * beam * layer_loss.TRIED
     )
+    sets += int(stand_ins)
     with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
         losses = layer_loss.LayerLoss(
-            reader, share.to(runtime.device()), stand_ins=stand_ins, half=half, group=world, progress=bar.update
+            reader, share, stand_ins=fitted if stand_ins else None, half=half, group=world, progress=bar.update
         )
         (whole,) = losses([layer_loss.Removed()])
         if selection == "leave_one_out":

@@ -62,13 +62,15 @@ def test_sets_share_the_streams_of_the_layers_they_agree_on():
     assert sum(done) == 3 * model.shape.num_layers
     assert losses([*sets, Removed({1})]) == [*first, first[1]]
     assert sum(done) == 3 * model.shape.num_layers, "known losses are not measured again"
+    LayerLoss(model, TOKENS[:1], stand_ins=TOKENS, progress=done.append)
+    assert sum(done) == 4 * model.shape.num_layers, "fitting is a pass of its own"
 
 
 def test_a_layer_that_does_nothing_needs_no_stand_in():
     model = as_float32(random_model(SHAPE))
     for row in (layout.PROJ_WEIGHT, layout.FC2_WEIGHT):
         model.tensors[row.key, 1].zero_()
-    for stand_ins in (False, True):
+    for stand_ins in (None, TOKENS):
         without, whole = LayerLoss(model, TOKENS, stand_ins=stand_ins)([Removed({1}), Removed()])
         assert without == whole
 
@@ -77,7 +79,7 @@ def test_stand_ins_recover_part_of_what_a_layer_did():
     model = as_float32(random_model(SHAPE))
     tokens = torch.randint(0, 40, (64, 33), generator=torch.Generator().manual_seed(2))
     stream_error = []
-    for stand_ins in (False, True):
+    for stand_ins in (None, tokens):
         losses = LayerLoss(model, tokens, stand_ins=stand_ins)
         x = losses._embed(tokens)
         layer = layer_loss.read_layer(model, 0)
