@@ -124,7 +124,7 @@ class Distill:
     hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", ("cosine", "mse"))
     hidden_weight: float = key(1.0, "weight of the sum over distill.hidden_pairs")
     teacher_cache: str | None = key(None, "folder of the teacher's top-k answers (distill.loss=topk): written once")
-    loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 512 on GPU, else 384")
+    loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 896 on GPU, else 384")
     monitor: str = key("val_loss", "logged value by which the best student is kept")
 
 
