@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from nemo_minitron import layout, parallel
 from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.importance.stream_file import StreamFile
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
 from nemo_minitron.shape import ModelShape
 
@@ -89,27 +90,38 @@ def rank_by_reconstruction(
     job = int(parallel.all_reduce(torch.tensor(tokens.numel(), device=device), group))
     moment = _StreamMoment(shape, job, device)
     with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
-        streams = _forward(reader, tokens, rotary, Path(folder) / "streams", progress)
+        file = StreamFile(Path(folder) / "streams", (shape.num_layers + 1, *tokens.shape, shape.hidden_size))
+        streams = file.tensor
+        _forward(reader, tokens, rotary, file, progress)
         gradient = _head_gradient(reader, streams[-1], tokens)
         for layer in reversed(range(shape.num_layers)):
             weights = read_layer(reader, layer, device)
             slopes = sensitivity[2 * layer : 2 * layer + 2]
             gradient, moments = _backward(weights, streams[layer], gradient, rotary, slopes, moment)
-            moments = moments.reduced(group)
-            fc2, proj = (weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT))
-            head, r = shape.kv_channels, shape.heads_per_group
+            written = {row: weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT)}
             del weights
-            fc2 = metric_root(moments.ffn_metric) @ fc2
-            arrays["ffn_rank"][layer] = elimination_order(moments.ffn, fc2, RIDGE, overwrite=True)
-            proj = metric_root(moments.proj_metric) @ proj
-            arrays["heads_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=head)
-            arrays["groups_rank"][layer] = elimination_order(moments.proj, proj, RIDGE, unit=r * head)
+            for name, rank in _layer_ranks(shape, written, moments.reduced(group)).items():
+                arrays[name][layer] = rank
+            del moments, written  # before the next layer's: those of an 8B's FFN are 1.6 GB
+            file.release()
             progress(1)
         for sample in range(len(tokens)):
             moment.add(streams[0, sample].to(device), 2 * shape.num_layers * EMBEDDING_SHARE)
     arrays["stream_moment"] = parallel.all_reduce(moment.sum, group).cpu().numpy()
     arrays["hidden_rank"] = arrays["stream_moment"].diagonal().copy()
     return arrays, sensitivity
+
+
+def _layer_ranks(shape: ModelShape, written: dict[layout.Parameter, Tensor], moments: _Moments) -> dict[str, Tensor]:
+    """Places of one layer's units; ``written``: the weights that write to the stream. ``moments.ffn`` is consumed."""
+    head, r = shape.kv_channels, shape.heads_per_group
+    fc2 = metric_root(moments.ffn_metric) @ written[layout.FC2_WEIGHT]
+    proj = metric_root(moments.proj_metric) @ written[layout.PROJ_WEIGHT]
+    return {
+        "ffn_rank": elimination_order(moments.ffn, fc2, RIDGE, overwrite=True),
+        "heads_rank": elimination_order(moments.proj, proj, RIDGE, unit=head),
+        "groups_rank": elimination_order(moments.proj, proj, RIDGE, unit=r * head),
+    }
 
 
 def clipped(sensitivity: np.ndarray) -> np.ndarray:
@@ -123,23 +135,21 @@ def clipped(sensitivity: np.ndarray) -> np.ndarray:
 
 
 def _forward(
-    reader: LayerReader, tokens: Tensor, rotary: Rotary, path: Path, progress: Callable[[int], None]
-) -> Tensor:
-    """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, in a file."""
-    shape = reader.shape
-    size = (shape.num_layers + 1, *tokens.shape, shape.hidden_size)
-    streams = torch.from_file(str(path), shared=True, size=int(np.prod(size)), dtype=torch.float32).view(size)
+    reader: LayerReader, tokens: Tensor, rotary: Rotary, file: StreamFile, progress: Callable[[int], None]
+) -> None:
+    """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, into a file."""
+    streams = file.tensor
     table = reader.tensor(layout.EMBEDDING)
     for sample, row in enumerate(tokens):
         streams[0, sample] = table[row.cpu()].float()
     del table
-    for layer in range(shape.num_layers):
+    for layer in range(reader.shape.num_layers):
         weights = read_layer(reader, layer, tokens.device)
         for sample in range(len(tokens)):
             one = slice(sample, sample + 1)
             streams[layer + 1, one] = weights.forward(streams[layer, one].to(tokens.device), rotary).cpu()
+        file.release()
         progress(1)
-    return streams
 
 
 def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor:

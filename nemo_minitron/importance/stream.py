@@ -24,6 +24,7 @@ from nemo_minitron import layout, parallel
 from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
 from nemo_minitron.importance.collect import Groups, Pass, add, finish, reduce
 from nemo_minitron.importance.reductions import Aggregation, sequence_sums
+from nemo_minitron.importance.stream_file import StreamFile
 
 FILE_BYTES = 16 << 30
 """Bounds the file of streams; more samples are run in more passes, each of which reads the checkpoint again."""
@@ -56,12 +57,10 @@ def stream_collect(
     totals: dict[str, Tensor] = {}
     for some in tokens.split(at_once):
         with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
-            whole = (*size[:2], len(some), size[3])
-            file = str(Path(folder) / "streams")
-            streams = torch.from_file(file, shared=True, size=prod(whole), dtype=torch.float32).view(whole)
+            file = StreamFile(Path(folder) / "streams", (*size[:2], len(some), size[3]))
             seen = Pass()
             seen.mask = seen.part = torch.ones(tokens.shape[1], len(some), dtype=torch.bool)
-            _walk(reader, some, rotary, streams, seen, progress)
+            _walk(reader, some, rotary, file, seen, progress)
             add(totals, reduce(seen, shape, Groups(), False, aggregation))
     totals = {name: total.to(tokens.device) for name, total in totals.items()}
     return finish(totals, shape, Groups(data=group), False, aggregation)
@@ -71,12 +70,12 @@ def _walk(
     reader: LayerReader,
     tokens: Tensor,
     rotary: Rotary,
-    streams: Tensor,
+    file: StreamFile,
     seen: Pass,
     progress: Callable[[int], None],
 ) -> None:
-    """Carry samples ``[b, s]`` through all layers; ``streams [L+1, s, b, H]`` and ``seen`` receive what they pass."""
-    shape = reader.shape
+    """Carry samples ``[b, s]`` through all layers; ``file``, of ``[L+1, s, b, H]``, and ``seen`` receive what they pass."""
+    shape, streams = reader.shape, file.tensor
     table = reader.tensor(layout.EMBEDDING)
     for sample, row in enumerate(tokens):
         streams[0, :, sample] = table[row.cpu()].float()
@@ -89,6 +88,7 @@ def _walk(
             x = streams[number, :, sample].to(tokens.device)[None]
             streams[number + 1, :, sample] = _pass(weights, x, rotary, seen, number, sample, len(tokens)).cpu()
             progress(1)
+        file.release()
     seen.streams[shape.num_layers] = streams[shape.num_layers]
     for sample in range(len(tokens)):
         x = streams[shape.num_layers, :, sample].to(tokens.device)[None]
