@@ -74,7 +74,7 @@ def _walk(
     seen: Pass,
     progress: Callable[[int], None],
 ) -> None:
-    """Carry samples ``[b, s]`` through all layers; ``file``, of ``[L+1, s, b, H]``, and ``seen`` receive what they pass."""
+    """Carry samples ``[b, s]`` through all layers; ``file`` ``[L+1, s, b, H]`` and ``seen`` receive what they pass."""
     shape, streams = reader.shape, file.tensor
     table = reader.tensor(layout.EMBEDDING)
     for sample, row in enumerate(tokens):
