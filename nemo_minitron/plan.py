@@ -68,8 +68,8 @@ class Compensation:
     """
 
     tokens: str
-    ffn: float = 0.15
-    attention: float = 0.3
+    ffn: float = 0.17
+    attention: float = 0.4
     read: float = 0.03
     rotate: bool = False
 
