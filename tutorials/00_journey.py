@@ -33,16 +33,16 @@ RUN, minitron = journey.folder, journey.minitron  # minitron("COMMAND …") is t
 # %% [markdown]
 # ## Walk
 #
-# `recipe.settings.KEY=…` changes what several stages share. The recipe for SmolLM2 takes a quarter of an hour as it is
-# (`make quickstart`); here it calibrates and trains for less.
+# `recipe.settings.KEY=…` changes what several stages share: here the random model learns for longer. The recipe for
+# SmolLM2 takes a quarter of an hour as it is (`make quickstart`); it calibrates and trains for less here.
 
 # %%
 if MODEL == "tiny":
-    walk = "run recipe=tiny run_dir=journey"
+    walk = "run recipe=tiny run_dir=journey recipe.settings.finetune_steps=300 recipe.settings.max_steps=80"
 else:
     walk = """
         run recipe=smollm2_135m run_dir=journey recipe.settings.calibration_samples=16 recipe.settings.own_samples=0
-        recipe.settings.max_steps=12 recipe.settings.val_check_interval=6 recipe.settings.limit_val_batches=2
+        recipe.settings.max_steps=10 recipe.settings.val_check_interval=5 recipe.settings.limit_val_batches=2
     """
 printed = minitron(walk)
 

@@ -117,7 +117,7 @@ from nemo_minitron.checkpoint import NemoReader
 
 with NemoReader(RUN / "converted.nemo") as reader:
     tokenizer = AutoTokenizer.from_pretrained(reader.tokenizer_folder())
-    parameters = reader.shape.num_parameters()
+    vocabulary, parameters = reader.shape.vocab_size, reader.shape.num_parameters()
 print("the first document begins:", repr(tokenizer.decode(documents["train"][0][:60])))
 
 # %% [markdown]
@@ -129,7 +129,7 @@ print("the first document begins:", repr(tokenizer.decode(documents["train"][0][
 # %%
 hidden, ffn, layers = config["hidden_size"], config["ffn_hidden_size"], config["num_layers"]
 heads, groups, head_size = config["num_attention_heads"], config["num_query_groups"], config["kv_channels"]
-table = tokenizer.vocab_size * hidden
+table = vocabulary * hidden
 parts = {
     "embedding": table,
     "attention": layers * (2 * heads + 2 * groups) * head_size * hidden,

@@ -105,7 +105,7 @@ print(f"\nof the neurons that one ranking keeps, the other keeps {min(shared):.0
 # ## What each costs before any training
 
 # %%
-for name in plans:
+for name in ("cut", "pruned"):
     minitron(f"""
         evaluate model.restore_from_path=width/{name}.nemo evaluate.data_prefix=data/validation_text_document
         evaluate.seq_length={LENGTH} evaluate.micro_batch_size={BATCH} output_path=width/evaluation/{name}.json

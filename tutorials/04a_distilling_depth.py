@@ -31,7 +31,7 @@ journey.needs("03a_depth_pruning")  # runs it, and what it needs, if its files a
 if MODEL == "tiny":
     STEPS, BATCH, LENGTH, RATE = 80, 16, 64, 5e-3
 else:
-    STEPS, BATCH, LENGTH, RATE = 20, 4, 256, 1e-4  # a step of 4 x 256 tokens takes some 8 seconds on two cores
+    STEPS, BATCH, LENGTH, RATE = 16, 4, 256, 1e-4  # a step of 4 x 256 tokens takes some 8 seconds on two cores
 DATA = "{train:[1.0,data/train_text_document],validation:[data/validation_text_document]}"
 
 # %% [markdown]

@@ -88,6 +88,9 @@ for student in ("depth", "width"):
         link = RUN / student / name
         if not link.exists():
             link.symlink_to(RUN / (shared or name))
+
+# %%
+for student in ("depth", "width"):
     minitron(f"report run_dir={student}")
 
 page = (RUN / "width/report.md").read_text()

@@ -41,7 +41,7 @@ if MODEL == "tiny":
     EFFORT = "search.probes=[0.3] search.measure=3 search.validate=2 search.finalists=2 search.distill_steps=20"
 else:
     BUDGET, HIDDEN, FFN, LENGTH, BATCH, RATE = "113.6e6", 512, 1408, 256, 4, 1e-4
-    EFFORT = """search.probes=[] search.measure=2 search.validate=2 search.finalists=2 search.distill_steps=6
+    EFFORT = """search.probes=[] search.measure=2 search.validate=1 search.finalists=2 search.distill_steps=6
         search.tokens=2048"""
 DATA = "{train:[1.0,data/train_text_document],validation:[data/validation_text_document]}"
 

@@ -232,13 +232,15 @@ def _start(words: list[str], folder: Path, logs: list[Path]) -> Running:
 def _fork(words: list[str], folder: Path, logs: list[Path]) -> Running:
     global _server
     if _server is None or _server.poll() is not None:
-        _server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        with (folder / ".log" / "server.err").open("w") as err:
+            _server = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=err,  # what importing NeMo warns of
+                text=True,
+                start_new_session=True,
+            )
     server = _server
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(json.dumps([words, str(folder), *map(str, logs)]) + "\n")
@@ -249,7 +251,7 @@ def _fork(words: list[str], folder: Path, logs: list[Path]) -> Running:
             return None
         answer = server.stdout.readline()  # type: ignore[union-attr]
         if not answer:
-            raise RuntimeError(f"the process that starts commands ended; see {logs[1]}")
+            raise RuntimeError(f"the process that starts commands ended; see {logs[1].with_name('server.err')}")
         return int(answer)
 
     return poll, lambda: _stop(server)
