@@ -171,19 +171,14 @@ def environment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kernel(environment):
     """One kernel for all, so that NeMo is imported once."""
-    where = {"metadata": {"path": FOLDER}}
-    client = NotebookClient(nbformat.v4.new_notebook(), timeout=600, kernel_name="python3", resources=where)
-    with client.setup_kernel():
+    with load("execute").kernel() as client:
         yield client
 
 
 @each
 def test_tutorial_executes_on_the_tiny_model(name, kernel):
-    notebook = kernel.nb = tiny(name)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # no name of the one before
-    kernel.reset_execution_trackers()
-    for index, cell in enumerate(notebook.cells):
-        kernel.execute_cell(cell, index)
+    notebook = tiny(name)
+    load("execute").execute_in(kernel, notebook)
     check(name, notebook)
 
 

@@ -38,7 +38,7 @@ RUN, minitron = journey.folder, journey.minitron  # minitron("COMMAND …") is t
 
 # %%
 if MODEL == "tiny":
-    walk = "run recipe=tiny run_dir=journey recipe.settings.finetune_steps=300 recipe.settings.max_steps=80"
+    walk = "run recipe=tiny run_dir=journey recipe.settings.finetune_steps=200 recipe.settings.max_steps=80"
 else:
     walk = """
         run recipe=smollm2_135m run_dir=journey recipe.settings.calibration_samples=16 recipe.settings.own_samples=0

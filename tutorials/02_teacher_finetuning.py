@@ -36,7 +36,7 @@ journey.needs("01_model_and_data")  # runs it if its files are not there
 
 # %%
 if MODEL == "tiny":
-    STEPS, BATCH, LENGTH, RATE = 300, 16, 64, 5e-3
+    STEPS, BATCH, LENGTH, RATE = 200, 16, 64, 5e-3
 else:
     STEPS, BATCH, LENGTH, RATE = 16, 4, 256, 5e-5  # a step of 4 x 256 tokens takes some 8 seconds on two cores
 DATA = "{train:[1.0,data/train_text_document],validation:[data/validation_text_document]}"

