@@ -143,7 +143,7 @@ assert sum(parts.values()) == parameters
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
 bars = left.barh(list(parts), [size / 1e6 for size in parts.values()], color="#1e6fb3")
 left.bar_label(bars, [f"{size / parameters:.1%}" for size in parts.values()], padding=3)
-left.set(xlabel="parameters, millions", title=f"{parameters / 1e6:,.1f}M parameters of the teacher")
+left.set(xlabel="parameters, millions", title=f"{parameters:,} parameters")
 left.margins(x=0.15)
 left.invert_yaxis()
 edges = np.linspace(0, max(len(d) for found in documents.values() for d in found), 25)

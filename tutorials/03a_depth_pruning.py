@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from journey import Journey
+from matplotlib.patches import Patch
 
 journey = Journey(MODEL)
 RUN, minitron = journey.folder, journey.minitron
@@ -108,11 +109,10 @@ steps = re.findall(r"without layers ([\d, ]+): loss \S+ \(([+-][\d.]+)\)", print
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1.5, 1, 1))
 colours = ["#b3541e" if layer in by_influence else "#9dbbd6" for layer in range(1, total + 1)]
 left.bar(range(1, total + 1), influence, color=colours)
-left.bar([], [], color="#b3541e", label="removed by Block Influence")
-left.plot(by_loss, np.full(len(by_loss), -0.04 * influence.max()), "k^", markersize=5, label="removed by loss")
+(triangles,) = left.plot(by_loss, np.full(len(by_loss), -0.04 * influence.max()), "k^", markersize=5)
 left.set(xlabel="layer", ylabel="Block Influence, 1 - cosine", title="what a layer does to the stream")
 left.xaxis.get_major_locator().set_params(integer=True)
-left.legend(fontsize=8)
+left.legend([Patch(color="#b3541e"), triangles], ["removed by Block Influence", "removed by loss"], fontsize=8)
 middle.plot(range(len(steps) + 1), [0, *(float(more) for _, more in steps)], "o-", color="#1e6fb3", label="by loss")
 middle.set(xlabel="layers removed", ylabel="loss above the teacher's, nats/token", title="calibration text, one by one")
 middle.xaxis.get_major_locator().set_params(integer=True)

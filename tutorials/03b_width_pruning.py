@@ -49,7 +49,8 @@ minitron(f"""
 
 # %%
 scores = np.load(RUN / "scores/arrays.npz")
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(2, 1, 1))
+figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(2, 1.2, 1.2), layout="constrained")
+left, middle, right = panels
 layers, width = scores["ffn"].shape
 ranked = np.sort(scores["ffn"], axis=1)[:, ::-1]
 image = left.imshow(np.log10(ranked + 1e-12), aspect="auto", cmap="viridis", extent=(0, width, layers + 0.5, 0.5),
@@ -65,11 +66,12 @@ middle.set(xlabel="head", ylabel="layer", title="heads, all kept")
 figure.colorbar(image, ax=middle, label="score")
 for axis in (left.yaxis, middle.xaxis, middle.yaxis):
     axis.get_major_locator().set_params(integer=True)
-right.plot(np.sort(scores["hidden"])[::-1], color="#1e6fb3", label="score")
+hidden = np.sort(scores["hidden"])[::-1]
+right.plot(hidden, color="#1e6fb3", label="score")
 right.axvline(HIDDEN, color="grey", linestyle=":", label="kept to the left")
-right.set(xlabel="hidden channel, best first", ylabel="score", yscale="log", title="hidden channels")
+right.set(xlabel="hidden channel, best first", ylabel="score", title="hidden channels")
+right.set_yscale("log" if hidden[0] > 10 * hidden[-1] else "linear")
 right.legend(fontsize=8)
-figure.tight_layout()
 
 # %% [markdown]
 # ## Two students of the same shape

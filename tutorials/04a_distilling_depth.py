@@ -78,6 +78,8 @@ for axis, kind, title in ((left, "kd", "KL to the teacher"), (middle, "lm", "nex
         curve = training.curves[f"{split}_{kind}_loss"]
         axis.plot(curve.at, curve.values, style, color="#9dbbd6" if split == "train" else "#1e6fb3", label=label)
     axis.set(xlabel="tokens seen", ylabel="loss, nats/token", title=title)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.3 * (high - low))  # room for the legend
     axis.legend(fontsize=8)
 losses = {name: model["val_loss"] for name, model in models.items()}
 bars = right.bar(list(losses), list(losses.values()), color=["#b3541e", "#bbbbbb", "#1e6fb3"], width=0.6)

@@ -19,6 +19,7 @@ MODEL = "tiny"  # or "smollm2"
 # %%
 import matplotlib.pyplot as plt
 from journey import Journey
+from matplotlib.patches import Patch
 
 journey = Journey(MODEL)
 RUN, minitron = journey.folder, journey.minitron
@@ -63,14 +64,12 @@ for student, place in places.items():
     for offset, value, colour in ((-0.2, pruned, "#bbbbbb"), (0.2, distilled, colours[student])):
         right.bar_label(right.bar(place + offset, value, width=0.38, color=colour), fmt="%+.3f")
     print(f"{student}: distillation closed {(pruned - distilled) / pruned:.0%} of the gap")
-right.bar([], [], color="#bbbbbb", label="pruned, before training")
-for student, colour in colours.items():
-    right.bar([], [], color=colour, label=f"{student}, distilled")
 right.set_xticks(list(places.values()), list(places))
 right.axhline(0, color="black", linewidth=0.8)
-right.margins(y=0.15)
+right.margins(y=0.35)  # room for the legend
 right.set(ylabel="loss above the teacher's, nats/token", title="what pruning cost, and what is left")
-right.legend(fontsize=8)
+labels = {"pruned, before training": "#bbbbbb", **{f"{name}, distilled": colour for name, colour in colours.items()}}
+right.legend(handles=[Patch(color=colour, label=label) for label, colour in labels.items()], fontsize=8)
 figure.tight_layout()
 
 # %% [markdown]

@@ -97,6 +97,7 @@ axis.axvline(found["source"]["loss"], color="#b3541e", linewidth=1, label="teach
 axis.set_yticks(rows, [label(one) for one in candidates], fontsize=9)
 axis.invert_yaxis()
 axis.grid(axis="y", color="#eeeeee")
+axis.set_axisbelow(True)
 axis.set(xlabel="held-out loss, nats/token", title=f"candidates for {float(BUDGET) / 1e6:.4g}M parameters, best first")
 axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(candidates) - 0.12), ncols=3, frameon=False)
 figure.tight_layout()
