@@ -92,6 +92,7 @@ for student in ("depth", "width"):
 for student in ("depth", "width"):
     minitron(f"report run_dir={student}")
 
+# %%
 page = (RUN / "width/report.md").read_text()
 print(page.split("## Shape")[0].strip())
 
