@@ -82,13 +82,14 @@ class Journey:
         digest = _digest(words, output, known)
         print(_shown(words))
         found = known.get(output or "")
-        if found and found["digest"] == digest and self._is_there(output):
+        logs = dict(word.split("=", 1) for word in words[1:]).get("exp_manager.exp_dir", "")
+        if found and found["digest"] == digest and self._is_there(output) and (self.folder / logs).is_dir():
             print(f"{found['printed']}(made before: {output})")
             return found["printed"]
         if _audience is not None:
             print(f"  minitron {words[0]} {output or ''}", file=_audience, flush=True)
-        if folder := dict(word.split("=", 1) for word in words[1:]).get("exp_manager.exp_dir"):
-            shutil.rmtree(self.folder / folder, ignore_errors=True)  # logs of a training with other settings
+        if logs and output:
+            shutil.rmtree(self.folder / logs, ignore_errors=True)  # of a training with other settings
         printed = self._run(words)
         print(printed, end="")
         if output:
