@@ -47,7 +47,6 @@ WRITES = {
     "output_prefix": "{}_text_document",
     "model.nemo_path": "{}",
     "export.save_path": "{}",
-    "run_dir": "{}/report.html",
 }
 """Key → what a command with this key writes."""
 
@@ -168,7 +167,7 @@ def source(name: str, model: str) -> str:
 
 def _output(words: list[str]) -> str | None:
     """What a command writes, relative to the folder; None where it is not to be remembered."""
-    if words[0] == "run" or "plan_only=true" in words:
+    if words[0] in ("run", "report") or "plan_only=true" in words:  # they see for themselves what is new, or are quick
         return None
     for word in words[1:]:
         key, _, value = word.partition("=")
