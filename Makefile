@@ -60,11 +60,10 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Notebooks are made from their py:percent sources and executed on the tiny model.
+# Notebooks are made from their py:percent sources and executed, MODEL=smollm2 in half an hour.
+MODEL ?= tiny
 tutorials: $(STAMPS)/test
-	@for source in tutorials/*.py; do \
-		$(BIN)/jupytext --to notebook --execute --run-path tutorials "$$source" || exit 1; \
-	done
+	$(BIN)/python tutorials/execute.py $(MODEL) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

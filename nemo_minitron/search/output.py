@@ -132,8 +132,8 @@ def plots(outcome: Outcome, folder: Path) -> None:
         ends = [min(o.predicted for o in measured), max(o.predicted for o in measured)]
         panel.plot(ends, ends, color="grey", linewidth=0.8, linestyle=":")
         rho = outcome.rank_correlation
-        panel.set(xlabel="predicted " + unit, ylabel="measured before training")
-        panel.set_title("" if rho is None else f"rank correlation {rho:.2f}", fontsize=10)
+        panel.set(xlabel="predicted " + unit, ylabel="measured before training, " + unit.partition(", ")[2])
+        panel.set_title("prediction" + ("" if rho is None else f", rank correlation {rho:.2f}"), fontsize=10)
         panel.legend(frameon=False, fontsize=8)
         _save(figure, folder / "prediction.png")
     costs = [name for name in UNITS if name in outcome.found.fronts]
@@ -164,7 +164,8 @@ def plots(outcome: Outcome, folder: Path) -> None:
         top = max([*shown, *(sample.loss[:] if sample is not None else [])], default=None)
         if top is not None:
             panel.set_ylim(float(front.loss.min()) * 0.98, float(top) * 1.02)
-        panel.set(xlabel=UNITS[cost], ylabel=unit)
+        panel.set(xlabel=UNITS[cost], ylabel=unit, title=f"loss against {UNITS[cost].partition(',')[0]}")
+        panel.locator_params(axis="x", nbins=5)  # long numbers of small models
     panels[0][0].legend(frameon=False, fontsize=7)
     _save(figure, folder / "pareto.png")
 
