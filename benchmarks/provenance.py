@@ -14,6 +14,9 @@ def provenance() -> dict[str, str]:
     if (file := Path("/proc/cpuinfo")).is_file():
         names = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
     processor = f"{names[0]}, {len(names)} cores" if names else platform.processor()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        processor += f", {torch.cuda.get_device_name()}"
     words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     return {
         "command": "python " + re.sub(r"(?<![^ =])/[^ ]*/", "", " ".join(words)),
