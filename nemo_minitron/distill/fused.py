@@ -173,7 +173,7 @@ class Sizes:
                 twice, and the second time for some columns of all tokens: half as many products more, and no sums.
         """
         budget = budget or MEMORY_BYTES.get(device, MEMORY_BYTES["cuda"])
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        compute = _compute_dtype(dtype)
         width = -(-vocab_size // ranks)
         row, pair = width * compute.itemsize, 2 * width * dtype.itemsize
         alive = 0 if kernels else _BLOCKS_ALIVE
@@ -263,7 +263,7 @@ class _Call:
         self.flat, self.head = sides[0]
         self.labels, self.column = labels, labels - shard.start
         self.tokens, self.width, self.dtype, self.device = *labels.shape, len(self.head), self.head.dtype, labels.device
-        self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.compute = _compute_dtype(self.dtype)
         self.halves = known is None and (len(sides) == 1 or mix.loss in rows.KINDS)
         self.kernels = self.halves and _has_kernels(self.device, self.dtype)
 
@@ -385,6 +385,11 @@ class _Call:
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype.itemsize == 2 and importlib.util.find_spec("triton") is not None
+
+
+def _compute_dtype(product: torch.dtype) -> torch.dtype:
+    """Of losses and sums, for products of a dtype."""
+    return torch.float64 if product == torch.float64 else torch.float32
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

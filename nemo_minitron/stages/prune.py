@@ -263,10 +263,8 @@ def layers_by_loss(
         runtime.init_distributed()
     world = parallel.world()
     samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
-    everything, mine = (
-        torch.from_numpy(scores.tokens.astype("int64")),
-        slice(runtime.rank(), None, parallel.size(world)),
-    )
+    everything = torch.from_numpy(scores.tokens.astype("int64"))
+    mine = slice(runtime.rank(), None, parallel.size(world))
     share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
     total = reader.shape.num_layers
     sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
