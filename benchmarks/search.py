@@ -11,9 +11,11 @@ reference texts). Then the same folder is searched twice:
    97% of the budget, the one whose five sizes keep the most equal shares) and the choice by *parameters* alone (the
    most that the budget allows). The second search starts no stage of the first again.
 
-The winner of the first is compared with the rivals after equal training. On paper: a scores folder of Llama-3.1-8B's
-sizes with random scores; its rank of the paper's shape says that it is found and how long that takes, not what it is
-worth.
+The winner of the first is compared with the rivals after equal training: in the rounds of the search itself, and, from
+the pruned students again, in a run of ``--seed-steps`` for each of ``--seeds``, which decides blocks and their order.
+Differences are paired by seed; a rival is beaten where the mean difference exceeds zero by more than the half-width of
+its 95% confidence interval (``claims_table.verdict``). On paper: a scores folder of Llama-3.1-8B's sizes with random
+scores; its rank of the paper's shape says that it is found and how long that takes, not what it is worth.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from claims_table import HOLDS, verdict
 from provenance import provenance
 
 BUDGET = 100e6
@@ -42,6 +45,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here, and copy the plots beside it")
     parser.add_argument("--tokens", type=int, default=8192, help="search.tokens: calibration tokens of each student")
     parser.add_argument("--steps", type=int, default=8, help="search.distill_steps, of 1,024 tokens")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the winner and of each rival, equally long")
+    parser.add_argument("--seed-steps", type=int, default=24, help="of each of these runs, of 1,024 tokens")
     parser.add_argument("--blocks", type=int, default=32, help="held-out blocks of 256 tokens that losses are from")
     parser.add_argument("--parts", default="smollm2,paper", help="some of them, comma-separated")
     given = parser.parse_args()
@@ -109,7 +114,43 @@ def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: 
         for name, sizes in rivals.items()
     }
     second = {"more_minutes": round((time.monotonic() - start) / 60, 1), **_facts(document)}
-    return {"first": first, "second": second, "compared": compared}
+    found = {"first": first, "second": second, "compared": compared}
+    path.write_text(json.dumps(known | found, indent=2) + "\n")
+    return found | {"seeds": seeds(work, command, compared, given.seeds, given.seed_steps)}
+
+
+def seeds(work: Path, command: list[str], compared: dict[str, Any], count: int, steps: int) -> dict[str, Any]:
+    """Held-out losses of the winner and its rivals, each distilled anew with every seed, and the verdicts."""
+    training = [word for word in command if word.startswith("model.") and "restore_from_path" not in word]
+    evaluate = [word for word in command if word.startswith("evaluate.")]
+    losses: dict[str, list[float]] = {}
+    for seed in range(count):
+        for name, entry in compared.items():
+            student, run = work / "search" / "students" / f"{entry['name']}.nemo", work / "seeds" / f"{name}-{seed}"
+            evaluation = run / f"after-{steps}.json"
+            if not evaluation.is_file():
+                _minitron(
+                    "distill",
+                    *training,
+                    f"model.restore_from_path={student}",
+                    f"model.kd_teacher_restore_from_path={work}/converted.nemo",
+                    f"model.nemo_path={run}/student.nemo",
+                    f"model.data.index_mapping_dir={run}/index",
+                    f"model.seed={seed}",
+                    f"seed={seed}",
+                    f"trainer.max_steps={steps}",
+                    f"trainer.val_check_interval={steps}",
+                    f"exp_manager.exp_dir={run}/logs",
+                    "exp_manager.resume_if_exists=false",
+                )
+                _minitron(
+                    "evaluate", f"model.restore_from_path={run}/student.nemo", f"output_path={evaluation}", *evaluate
+                )
+                for model in run.glob("student*.nemo"):
+                    model.unlink()
+            losses.setdefault(name, []).append(json.loads(evaluation.read_text())["val_loss"])
+    beaten = {name: verdict(losses["winner"], losses[name]) for name in losses if name != "winner"}
+    return {"steps": steps, "losses": losses, "against": beaten}
 
 
 def rival_shapes(scores: Path) -> dict[str, dict[str, int]]:
@@ -169,12 +210,10 @@ def verdicts(result: dict[str, Any]) -> dict[str, bool | None]:
     if first := result.get("first"):
         holds["minutes"] = None if first["minutes"] is None else first["minutes"] <= FOUND["minutes"]
         holds |= {name: first[name] >= FOUND[name] for name in ("feasible", "zero_shot", "distilled")}
-    if compared := result.get("compared"):
-        after = {name: entry["distilled"][-1] for name, entry in compared.items() if entry.get("distilled")}
-        rounds = {len(entry.get("distilled", ())) for entry in compared.values()}
-        for rival in ("uniform", "parameters"):
-            holds[f"beats {rival}"] = None if len(rounds) > 1 else after["winner"] < after[rival]
-        holds["rank_correlation"] = result["second"]["rank_correlation"] >= FOUND["rank_correlation"]
+    if second := result.get("second"):
+        holds["rank_correlation"] = second["rank_correlation"] >= FOUND["rank_correlation"]
+    for rival, against in result.get("seeds", {}).get("against", {}).items():
+        holds[f"beats {rival}"] = against["verdict"] == HOLDS if against["pairs"] > 1 else None
     if on_paper := result.get("paper"):
         holds["paper_seconds"] = on_paper["seconds"] <= FOUND["paper_seconds"] and on_paper["rank"] is not None
     return holds
