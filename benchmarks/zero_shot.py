@@ -84,9 +84,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
-def cell(row: dict[str, Any], method: str, where: str) -> str:
+def cell(row: dict[str, Any], method: str, where: str, width: int = 11, digits: int = 3) -> str:
     """A loss of the table; blank where it was not measured."""
-    return f"{row[method]['above'][where]:>11.3f}" if method in row else " " * 11
+    return f"{row[method]['above'][where]:>{width}.{digits}f}" if method in row else " " * width
 
 
 def merged(table: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -185,9 +185,12 @@ class Bench:
 
     def losses(self, path: Path) -> dict[str, float]:
         """Of a ``.nemo`` on every text, nats/token."""
+        return self.losses_of(self.load(path))
+
+    def losses_of(self, model: Any) -> dict[str, float]:
+        """Of a loaded model."""
         from nemo_minitron.evaluate import evaluate
 
-        model = self.load(path)
         return {name: evaluate(model, blocks, micro_batch_size=4)["val_loss"] for name, blocks in self.texts.items()}
 
     def layers_to_drop(self, count: int) -> list[int]:
