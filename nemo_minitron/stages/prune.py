@@ -220,7 +220,7 @@ def _drop_by_loss(
     if runtime.rank() == 0:
         for step in steps:
             removed = ", ".join(str(layer + 1) for layer in step.removed)
-            print(f"without layers {removed}: loss {step.loss:.4f} (+{step.loss - whole:.4f})")
+            print(f"without layers {removed}: loss {step.loss:.4f} ({step.loss - whole:+.4f})")
     return [layer + 1 for layer in steps[-1].removed]
 
 
