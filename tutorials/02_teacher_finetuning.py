@@ -16,7 +16,7 @@
 # 3.1). Its architecture is read from the checkpoint and need not be said again.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt

@@ -15,7 +15,7 @@
 # passes through it (arXiv 2403.03853), and the *loss without it*, which costs more forward passes and asks what counts.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import re

@@ -16,7 +16,7 @@
 # kept was made for inputs that are now gone; re-solving it in closed form repairs much of that before any training.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt

@@ -16,7 +16,7 @@
 # distribution to the student's.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt

@@ -15,7 +15,7 @@
 # narrower than the teacher's, which does not matter to this loss: it compares what both predict.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt

@@ -14,7 +14,7 @@
 # Teacher, pruned and distilled students beside each other; a page for people; and the way back to Hugging Face.
 
 # %%
-MODEL = "smollm2"  # or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
