@@ -25,6 +25,7 @@ import io
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +46,27 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep what that table has and this run does not measure")
     parser.add_argument("--json", type=Path, help="write the table here")
     given = parser.parse_args()
+    earlier = json.loads(given.json.read_text()) if given.keep and given.json and given.json.is_file() else None
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        table = measure(Bench(given.source, given.brown, work), given.targets.split(","), given.methods.split(","))
-    table |= provenance()
-    if given.keep and given.json and given.json.is_file():
-        table = merged(table, json.loads(given.json.read_text()))
+        bench = Bench(given.source, given.brown, work)
+        for table in measure(bench, given.targets.split(","), given.methods.split(",")):
+            table |= provenance()
+            if earlier:
+                table = merged(table, earlier)
+            if given.json:  # after each row: the next may fail
+                given.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
     for where in ("brown", "pydoc"):
         columns = [name for name in COLUMNS if any(name in row for row in table["rows"].values())]
         print(f"\n{where}, nats/token above the unpruned model's {table['teacher'][where]:.3f}")
         print(f"{'target':<24}" + "".join(f"{name:>17}" for name in columns))
         for target, row in table["rows"].items():
             print(f"{target:<24}" + "".join(cell(row, name, where, 17, 4) for name in columns))
-    if given.json:
-        given.json.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n")
 
 
-def measure(bench: Bench, targets: list[str], methods: list[str]) -> dict[str, Any]:
-    """Losses of every target, pruned by Model-Optimizer and by ``methods`` of ``zero_shot.py``."""
+def measure(bench: Bench, targets: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:
+    """Losses of every target, pruned by Model-Optimizer and by ``methods`` of ``zero_shot.py``, after each target."""
     import modelopt
 
     teacher = bench.losses(bench.teacher)
@@ -85,7 +88,7 @@ def measure(bench: Bench, targets: list[str], methods: list[str]) -> dict[str, A
             one["above"] = {where: loss - teacher[where] for where, loss in one["loss"].items()}
         table["rows"][name] = row
         print(name, {method: round(one["above"]["brown"], 4) for method, one in row.items()}, flush=True)
-    return table
+        yield dict(table)
 
 
 def pruned(bench: Bench, target: dict[str, int]) -> Any:
