@@ -271,17 +271,25 @@ def test_a_failed_command_stops_with_its_last_words(tmp_path, monkeypatch):
         journey.minitron("synthesize model=tiny output_pat=source")
 
 
+def test_what_is_printed_is_text_and_shown_once():
+    from IPython.core.formatters import DisplayFormatter
+
+    printed = load("journey").Printed("a line\n")
+    assert printed == "a line\n" and re.search("line", printed)
+    assert DisplayFormatter().format(printed) == ({}, {})
+
+
 def test_cleaning_leaves_nothing_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MINITRON_TUTORIALS", str(tmp_path))
     cell = nbformat.v4.new_code_cell("1")
-    text = f"$ minitron\n 10%|#  | left\rdone in {tmp_path}/tiny/a\n"
+    text = f"$ minitron\n 10%|#  | left\rdone in {tmp_path}/tiny/a\n(made before: a)\n"
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=part) for part in (text[:20], text[20:])]
     cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
     cell.metadata["execution"] = {"iopub.execute_input": "2020-01-01"}
     notebook = nbformat.v4.new_notebook(cells=[cell])
     load("execute").clean(notebook)
     assert [output.text for output in cell.outputs] == ["$ minitron\ndone in RUN/a\n"]
-    assert "execution" not in cell.metadata
+    assert "execution" not in cell.metadata and cell.id == "cell-0"
 
 
 def test_index_files_are_read_as_megatron_reads_them(tmp_path):

@@ -70,8 +70,8 @@ hidden = np.sort(scores["hidden"])[::-1]
 right.plot(hidden, color="#1e6fb3", label="score")
 right.axvline(HIDDEN, color="grey", linestyle=":", label="kept to the left")
 right.set(xlabel="hidden channel, best first", ylabel="score", title="hidden channels")
-right.set_yscale("log" if hidden[0] > 10 * hidden[-1] else "linear")
 right.legend(fontsize=8)
+right.set_yscale("log" if hidden[0] > 10 * hidden[-1] else "linear")
 
 # %% [markdown]
 # ## Two students of the same shape

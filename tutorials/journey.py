@@ -55,6 +55,13 @@ ALONE = ("run", "search")
 WITH_NEMO = ("finetune", "importance", "distill", "evaluate")
 
 
+class Printed(str):
+    """What a command printed: text, which a notebook whose cell ends in the command does not show a second time."""
+
+    def _ipython_display_(self) -> None:
+        """Nothing is left to show."""
+
+
 class Journey:
     """One model's run folder: ``$MINITRON_TUTORIALS/MODEL``, or a folder of temporary files named after the model."""
 
@@ -69,7 +76,7 @@ class Journey:
         if model == "tiny":  # its matrices are too small to share
             os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-    def minitron(self, command: str) -> str:
+    def minitron(self, command: str) -> Printed:
         """Run ``minitron COMMAND`` in the folder, show the command and what it printed; return what it printed.
 
         Raises:
@@ -84,7 +91,7 @@ class Journey:
         logs = dict(word.split("=", 1) for word in words[1:]).get("exp_manager.exp_dir", "")
         if found and found["digest"] == digest and self._is_there(output) and (self.folder / logs).is_dir():
             print(f"{found['printed']}(made before: {output})")
-            return found["printed"]
+            return Printed(found["printed"])
         if _audience is not None:
             print(f"  minitron {words[0]} {output or ''}", file=_audience, flush=True)
         if logs and output:
@@ -96,7 +103,7 @@ class Journey:
             part = self.folder / ".commands.json.part"
             part.write_text(json.dumps(known, indent=1))
             part.replace(self.folder / ".commands.json")
-        return printed
+        return Printed(printed)
 
     def needs(self, *notebooks: str) -> None:
         """Make what these notebooks would have made, by running their sources, unless it is there."""
