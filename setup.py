@@ -20,6 +20,7 @@ REQUIRES = [
     "protobuf~=5.29.5",
     "fsspec==2024.12.0",
     "safetensors",
+    "scipy",
     "gguf",
     "accelerate",
     # What `import nemo.collections.nlp` needs of nemo_toolkit[nlp]'s ~180 packages:

@@ -2,18 +2,20 @@
 
 The damage of a shape is the logarithm of its loss over the source's, and is taken to add up over the axes that shrink:
 
-    log(loss / loss_of_source) = sum over axes of  a * share of the scores lost  +  b * share of the size lost
+    log(loss / loss_of_source) = sum over axes of  a * scores lost  +  b * size lost  +  c * (size lost)^2
 
-For FFN neurons, groups and heads (within their group) the first share is of the published scores, mean over layers; for
-hidden channels of the residual stream's energy outside of the directions kept (its eigenvalues where the scores hold
-``stream_moment``, as compensation rotates the stream; else the squared scores); for layers of Block Influence, or the
-loss without them where that was searched. The second share bends the curve where the first does not.
+all of them shares. Scores lost are, for FFN neurons, groups and heads (within their group), of the published scores,
+mean over layers; for hidden channels of the residual stream's energy outside of the directions kept (its eigenvalues
+where the scores hold ``stream_moment``, as compensation rotates the stream; else the squared scores); for layers of
+Block Influence, or the loss without them where that was searched. The square is there because damage grows faster than
+what is cut: what is kept makes up for the first units cut, and has less to do so with for every further one. Without it
+a shape that halves one size looks far too good, and is what a search proposes.
 
-``a`` and ``b`` are not negative and come from ridge regression on measured students (at best of one shrunk axis each),
-pulled towards ``DEFAULTS`` times the one factor that fits these measurements best. Without measurements the defaults
-serve as they are: those are what students re-solved by ``minitron prune`` cost on SmolLM2-135M
-(``benchmarks/results/zero_shot_smollm2_135m.json``), each the mean of its one or two rows, and tell shapes apart but
-promise no loss.
+The coefficients are not negative and come from ridge regression on measured students (at best of one shrunk axis
+each, at two shares), pulled towards ``DEFAULTS`` times the one factor that fits these measurements best. Without
+measurements the defaults serve as they are: those fit what students re-solved by ``minitron prune`` cost on
+SmolLM2-135M, on Brown (``benchmarks/results/zero_shot_smollm2_135m.json``) and on Python's reference texts, by least
+squares of relative errors, and tell shapes apart but promise no loss.
 """
 
 from __future__ import annotations
@@ -28,24 +30,26 @@ from nemo_minitron.scores import Scores
 from nemo_minitron.shape import ModelShape
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "heads_per_group")
+TERMS = ("scores", "size", "size_squared")
 DEFAULTS = {
-    "num_layers": 2.2,
-    "hidden_size": 5.0,
-    "ffn_hidden_size": 0.42,
-    "num_query_groups": 0.21,
-    "heads_per_group": 0.21,
+    "num_layers": (1.3, 0.0, 0.4),
+    "hidden_size": (4.7, 0.0, 0.27),
+    "ffn_hidden_size": (0.11, 0.0, 0.45),
+    "num_query_groups": (0.22, 0.0, 0.0),
+    "heads_per_group": (0.22, 0.0, 0.0),
 }
-"""Damage per share of the scores lost. Nothing was measured of heads, which are taken to cost what groups do."""
+"""Damage by axis and term. One share of groups and of heads was measured, which tells nothing of a curve."""
+LAYERS_BY_LOSS = (1.0, 0.0, 0.0)
+"""For layers where the scores lost are themselves the logarithm of measured losses."""
 RIDGE = 1e-3
 """Of the pull towards the defaults, in units of squared damage at the measured shapes' own shares."""
-SWEEPS = 2000
 
 
 @dataclass(frozen=True)
 class Features:
-    """Shares lost by size: ``tables[axis]`` is ``[K+1, 2]``, the scores' and the size's share at each size kept.
+    """Shares lost by size: ``tables[axis]`` is ``[K+1, terms]``, in the order of ``TERMS``, at each size kept.
 
-    ``vectors`` of shapes are ``[n, 2 * axes]``, axis by axis in the order of ``AXES``.
+    ``vectors`` of shapes are ``[n, axes * terms]``, axis by axis in the order of ``AXES``.
     """
 
     tables: dict[str, np.ndarray]
@@ -79,7 +83,8 @@ class Features:
         tables = {}
         for axis in AXES:
             whole = len(lost[axis]) - 1
-            tables[axis] = np.stack([lost[axis], 1 - np.arange(whole + 1) / whole], axis=1)
+            size = 1 - np.arange(whole + 1) / whole
+            tables[axis] = np.stack([lost[axis], size, size**2], axis=1)
         return cls(tables)
 
     def vectors(self, shapes: ModelShape) -> np.ndarray:
@@ -92,7 +97,7 @@ class Predictor:
     """Predicted losses.
 
     Attributes:
-        coefficients: ``[2 * axes]``. source_loss: nats/token; 1.0 where it is not known, so that predictions are
+        coefficients: ``[axes * terms]``. source_loss: nats/token; 1.0 where it is not known, so that predictions are
             multiples of it.
         measured: shapes and losses of the fit. residual: root mean square of their damage that is not explained.
     """
@@ -107,16 +112,16 @@ class Predictor:
     def __call__(self, shapes: ModelShape) -> np.ndarray:
         """Loss of every shape, ``[n]``."""
         damage = np.zeros(1)
-        for axis, pair in zip(AXES, self.coefficients.reshape(-1, 2), strict=True):
-            damage = damage + (self.features.tables[axis] @ pair)[np.atleast_1d(getattr(shapes, axis))]
+        for axis, terms in zip(AXES, self.coefficients.reshape(len(AXES), -1), strict=True):
+            damage = damage + (self.features.tables[axis] @ terms)[np.atleast_1d(getattr(shapes, axis))]
         return self.source_loss * np.exp(damage)
 
     def table(self) -> dict[str, dict[str, float]]:
         """Coefficients by axis, for people."""
-        pairs = self.coefficients.reshape(-1, 2)
+        rows = self.coefficients.reshape(len(AXES), -1)
         return {
-            axis: {"scores": round(float(a), 4), "size": round(float(b), 4)}
-            for axis, (a, b) in zip(AXES, pairs, strict=True)
+            axis: {term: round(float(value), 4) for term, value in zip(TERMS, row, strict=True)}
+            for axis, row in zip(AXES, rows, strict=True)
         }
 
 
@@ -139,6 +144,8 @@ def fit(
     """
     if not shapes:
         return defaults(features, source_loss, layers_measured)
+    from scipy.optimize import nnls
+
     if source_loss <= 0 or min(losses) <= 0:
         raise MinitronError(f"search: losses must be positive, found {min(*losses, source_loss)}")
     rows = np.concatenate([features.vectors(shape) for shape in shapes])
@@ -149,7 +156,8 @@ def fit(
     weight = np.square(rows).mean(axis=0)
     # an axis that nothing measured keeps its default; the pull's strength is then of no consequence
     pull = RIDGE * np.where(weight > 0, weight * len(rows), 1.0)
-    coefficients = _not_negative(rows.T @ rows + np.diag(pull), rows.T @ damage + pull * scale * prior)
+    pulled = np.diag(np.sqrt(pull))
+    coefficients, _ = nnls(np.concatenate((rows, pulled)), np.concatenate((damage, pulled @ prior * scale)))
     residual = float(np.sqrt(np.square(rows @ coefficients - damage).mean()))
     return Predictor(features, coefficients, source_loss, len(shapes), residual, scale)
 
@@ -169,8 +177,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _prior(layers_measured: bool) -> np.ndarray:
-    values = DEFAULTS | ({"num_layers": 1.0} if layers_measured else {})
-    return np.array([value for axis in AXES for value in (values[axis], 0.0)])
+    values = DEFAULTS | ({"num_layers": LAYERS_BY_LOSS} if layers_measured else {})
+    return np.concatenate([values[axis] for axis in AXES])
 
 
 def _tail(worth: np.ndarray) -> np.ndarray:
@@ -186,15 +194,3 @@ def _measured_layers(layers: int, without: Sequence[float]) -> np.ndarray:
     slope = damage[-1] - damage[-2]
     beyond = damage[-1] + slope * np.arange(1, layers + 2 - len(damage))
     return np.concatenate((damage, beyond))[: layers + 1][::-1].copy()
-
-
-def _not_negative(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Minimum of ``x' M x / 2 - r' x`` over ``x >= 0`` by coordinate descent, ``M`` being positive definite."""
-    x = np.zeros(len(right))
-    for _ in range(SWEEPS):
-        before = x.copy()
-        for at in range(len(x)):
-            x[at] = max(0.0, x[at] + (right[at] - matrix[at] @ x) / matrix[at, at])
-        if np.abs(x - before).max() < 1e-12:
-            break
-    return x

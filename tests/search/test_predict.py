@@ -29,7 +29,7 @@ def test_shares_lost_are_those_of_the_units_cut():
     tables = predict.Features.of(scores).tables
     for kept in (0, 1, 40, 95, 96):
         lost = [np.sort(row)[: 96 - kept].sum() / row.sum() for row in scores.ffn]
-        assert tables["ffn_hidden_size"][kept] == pytest.approx([np.mean(lost), 1 - kept / 96])
+        assert tables["ffn_hidden_size"][kept] == pytest.approx([np.mean(lost), 1 - kept / 96, (1 - kept / 96) ** 2])
     ordered = np.sort(scores.block_influence)
     assert tables["num_layers"][2, 0] == pytest.approx(ordered[0] / ordered.sum())
     halves = scores.heads.reshape(3, 4, 2)
@@ -56,7 +56,7 @@ def shapes_and_rows(features: predict.Features):
 def test_a_fit_on_enough_shapes_finds_the_coefficients_and_predicts_others():
     features = predict.Features.of(make_scores())
     shapes, rows = shapes_and_rows(features)
-    truth = np.array([0.5, 0.1, 1.0, 0.0, 0.2, 0.3, 0.0, 0.2, 0.1, 0.0])
+    truth = np.array([0.5, 0.1, 0.2, 1.0, 0.0, 0.0, 0.2, 0.3, 0.4, 0.0, 0.2, 0.0, 0.1, 0.0, 0.1])
     losses = 3.0 * np.exp(rows @ truth)
     predictor = predict.fit(features, shapes[::2], losses[::2], 3.0)
     others = [float(predictor(shape)[0]) for shape in shapes[1::2]]
@@ -67,7 +67,7 @@ def test_a_fit_on_enough_shapes_finds_the_coefficients_and_predicts_others():
 def test_the_fit_is_non_negative_least_squares():
     features = predict.Features.of(make_scores())
     shapes, rows = shapes_and_rows(features)
-    damage = rows @ np.linspace(-0.5, 1.0, 10) + 0.05 * np.random.default_rng(1).normal(size=len(rows))
+    damage = rows @ np.linspace(-0.5, 1.0, 15) + 0.05 * np.random.default_rng(1).normal(size=len(rows))
     predictor = predict.fit(features, shapes, 2.0 * np.exp(damage), 2.0)
     expected, _ = optimize.nnls(rows, damage)
     ours = np.square(rows @ predictor.coefficients - damage).sum()
@@ -102,6 +102,18 @@ def test_smaller_is_never_predicted_better():
         whole = getattr(GQA, name)
         losses = [float(predictor(GQA.replace(**{name: size}))[0]) for size in range(1, whole + 1)]
         assert (np.diff(losses) <= 1e-12).all()
+
+
+def test_damage_that_grows_faster_than_the_size_cut_is_followed_beyond_what_was_measured():
+    """Two probes of one size, as a search makes them, and a third size that is cut more: a line would fall short."""
+    features = predict.Features.of(make_scores())
+    cut = np.array([1 - kept / 96 for kept in (80, 64, 40)])
+    damage = 0.09 * cut + 0.3 * cut**2  # what ffn_hidden_size costs SmolLM2-135M
+    shapes = [GQA.replace(ffn_hidden_size=kept) for kept in (80, 64, 40)]
+    predictor = predict.fit(features, shapes[:2], 2.7 * np.exp(damage[:2]), 2.7)
+    found = float(np.log(predictor(shapes[2])[0] / 2.7))
+    assert found == pytest.approx(damage[2], rel=0.1)
+    assert damage[1] / cut[1] * cut[2] < 0.8 * found, "the line through the second probe"
 
 
 def test_loss_must_be_positive():
