@@ -130,7 +130,7 @@ class _Walk:
         return selection(torch.tensor(self.plan.hidden, device=self.device), source.hidden_size), False
 
     def _cut(self, row: Parameter, number: int | None, tensor: Tensor) -> Tensor:
-        """The student's part of one canonical tensor before anything is solved; turned norms have no weights."""
+        """The student's part of one canonical tensor before anything is solved; a turned norm's weights are ones."""
         if not self.turned:
             return rewrite(self.plan, row, number, tensor)
         for dim, axis in enumerate(row.axes):
@@ -212,7 +212,10 @@ class _Walk:
     ) -> Tensor:
         """``linear_qkv`` or ``linear_fc1`` for the student's narrower normed stream.
 
-        Solved as if the norm had no weights, which leaves inputs of one scale, and divided by them afterwards.
+        Solved as if the norm had no weights, which leaves inputs of one scale, and divided by them afterwards. The norm
+        of a turned stream has none to keep, and gets those that leave every column of the solved weights with the root
+        mean square of the teacher's: weights as small as ``weight * norm`` would train at many times the rate that
+        AdamW's steps of one size mean for the teacher's, the more where the stream is largest.
         ``place``: row of the sensitivity that belongs to ``stream``; the embeddings have none.
         """
         norm = layout.QKV_NORM if row is layout.QKV_WEIGHT else layout.FC1_NORM
@@ -220,7 +223,7 @@ class _Walk:
         rows = kept(self.plan, row.axes[0], number)
         weight = teacher[row] if rows is None else teacher[row][rows.to(self.device)]
         solved = self._solve_read(moment, cross, weight * teacher[norm])
-        gain = self._rounded(_divisible(student[norm]))
+        gain = self._rounded(_divisible(_gain_of_turned(solved, weight) if self.turned else student[norm]))
         student.tensors[norm.key].copy_(gain)  # type: ignore[index]
         return self._rounded(solved / gain)
 
@@ -265,7 +268,7 @@ class _Walk:
             scale = (own / moment.diagonal().clamp_min(TINY)).float()
             self._write(layout.FINAL_NORM, None, torch.where(scale == 0, cut, scale))  # its sign may be either
             return
-        safe = self._rounded(_divisible(cut))
+        safe = self._rounded(_divisible(cut * gain.square().mean().sqrt() if self.turned else cut))
         self._write(layout.FINAL_NORM, None, safe)
         parts = []
         for start in range(0, len(output), ROWS_AT_ONCE):
@@ -329,6 +332,12 @@ class _Walk:
             second_moment(x, x, weights, own, out=moment)
             second_moment(x, y, weights, other, out=cross)
         return parallel.all_reduce(moment, self.group), parallel.all_reduce(cross, self.group)
+
+
+def _gain_of_turned(solved: Tensor, weight: Tensor) -> Tensor:
+    """``[k]``, by which the columns of ``solved [rows, k]`` are divided to have the root mean square of ``weight``."""
+    columns, whole = solved.square().mean(dim=0).sqrt(), weight.square().mean().sqrt()
+    return columns / whole if bool(columns.any()) else torch.ones_like(columns)
 
 
 def _divisible(gain: Tensor) -> Tensor:

@@ -227,6 +227,26 @@ def test_turning_loses_nothing_where_the_stream_is_narrow(shape):
     assert float((worse - before).square().mean().sqrt() / scale) > 0.1
 
 
+def test_a_turned_norm_leaves_weights_the_scale_they_trained_at():
+    """Folded into what reads it, a norm of 0.1 would leave weights ten times smaller, and AdamW's steps as they are."""
+    model, moment = low_dimensional(SHAPE, 16)
+    for norm in (layout.QKV_NORM, layout.FC1_NORM):
+        for number in range(SHAPE.num_layers):
+            model.tensors[norm.key, number].mul_(0.1)
+    how = Compensation("t" * 64, ffn=1e-6, attention=1e-6, read=1e-6, rotate=True)
+    plan = make_plan(SHAPE, scores(SHAPE), {"hidden_size": 16}, source_fingerprint=FINGERPRINT, compensation=how)
+    turned = Memory(plan.target)
+    compensate(model, plan, TOKENS, EVEN, turned, stream_moment=moment)
+    for row, norm in ((layout.QKV_WEIGHT, layout.QKV_NORM), (layout.FC1_WEIGHT, layout.FC1_NORM)):
+        for number in range(SHAPE.num_layers):
+            columns = turned.tensors[row.key, number].square().mean(dim=0).sqrt()
+            teacher = model.tensors[row.key, number].square().mean().sqrt()
+            gain = turned.tensors[norm.key, number]
+            floored = gain <= 0.0501 * gain.square().mean().sqrt()  # columns that hardly count keep a norm that divides
+            torch.testing.assert_close(columns[~floored], teacher.expand(16)[~floored], rtol=1e-4, atol=0)
+            assert not floored.all() and float(gain.median()) < 0.3
+
+
 def test_a_plan_that_turns_needs_the_moment():
     model, _ = low_dimensional(SHAPE, 16)
     how = Compensation("t" * 64, rotate=True)
