@@ -26,6 +26,7 @@ from provenance import provenance
 from zero_shot import TARGETS, Bench
 
 STEP_TOKENS, BLOCK = 1024, 256
+METHODS = ("plain", "ours")
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--rates", default="1e-4,3e-4", help="learning rates")
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--work", type=Path, help="as zero_shot.py's")
+    parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
+    parser.add_argument("--keep", action="store_true", help="keep what --json has and this run does not measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -50,11 +53,12 @@ def main() -> None:
     shown = [at for at in range(len(tokens)) if at % max(1, len(tokens) // 5) == 0 or at == len(tokens) - 1]
     print(f"{'':<36}" + "".join(f"{tokens[at]:>10,}" for at in shown))
     for target, row in table["rows"].items():
-        for method in ("plain", "ours"):
+        for method in row["rate"]:
             mean = np.mean(row[method][row["rate"][method]], axis=0)
             name = f"{target}, {method}, {row['rate'][method]}"
             print(f"{name:<36}" + "".join(f"{mean[at]:>10.3f}" for at in shown))
-        print(f"{'':<36}plain needs {row['ratio']}")
+        if "ratio" in row:
+            print(f"{'':<36}plain needs {row['ratio']}")
 
 
 def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
@@ -72,17 +76,23 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
         "teacher": loss_of(teacher, evaluation),
         "tokens": [b * STEP_TOKENS for b in budgets],
     }
-    result |= {"rows": {}} | provenance()
+    earlier = json.loads(given.json.read_text()) if given.keep and given.json and given.json.is_file() else {}
+    result |= {"rows": earlier.get("rows", {})} | provenance()
+    if earlier:
+        same = all(result[name] == earlier[name] for name in ("tokens", "machine"))
+        if not same or abs(result["teacher"] - earlier["teacher"]) > 1e-3:
+            raise SystemExit(f"--keep: {given.json} is of another machine, other budgets or another teacher")
+        result["commands"] = [*earlier.get("commands", [earlier["command"]]), result["command"]]
     batches = {
         seed: training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))].split(4)
         for seed in range(given.seeds)
     }
     taught = {seed: answers(teacher, batches[seed][: given.steps]) for seed in batches}
-    for target in given.targets.split(","):
-        row: dict[str, Any] = {}
-        for method in ("plain", "ours"):
+    for number, target in enumerate(given.targets.split(",")):
+        row = {method: curves for method, curves in result["rows"].get(target, {}).items() if method in METHODS}
+        for method in given.methods.split(","):
             row[method] = {rate: [] for rate in given.rates.split(",")}
-            path = folder / f"{method}-{len(result['rows'])}.nemo"
+            path = folder / f"{method}-{number}.nemo"
             bench.prune(method, TARGETS[target], path)
             for rate, seed in itertools.product(row[method], range(given.seeds)):
                 start = time.perf_counter()
@@ -100,8 +110,9 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
         row["rate"] = {
             method: min(row[method], key=lambda one: np.mean(row[method][one], axis=0)[-1]) for method in row
         }
-        means = (np.mean(row[method][row["rate"][method]], axis=0) for method in ("plain", "ours"))
-        row["ratio"] = ratio(np.array(result["tokens"]), *means)
+        means = [np.mean(row[method][rate], axis=0) for method, rate in sorted(row["rate"].items(), reverse=True)]
+        if len(means) == len(METHODS):  # plain, ours
+            row["ratio"] = ratio(np.array(result["tokens"]), *means)
         result["rows"][target] = row
         if given.json:  # after each target: the next takes as long
             given.json.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -133,6 +144,8 @@ def plot(table: dict[str, Any], path: Path) -> None:
     tokens = np.array(table["tokens"]) / 1000
     for panel, (target, row) in zip(panels[0], table["rows"].items(), strict=True):
         for method, colour, label in (("plain", "#b3541e", "cut (Minitron)"), ("ours", "#1e6fb3", "re-solved (ours)")):
+            if method not in row["rate"]:
+                continue
             rate = row["rate"][method]
             for curve in row[method][rate]:
                 panel.plot(tokens, curve, color=colour, alpha=0.35, linewidth=0.8)
