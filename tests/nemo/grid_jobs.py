@@ -76,6 +76,8 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
 
     calibration = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", f"calibration.seq_length={LENGTH}"]
     importance.run(compose("importance", [*common, *calibration, f"output_path={folder}/scores"]))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank writes the scores; as commands, all ranks of the one end first
     files = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
     prune.run(compose("prune", [*common, *files, *(f"prune.{size}" for size in sizes)]))
 
