@@ -110,8 +110,8 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
         row["rate"] = {
             method: min(row[method], key=lambda one: np.mean(row[method][one], axis=0)[-1]) for method in row
         }
-        means = [np.mean(row[method][rate], axis=0) for method, rate in sorted(row["rate"].items(), reverse=True)]
-        if len(means) == len(METHODS):  # plain, ours
+        if row["rate"].keys() == set(METHODS):
+            means = (np.mean(row[method][row["rate"][method]], axis=0) for method in METHODS)
             row["ratio"] = ratio(np.array(result["tokens"]), *means)
         result["rows"][target] = row
         if given.json:  # after each target: the next takes as long
