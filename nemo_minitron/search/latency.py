@@ -21,6 +21,8 @@ from nemo_minitron.shape import ModelShape
 LAYER_OPERATIONS = 8
 """Of one layer that are started one after the other: two norms, four matrix products, attention, the gate."""
 DTYPES = {2: "bfloat16", 4: "float32"}
+SMALL = 200
+"""Products too small to measure that are measured together, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Rates:
 
     Attributes:
         device: its name. flops: operations per second of a large square product. bandwidth: bytes per second at which
-            a matrix-vector product reads its matrix. overhead: seconds of a product too small to measure.
+            a matrix-vector product reads its matrix. overhead: seconds of a product too small to measure, among others.
     """
 
     device: str
@@ -63,23 +65,18 @@ def device_name() -> str:
 
 
 def measure(bytes_per_value: int = 2) -> Rates:
-    """Measure the present device; takes a second or two. Best of several repetitions, as other work only slows down."""
+    """Measure the present device; takes a second or two. Best of several repetitions, as other work only slows down.
+
+    On CUDA everything is replayed from a captured graph, as serving runtimes decode: what Python needs to start a
+    kernel, which is many times what the device needs, is in no figure.
+    """
     import torch
 
     from nemo_minitron import runtime
 
     device, dtype = runtime.device(), getattr(torch, DTYPES.get(bytes_per_value, "bfloat16"))
     large = device.type == "cuda"
-
-    def best(work: Callable[[], Any], repeats: int) -> float:
-        seconds = []
-        for _ in range(repeats):
-            runtime.synchronize()
-            start = time.perf_counter()
-            work()
-            runtime.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    product = torch.nn.functional.linear
 
     def matrix(*size: int) -> Any:
         return torch.ones(size, dtype=dtype, device=device)
@@ -87,10 +84,32 @@ def measure(bytes_per_value: int = 2) -> Rates:
     with torch.no_grad():
         side = 8192 if large else 1024
         square = matrix(side, side)
-        flops = 2 * side**3 / best(lambda: square @ square, 5)
+        flops = 2 * side**3 / best_seconds(lambda: square @ square, 5)
         wide, vector = matrix(16384, 8192 if large else 4096), matrix(1, 8192 if large else 4096)
         small, one = matrix(8, 8), matrix(1, 8)
-        overhead = best(lambda: torch.nn.functional.linear(one, small), 200)
-        seconds = best(lambda: torch.nn.functional.linear(vector, wide), 7)
+        overhead = best_seconds(lambda: [product(one, small) for _ in range(SMALL)], 20) / SMALL
+        seconds = best_seconds(lambda: [product(vector, wide) for _ in range(4)], 5) / 4
     bandwidth = wide.numel() * bytes_per_value / max(seconds - overhead, 1e-9)
     return Rates(device_name(), flops, bandwidth, overhead)
+
+
+def best_seconds(work: Callable[[], Any], repeats: int) -> float:
+    """The shortest of ``repeats`` runs of ``work``, on CUDA replayed from a graph that is captured first."""
+    import torch
+
+    from nemo_minitron import runtime
+
+    if runtime.has_cuda():
+        work()  # libraries set themselves up at a first call, which a capture does not allow
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        work = graph.replay
+    seconds = []
+    for _ in range(repeats):
+        runtime.synchronize()
+        start = time.perf_counter()
+        work()
+        runtime.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
