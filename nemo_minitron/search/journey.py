@@ -380,9 +380,9 @@ def _halve(cfg: DictConfig, bench: Bench, outcome: Outcome) -> None:
         rivals = [*alive, *beside]
         table = Table(f"distilled for {sum(steps):,} steps", len(rivals))
         for one in rivals:
-            loss, _ = bench.distilled(one.shape, steps)
+            loss, cached = bench.distilled(one.shape, steps)
             one.distilled.append(loss)
-            table.row(one.shape, one.predicted, loss, _note(one))
+            table.row(one.shape, one.predicted, loss, _note(one), cached)
         alive = sorted(alive, key=_measured)[: max(1, len(alive) // 2)]
         if len(alive) == 1:
             break

@@ -166,6 +166,8 @@ def plots(outcome: Outcome, folder: Path) -> None:
             panel.set_ylim(float(front.loss.min()) * 0.98, float(top) * 1.02)
         panel.set(xlabel=UNITS[cost], ylabel=unit, title=f"loss against {UNITS[cost].partition(',')[0]}")
         panel.locator_params(axis="x", nbins=5)  # long numbers of small models
+        if cost == "num_parameters":
+            panel.xaxis.set_major_formatter(lambda value, _: count(value))
     panels[0][0].legend(frameon=False, fontsize=7)
     _save(figure, folder / "pareto.png")
 
