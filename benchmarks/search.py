@@ -114,7 +114,8 @@ def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: 
         name: next(one for one in document["candidates"] if sizes.items() <= one.items())
         for name, sizes in rivals.items()
     }
-    second = {"more_minutes": round((time.monotonic() - start) / 60, 1), **_facts(document)}
+    minutes = known.get("second", {}).get("more_minutes", round((time.monotonic() - start) / 60, 1))
+    second = {"more_minutes": minutes, **_facts(document)}
     found = {"first": first, "second": second, "compared": compared}
     path.write_text(json.dumps(known | found, indent=2) + "\n")
     return found | {"seeds": seeds(work, command, compared, given.seeds, given.seed_steps)}
@@ -125,7 +126,7 @@ def seeds(work: Path, command: list[str], compared: dict[str, Any], count: int, 
     training = [word for word in command if word.startswith("model.") and "restore_from_path" not in word]
     evaluate = [word for word in command if word.startswith("evaluate.")]
     losses: dict[str, list[float]] = {}
-    for seed in range(count):
+    for seed in range(1, count + 1):
         for name, entry in compared.items():
             student, run = work / "search" / "students" / f"{entry['name']}.nemo", work / "seeds" / f"{name}-{seed}"
             evaluation = run / f"after-{steps}.json"

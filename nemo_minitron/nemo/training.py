@@ -89,6 +89,8 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         model_cfg.seed = cfg.get("seed", 1234)
         model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
         model_cfg.precision = cfg.trainer.get("precision", 32)
+    if model_cfg.seed < 1:
+        raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")
     keep = KeepBest(path, monitor)
     teacher = None
     if hasattr(cls, "set_teacher"):

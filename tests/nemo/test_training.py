@@ -63,6 +63,7 @@ CASES = {
     "sequence too long": (["model.data.seq_length=1000"], "max_position_embeddings=128"),
     "batch does not divide": (["model.global_batch_size=3", "model.micro_batch_size=2"], "model.global_batch_size (3)"),
     "unwritable": (["model.nemo_path=OUT/file/out.nemo"], "expected a writable destination"),
+    "seed of zero": (["seed=0"], "seed: expected at least 1"),
     "output is the input": (["model.nemo_path=DIR/model.nemo"], "choose another name"),
 }
 TEACHERS = {
