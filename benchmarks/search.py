@@ -142,6 +142,7 @@ def seeds(work: Path, command: list[str], compared: dict[str, Any], count: int, 
                     f"seed={seed}",
                     f"trainer.max_steps={steps}",
                     f"trainer.val_check_interval={steps}",
+                    "trainer.limit_val_batches=1",  # the loss is measured below
                     f"exp_manager.exp_dir={run}/logs",
                     "exp_manager.resume_if_exists=false",
                 )
