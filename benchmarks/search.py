@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="search.tokens: calibration tokens of each student")
     parser.add_argument("--steps", type=int, default=8, help="search.distill_steps, of 1,024 tokens")
     parser.add_argument("--seeds", type=int, default=3, help="runs of the winner and of each rival, equally long")
-    parser.add_argument("--seed-steps", type=int, default=24, help="of each of these runs, of 1,024 tokens")
+    parser.add_argument("--seed-steps", type=int, default=16, help="of each of these runs, of 1,024 tokens")
     parser.add_argument("--blocks", type=int, default=32, help="held-out blocks of 256 tokens that losses are from")
     parser.add_argument("--parts", default="smollm2,paper", help="some of them, comma-separated")
     given = parser.parse_args()
@@ -151,6 +152,7 @@ def seeds(work: Path, command: list[str], compared: dict[str, Any], count: int, 
                 )
                 for model in run.glob("student*.nemo"):
                     model.unlink()
+                shutil.rmtree(run / "logs")  # optimizer state
             losses.setdefault(name, []).append(json.loads(evaluation.read_text())["val_loss"])
     beaten = {name: verdict(losses["winner"], losses[name]) for name in losses if name != "winner"}
     return {"steps": steps, "losses": losses, "against": beaten}
