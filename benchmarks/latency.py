@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from provenance import provenance
-from scipy.stats import spearmanr
 from torch.nn import functional
 
 from nemo_minitron import runtime
-from nemo_minitron.search import latency
+from nemo_minitron.search import latency, predict
 from nemo_minitron.search.space import Space
 from nemo_minitron.shape import ModelShape
 
@@ -74,7 +73,7 @@ def main() -> None:
         pairs = [(row["modelled_ms"], row["run_ms"]) for row in rows if row["batch"] == batch]
         summary[batch] = {
             "shapes": len(pairs),
-            "rank_correlation": round(float(spearmanr(*zip(*pairs, strict=True)).statistic), 3),
+            "rank_correlation": predict.rank_correlation(*zip(*pairs, strict=True)),
             "median_ratio": round(statistics.median(run / modelled for modelled, run in pairs), 3),
         }
         print(f"batch {batch}: {summary[batch]}")
