@@ -80,5 +80,5 @@ setup(
     package_data={"nemo_minitron": ["conf/*.yaml", "conf/**/*.yaml", "report/*.j2"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["minitron = nemo_minitron.cli:main"]},
+    entry_points={"console_scripts": ["minitron = nemo_minitron.cli:console"]},
 )

@@ -2,7 +2,7 @@
 
 import sys
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli import console
 
 if __name__ == "__main__":  # guarded: saving a checkpoint spawns a process that imports this module again
-    sys.exit(main())
+    sys.exit(console())

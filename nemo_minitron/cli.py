@@ -85,6 +85,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def console() -> int:
+    """:func:`main` as a process of its own, which leaves torch.distributed's groups once its work is done.
+
+    NCCL warns of groups that are still there when a process ends. Ranks take them down together, so after a failure
+    they stay: the others may never come.
+    """
+    status = main()
+    if status == 0 and (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return status
+
+
 def parse(argv: Sequence[str]) -> Arguments:
     """Split flags from command and overrides; flags may stand anywhere, as ``--flag VALUE`` or ``--flag=VALUE``."""
     found = Arguments()

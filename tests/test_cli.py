@@ -121,6 +121,18 @@ def test_a_stage_error_is_status_2_and_names_the_rank(stage, capsys, monkeypatch
     assert capsys.readouterr().err == "minitron: [rank 3] key: expected 1, found 2\n"
 
 
+@pytest.mark.parametrize(("status", "left"), [(0, True), (2, False)])
+def test_a_process_leaves_its_groups_when_its_work_is_done(monkeypatch, status, left):
+    import torch.distributed as dist
+
+    calls = []
+    monkeypatch.setattr(cli, "main", lambda: status)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
+    assert cli.console() == status
+    assert calls == ["left"] * left
+
+
 def test_interrupt_is_status_130(stage):
     def interrupt(cfg):
         raise KeyboardInterrupt
