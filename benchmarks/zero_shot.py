@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +47,30 @@ METHODS = ("random", "magnitude", "plain", "ours")
 LAYER_SAMPLES = 4
 """Calibration samples on which layers are chosen by loss."""
 SAMPLES = 64
-"""Of calibration."""
+"""Of calibration, at most."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rows of a table see.
+
+    Attributes:
+        lines: a sentence per line, full stops and commas attached to their words; else all words joined by spaces.
+        calibration: of the numbers of the files that are not evaluated on, those that calibrate (the first 64).
+        unit: how ``plain`` makes the score of a query group from its channels' (``Aggregation.unit``).
+    """
+
+    lines: bool
+    calibration: Callable[[np.ndarray], np.ndarray]
+    unit: str
+
+
+SETTINGS = {
+    "words": Setting(False, lambda others: others[others % 7 == 1], "l2"),
+    "lines": Setting(True, lambda others: others[3::6], "mean"),
+}
+"""``lines`` has the text, the calibration and the reading of the metric under which ``plain`` is, row by row, within
+0.05 of a reference measured elsewhere (results/plain_by_layout.json); ``words`` was there before that was known."""
 
 
 def main() -> None:
@@ -56,14 +82,15 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--targets", default=",".join(TARGETS), help="some rows, comma-separated")
     parser.add_argument("--work", type=Path, help="folder to keep teacher, tokens and scores in between runs")
+    parser.add_argument("--setting", choices=SETTINGS, default="words", help="text, calibration and groups of plain")
     parser.add_argument("--own-samples", type=int, default=0, help="that the teacher writes itself")
     arguments = parser.parse_args()
     methods, targets = arguments.methods.split(","), arguments.targets.split(",")
     with tempfile.TemporaryDirectory() as folder:
         work = arguments.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
-        bench = Bench(arguments.source, arguments.brown, work, arguments.own_samples)
-        table = measure(bench, methods, targets)
+        bench = Bench(arguments.source, arguments.brown, work, arguments.own_samples, setting=arguments.setting)
+        table = measure(bench, methods, targets) | {"setting": arguments.setting}
     table |= provenance()
     if arguments.keep and arguments.json and arguments.json.is_file():
         table = merged(table, json.loads(arguments.json.read_text()))
@@ -109,7 +136,9 @@ class Bench:
         seconds: what scores, ranks and the order of layers took.
     """
 
-    def __init__(self, source: Path, brown: Path, folder: Path, own: int = 0, samples: int = SAMPLES) -> None:
+    def __init__(
+        self, source: Path, brown: Path, folder: Path, own: int = 0, samples: int = SAMPLES, setting: str = "words"
+    ) -> None:
         from nemo_minitron.nemo.trainer import inference_trainer
 
         self.folder, self.trainer = folder, inference_trainer()
@@ -121,11 +150,14 @@ class Bench:
         from nemo_minitron.convert import convert
         from nemo_minitron.data.blocks import document_heads, token_blocks
         from nemo_minitron.data.preprocess import preprocess
-        from nemo_minitron.importance import collect
+        from nemo_minitron.importance import Aggregation, collect
         from nemo_minitron.importance.own_text import write_samples
         from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
         from nemo_minitron.scores import array_sizes
 
+        chosen = SETTINGS[setting]
+        if chosen.lines:
+            brown = _sentences(brown, folder / "brown.jsonl")
         self.teacher = convert(source, folder / "teacher.nemo")
         with NemoReader(self.teacher) as reader:
             shape = reader.shape
@@ -133,19 +165,21 @@ class Bench:
         preprocess("pydoc_topics", folder / "pydoc", tokenizer_type=str(self.teacher))
         self.heads = document_heads(folder / "brown_text_document", 512)
         self.numbers = np.arange(len(self.heads))
-        self.calibration = self.heads[(self.numbers % 25 != 0) & (self.numbers % 7 == 1)][:samples]
+        self.calibration = self.heads[chosen.calibration(self.numbers[self.numbers % 25 != 0])][:samples]
         self.texts = {
             "brown": self.heads[self.numbers % 25 == 0],
             "pydoc": token_blocks(folder / "pydoc_text_document", 511, num_samples=10, seed=0),
         }
-        known = folder / (f"known_{own}.npz" if samples == SAMPLES else f"known_{own}_{samples}.npz")
+        parts = ["known", *([setting] if setting != "words" else []), own, *([samples] if samples != SAMPLES else [])]
+        known = folder / ("_".join(map(str, parts)) + ".npz")
         device = runtime.device()
         if not known.is_file():
             seconds = {}
             model = self.load(self.teacher)
             start = time.perf_counter()
             batches = tqdm(self.calibration.to(device).split(4), desc="importance", unit="batch", disable=None)
-            scores, _ = collect(model.model.to(device), batches, model.shape)
+            how = Aggregation(unit=chosen.unit)
+            scores, _ = collect(model.model.to(device), batches, model.shape, aggregation=how)
             seconds["scores_s"] = time.perf_counter() - start
             del model
             start = time.perf_counter()
@@ -272,6 +306,18 @@ def measure(bench: Bench, methods: list[str], targets: list[str]) -> dict[str, A
         print(name, {method: round(row[method]["above"]["brown"], 3) for method in methods}, flush=True)
     result["rows"] = {name: result["rows"][name] for name in TARGETS if name in result["rows"]}
     return result
+
+
+def _sentences(brown: Path, path: Path) -> Path:
+    """The corpus with a sentence per line, full stops and commas attached to their words, as JSON lines."""
+    from nemo_minitron.data.corpora import brown_files, untag
+
+    with path.open("w") as file:
+        for tagged, _ in brown_files(brown):
+            lines = (untag(line) for line in tagged.splitlines())
+            text = re.sub(r" ([.,])", r"\1", "\n".join(line for line in lines if line))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
 
 
 def _magnitudes(reader: Any) -> dict[str, np.ndarray]:

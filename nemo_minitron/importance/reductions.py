@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_minitron.errors import MinitronError
 
 HOW = ("mean", "l2", "var")
+UNITS = ("l2", "mean")
 TOKENS_AT_ONCE = 512
 """Bounds the float64 copy of an activation."""
 
@@ -25,18 +26,21 @@ class Aggregation:
 
     Attributes:
         sequence: y of one sample: ``mean`` of \\|x\\|, ``l2`` norm of x, or population ``var`` of x, over its tokens.
-        batch: score: ``mean`` of y, ``l2`` norm of y, or population ``var`` of y, over the samples.
+        batch: score of a channel: ``mean`` of y, ``l2`` norm of y, or population ``var`` of y, over the samples.
+        unit: score of a head or query group: ``l2`` norm or ``mean`` of its channels' scores.
 
-    The default, mean then l2, is what the paper settles on and what NVIDIA Model-Optimizer computes.
+    The defaults are what the paper settles on (mean, then l2) and what NVIDIA Model-Optimizer computes; some read the
+    paper with the mean over a group's channels, which ranks groups otherwise.
     """
 
     sequence: str = "mean"
     batch: str = "l2"
+    unit: str = "l2"
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "batch"):
-            if getattr(self, name) not in HOW:
-                raise MinitronError(f"calibration.{name}: expected one of {HOW}, found '{getattr(self, name)}'")
+        for name, known in (("sequence", HOW), ("batch", HOW), ("unit", UNITS)):
+            if getattr(self, name) not in known:
+                raise MinitronError(f"calibration.{name}: expected one of {known}, found '{getattr(self, name)}'")
 
 
 def sequence_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,10 +89,11 @@ def batch_statistic(sums: Tensor, samples: int, how: str) -> Tensor:
     return (square / samples - (plain / samples).square()).clamp_min(0.0)
 
 
-def units(channels: Tensor, width: int) -> Tensor:
-    """L2 norm over each run of ``width`` channels: ``[..., U*width]`` → ``[..., U]``.
+def units(channels: Tensor, width: int, how: str = "l2") -> Tensor:
+    """L2 norm (or ``mean``) over each run of ``width`` channels: ``[..., U*width]`` → ``[..., U]``.
 
     A head's score is this over its d channels of ``linear_proj``'s input, a query group's over its r·d, both
     group-major, as in Model-Optimizer (whose group ranking reads the axis in the other order, see the tests).
     """
-    return channels.unflatten(-1, (-1, width)).square().sum(dim=-1).sqrt()
+    runs = channels.unflatten(-1, (-1, width))
+    return runs.mean(dim=-1) if how == "mean" else runs.square().sum(dim=-1).sqrt()

@@ -9,7 +9,7 @@ import tarfile
 
 import pytest
 
-from nemo_minitron.data.corpora import untag
+from nemo_minitron.data.corpora import brown_files, untag
 from nemo_minitron.data.readers import is_heading, read_hub
 from nemo_minitron.data.sources import Source
 from nemo_minitron.errors import MinitronError
@@ -138,6 +138,7 @@ def test_brown(tmp_path, form):
                 member.size = len(text)
                 tar.addfile(member, io.BytesIO(text.encode()))
     assert texts(path) == ["Hello", "A dog 1/2 . Two"]
+    assert list(brown_files(path)) == [(files["ca01"], 0.5), (files["ca02"], 1.0)]
     assert texts(path, heldout_every=2, heldout_part="heldout") == ["Hello"]
     assert "no 'test' split" in refused(path, split="test")
 

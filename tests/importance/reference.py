@@ -50,11 +50,12 @@ def score(rows: np.ndarray, mask: np.ndarray, sequence: str, batch: str) -> np.n
     )
 
 
-def dense_scores(model: Memory, tokens: Tensor, mask: Tensor | None, sequence="mean", batch="l2"):
+def dense_scores(model: Memory, tokens: Tensor, mask: Tensor | None, sequence="mean", batch="l2", unit="l2"):
     """Every array of ``Scores`` by its definition."""
     shape, act = model.shape, activations(model, tokens)
     keep = np.ones(tuple(tokens.shape), bool) if mask is None else mask.numpy()
     layers, d, r = shape.num_layers, shape.kv_channels, shape.heads_per_group
+    joined = {"l2": np.linalg.norm, "mean": np.mean}[unit]
     proj = score(act["proj"], keep, sequence, batch)
     norms = score(act["norm"], keep, sequence, batch)
     flat = {kind: rows[:, keep] for kind, rows in act.items()}  # [rows, tokens, C]
@@ -68,10 +69,10 @@ def dense_scores(model: Memory, tokens: Tensor, mask: Tensor | None, sequence="m
     return {
         "ffn": score(act["ffn"], keep, sequence, batch),
         "heads": np.array(
-            [[np.linalg.norm(row[a * d : (a + 1) * d]) for a in range(shape.num_attention_heads)] for row in proj]
+            [[joined(row[a * d : (a + 1) * d]) for a in range(shape.num_attention_heads)] for row in proj]
         ),
         "groups": np.array(
-            [[np.linalg.norm(row[g * r * d : (g + 1) * r * d]) for g in range(shape.num_query_groups)] for row in proj]
+            [[joined(row[g * r * d : (g + 1) * r * d]) for g in range(shape.num_query_groups)] for row in proj]
         ),
         "hidden": norms.sum(0),
         "block_influence": np.array([1 - cosine[i, i + 1] for i in range(layers)]),

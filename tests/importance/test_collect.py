@@ -43,6 +43,7 @@ def _settings():
         for batch in HOW:
             how = Aggregation(sequence, batch)
             results[sequence, batch] = scores_on_grid(SHAPE, TOKENS, MASK, 2, (1, 1, False), how)
+    results["units"] = scores_on_grid(SHAPE, TOKENS, MASK, 2, (1, 1, False), Aggregation(unit="mean"))
     return results
 
 
@@ -74,6 +75,10 @@ def test_padding_does_not_count(one_process):
 @pytest.mark.parametrize("sequence", HOW)
 def test_aggregations(one_process, sequence, batch):
     check(one_process[sequence, batch], dense_scores(random_model(SHAPE), TOKENS, MASK, sequence, batch), rtol=1e-3)
+
+
+def test_heads_and_groups_by_the_mean_of_their_channels(one_process):
+    check(one_process["units"], dense_scores(random_model(SHAPE), TOKENS, MASK, unit="mean"))
 
 
 def test_order_and_split_into_micro_batches_do_not_matter(one_process):

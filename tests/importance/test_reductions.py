@@ -63,6 +63,10 @@ def test_heads_are_group_major_where_model_optimizer_reads_them_crosswise():
     assert units(channels, 6).tolist() == pytest.approx([5.0, 3.0**0.5])
 
 
+def test_units_by_the_mean_of_their_channels():
+    assert units(torch.tensor([3.0, 4.0, 0.0, 1.0]), 2, "mean").tolist() == [3.5, 0.5]
+
+
 def test_cosines():
     streams = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     streams[1] = 4 * streams[0]  # the same direction: no influence
@@ -80,3 +84,5 @@ def test_cosines():
 def test_unknown_aggregation():
     with pytest.raises(MinitronError, match=r"calibration.batch: expected one of .* found 'max'"):
         Aggregation(batch="max")
+    with pytest.raises(MinitronError, match=r"calibration.unit: expected one of .* found 'max'"):
+        Aggregation(unit="max")

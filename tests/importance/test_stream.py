@@ -14,7 +14,7 @@ from tests.importance.test_collect import SHAPE, TOKENS, check
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize("how", [("mean", "l2"), ("var", "mean")])
+@pytest.mark.parametrize("how", [("mean", "l2", "mean"), ("var", "mean", "l2")])
 @pytest.mark.parametrize("file_bytes", [16 << 30, 1], ids=["one pass", "a pass per sample"])
 def test_definitions(how, file_bytes, monkeypatch):
     monkeypatch.setattr(stream, "FILE_BYTES", file_bytes)
