@@ -253,7 +253,8 @@ class Bench:
 
         from nemo_minitron.checkpoint import NemoReader, NemoWriter
         from nemo_minitron.compensation import compensate
-        from nemo_minitron.plan import Compensation, make_plan
+        from nemo_minitron.plan import Compensation
+        from nemo_minitron.planning import make_plan
         from nemo_minitron.rewrite import prune_checkpoint
 
         with NemoReader(self.teacher) as reader:

@@ -126,7 +126,7 @@ class Scores:
             object.__setattr__(self, "sensitivity", weights)
 
     def ranked_by(self, ranking: str) -> SimpleNamespace:
-        """The arrays that planning reads (``nemo_minitron.plan.ScoreArrays``), worth being what ``ranking`` says.
+        """The arrays that planning reads (``nemo_minitron.planning.ScoreArrays``), worth being what ``ranking`` says.
 
         Raises:
             MinitronError: ``reconstruction`` where it was not measured.

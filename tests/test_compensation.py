@@ -9,7 +9,8 @@ from nemo_minitron.compensation import compensate
 from nemo_minitron.decoder import Rotary, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.moments import SingularMoments
-from nemo_minitron.plan import Compensation, Plan, make_plan
+from nemo_minitron.plan import Compensation, Plan
+from nemo_minitron.planning import make_plan
 from nemo_minitron.rewrite import prune_checkpoint
 from nemo_minitron.shape import ModelShape
 from tests.canonical import FINGERPRINT, Memory, logits, random_model

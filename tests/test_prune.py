@@ -19,7 +19,8 @@ from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import data_fingerprint, token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan, make_plan
+from nemo_minitron.plan import Plan
+from nemo_minitron.planning import make_plan
 from nemo_minitron.scores import Scores, array_sizes
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory

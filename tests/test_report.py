@@ -18,7 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Compensation, make_plan
+from nemo_minitron.plan import Compensation
+from nemo_minitron.planning import make_plan
 from nemo_minitron.report.curves import Curve, read_training, thinned
 from nemo_minitron.report.maps import binned
 from nemo_minitron.report.measures import duration, gap_closed, numbers, size

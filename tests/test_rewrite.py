@@ -9,7 +9,8 @@ import torch
 
 from nemo_minitron import layout
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan, make_plan
+from nemo_minitron.plan import Plan
+from nemo_minitron.planning import make_plan
 from nemo_minitron.rewrite import prune_checkpoint, rewrite, rewrite_layer
 from nemo_minitron.shape import ModelShape
 from tests.canonical import FINGERPRINT, Memory, logits, random_model, slots

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_minitron.plan import Plan, keep_top
+from nemo_minitron.plan import Plan
+from nemo_minitron.planning import keep_top
 from nemo_minitron.report.run_folder import Run
 from nemo_minitron.scores import RANKINGS, Scores
 

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, did_you_mean, required
-from nemo_minitron.plan import TARGETS, target_shape
+from nemo_minitron.plan import TARGETS
+from nemo_minitron.planning import target_shape
 from nemo_minitron.recipe import Compose, Records, write_atomically
 from nemo_minitron.scores import JSON, NPZ, Scores
 from nemo_minitron.search import latency, output, predict

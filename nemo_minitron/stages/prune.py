@@ -11,16 +11,8 @@ from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.plan import (
-    LOSS_SELECTIONS,
-    TARGETS,
-    Compensation,
-    Plan,
-    format_ranges,
-    make_plan,
-    needs_scores,
-    target_shape,
-)
+from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges
+from nemo_minitron.planning import LOSS_SELECTIONS, make_plan, needs_scores, target_shape
 from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
@@ -175,7 +167,7 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any
             by loss.
 
     Raises:
-        MinitronError: as :func:`nemo_minitron.plan.make_plan`; ``prune.rotate`` where nothing can be rotated.
+        MinitronError: as :func:`nemo_minitron.planning.make_plan`; ``prune.rotate`` where nothing can be rotated.
     """
     tokens = None if scores is None else scores.tokens_fingerprint()
     compensate = options.get("compensate")

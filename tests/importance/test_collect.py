@@ -10,7 +10,7 @@ from torch import nn
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance import Aggregation, collect
 from nemo_minitron.importance.reductions import HOW
-from nemo_minitron.plan import make_plan
+from nemo_minitron.planning import make_plan
 from nemo_minitron.scores import array_sizes
 from nemo_minitron.shape import ModelShape
 from tests.canonical import random_model

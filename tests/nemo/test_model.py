@@ -12,7 +12,7 @@ from nemo_minitron import layout
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, update_shape
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import make_plan
+from nemo_minitron.planning import make_plan
 from nemo_minitron.rewrite import prune_checkpoint
 from tests.nemo.conftest import hf_logits, nemo_logits
 
