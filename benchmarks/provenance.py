@@ -6,6 +6,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def provenance() -> dict[str, str]:
@@ -22,3 +23,8 @@ def provenance() -> dict[str, str]:
         "command": "python " + re.sub(r"(?<![^ =])/[^ ]*/", "", " ".join(words)),
         "machine": f"{processor}, {platform.system()}, Python {platform.python_version()}",
     }
+
+
+def commands(table: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """That a table came from which keeps parts of an earlier one."""
+    return [*earlier.get("commands", [earlier["command"]]), table["command"]]

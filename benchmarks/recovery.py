@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import provenance
+from provenance import commands, provenance
 from zero_shot import TARGETS, Bench
 
 STEP_TOKENS, BLOCK = 1024, 256
@@ -82,7 +82,7 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
         same = all(result[name] == earlier[name] for name in ("tokens", "machine"))
         if not same or abs(result["teacher"] - earlier["teacher"]) > 1e-3:
             raise SystemExit(f"--keep: {given.json} is of another machine, other budgets or another teacher")
-        result["commands"] = [*earlier.get("commands", [earlier["command"]]), result["command"]]
+        result["commands"] = commands(result, earlier)
     batches = {
         seed: training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))].split(4)
         for seed in range(given.seeds)

@@ -30,7 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from provenance import provenance
+from provenance import commands, provenance
 
 TARGETS: dict[str, dict[str, int]] = {
     "ffn 1536→1024": {"ffn_hidden_size": 1024},
@@ -123,8 +123,8 @@ def merged(table: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
         ours, theirs = (f"{one['machine']}, {one['teacher']}" for one in (table, earlier))
         raise SystemExit(f"--keep: expected a table of {ours}; found {theirs}")
     rows = {name: earlier["rows"].get(name, {}) | table["rows"].get(name, {}) for name in TARGETS}
-    commands = [*earlier.get("commands", [earlier["command"]]), table["command"]]
-    return earlier | table | {"rows": {name: row for name, row in rows.items() if row}, "commands": commands}
+    rows = {name: row for name, row in rows.items() if row}
+    return earlier | table | {"rows": rows, "commands": commands(table, earlier)}
 
 
 class Bench:
