@@ -268,7 +268,9 @@ class Bench:
             drop = None
             if method == "ours" and "num_layers" in target:
                 drop = self.layers_to_drop(reader.shape.num_layers - target["num_layers"])
-            ours = Compensation("of this benchmark", rotate="hidden_size" in target) if method == "ours" else None
+            ours = None
+            if method == "ours":
+                ours = Compensation("of this benchmark", rotate="hidden_size" in target, rescale=True)
             plan = make_plan(
                 reader.shape,
                 SimpleNamespace(**self.ways[method]),

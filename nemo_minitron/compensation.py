@@ -12,7 +12,9 @@ x* the teacher's in the student's channels, which are the kept ones, or, where t
    is the teacher's: ``min sum_t w_t |x + W a - x*|^2``, w_t the norm of the loss's gradient at that place of the
    stream. Each layer so corrects what the layers before it got wrong. After a layer that dropped layers follow, x* is
    the stream that leaves the last of these, so that the kept layer stands in for them;
-3. the final norm is rescaled per channel and an untied output layer is solved like 1.
+3. where hidden channels were pruned, the final norm is rescaled per channel and an untied output layer solved like 1;
+4. the final norm is scaled by one number, under which the calibration tokens are likeliest: what a student has lost
+   shows as logits that are surer than they should be.
 
 All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Layers that nothing
 before them has changed are copied. A tied embedding stays tied and is only cut or turned: the student reads it too.
@@ -23,7 +25,7 @@ its share of the samples, and moments are added over all processes before anythi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +40,12 @@ from nemo_minitron.rewrite import TensorReader, TensorWriter, check_source, kept
 from nemo_minitron.rotation import Basis, principal_basis, selection
 
 TINY = torch.finfo(torch.float64).tiny
+SCALES = tuple(0.75 + step / 32 for step in range(13))
+"""Of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
+SCALE_TOKENS = 8192
+"""Of the job's calibration tokens that are predicted for it, evenly spread."""
+SCALE_PULL = 256.0
+"""Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 ROWS_AT_ONCE = 16384
 """Vocabulary rows of an untied output layer that are solved together."""
 
@@ -98,7 +106,7 @@ class _Walk:
     ) -> None:
         self.reader, self.plan, self.writer = reader, plan, writer
         self.dtype, self.ridge, self.group = dtype, ridge, group
-        self.device = tokens.device
+        self.device, self.tokens = tokens.device, tokens
         self.sensitivity = sensitivity
         self.narrower = plan.target.hidden_size < plan.source.hidden_size
         self.basis, self.turned = self._basis(stream_moment)
@@ -252,29 +260,53 @@ class _Walk:
 
     def _head(self) -> None:
         """Final norm and output layer."""
+        gain, output = self._solved_head()
+        if self.ridge.rescale and self.changed:
+            gain = gain * self._scale(gain, output)
+        self._write(layout.FINAL_NORM, None, gain)
+        if output is not None:
+            self._write(layout.OUTPUT, None, output)
+
+    def _solved_head(self) -> tuple[Tensor, Tensor | None]:
+        """Weights of the final norm ``[k]``, and of the output layer ``[Vp, k]`` where that is untied."""
         source = self.plan.source
         gain = self._read(layout.FINAL_NORM).float()
         tied = source.share_embeddings_and_output_weights
         output = None if tied else self._read(layout.OUTPUT)
         if not self.narrower:
-            self._write(layout.FINAL_NORM, None, gain)
-            if output is not None:
-                self._write(layout.OUTPUT, None, output)
-            return
+            return gain, output
         moment, cross = self._normed_moments(self.teacher, 2 * source.num_layers - 1)
         cut = self._cut(layout.FINAL_NORM, None, gain)
         if output is None:
             own = (cross * gain @ self.basis.up.double()).diagonal()
             scale = (own / moment.diagonal().clamp_min(TINY)).float()
-            self._write(layout.FINAL_NORM, None, torch.where(scale == 0, cut, scale))  # its sign may be either
-            return
+            return torch.where(scale == 0, cut, scale), None  # its sign may be either
         safe = self._rounded(_divisible(cut * gain.square().mean().sqrt() if self.turned else cut))
-        self._write(layout.FINAL_NORM, None, safe)
         parts = []
         for start in range(0, len(output), ROWS_AT_ONCE):
             solved = self._solve_read(moment, cross, output[start : start + ROWS_AT_ONCE].float() * gain)
             parts.append((solved / safe).to(self.dtype))
-        self._write(layout.OUTPUT, None, torch.cat(parts))
+        return safe, torch.cat(parts)
+
+    def _scale(self, gain: Tensor, output: Tensor | None) -> float:
+        """Of the final norm ``gain [k]``: the least cross entropy of the calibration tokens, each from those before.
+
+        Sums of samples are whole multiples of 2^-20 nats, so that the scale has the same bits on every grid.
+        """
+        table = self._cut(layout.EMBEDDING, None, self._read(layout.EMBEDDING)) if output is None else output
+        table = table[: self.plan.source.vocab_size].to(self.dtype)
+        scales = torch.tensor(SCALES, dtype=torch.float64, device=self.device)
+        whole = torch.tensor([float(self.tokens[:, 1:].numel())], dtype=torch.float64, device=self.device)
+        every = max(1, int(parallel.all_reduce(whole, self.group)) // SCALE_TOKENS)
+        losses = torch.zeros_like(scales)
+        for sample in self.samples:
+            x = rms_norm(self.student[sample, :-1:every], self._rounded(gain), self.plan.source.layernorm_epsilon)
+            logits = torch.cat([F.linear(x, rows.float()) for rows in table.split(ROWS_AT_ONCE)], dim=-1)
+            found = logits.gather(-1, self.tokens[sample, 1::every, None])[:, 0].double()
+            sums = [(torch.logsumexp(s * logits, dim=-1).double() - s * found).sum() for s in SCALES]
+            losses += (torch.stack(sums) * 2**20).round()
+        losses = parallel.all_reduce(losses, self.group) / 2**20 + SCALE_PULL * (scales - 1).square()
+        return _lowest(SCALES, losses.tolist())
 
     def _wanted(self, stream: Tensor) -> Tensor:
         """The teacher's stream of one sample in the student's channels."""
@@ -332,6 +364,16 @@ class _Walk:
             second_moment(x, x, weights, own, out=moment)
             second_moment(x, y, weights, other, out=cross)
         return parallel.all_reduce(moment, self.group), parallel.all_reduce(cross, self.group)
+
+
+def _lowest(at: Sequence[float], values: Sequence[float]) -> float:
+    """Where the parabola through the least of ``values`` and its neighbours is lowest; points are evenly spaced."""
+    best = min(range(len(values)), key=values.__getitem__)
+    if best in (0, len(values) - 1):
+        return at[best]
+    before, least, after = values[best - 1 : best + 2]
+    bend = before - 2 * least + after
+    return at[best] + (at[1] - at[0]) * (before - after) / (2 * bend) if bend > 0 else at[best]
 
 
 def _gain_of_turned(solved: Tensor, weight: Tensor) -> Tensor:

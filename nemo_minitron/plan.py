@@ -36,6 +36,7 @@ class Compensation:
             32,768 tokens; fewer tokens want stronger ones.
         rotate: whether a narrower residual stream is turned first (:mod:`nemo_minitron.rotation`), from the scores'
             ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what would be cut to.
+        rescale: whether the final norm is scaled by the number under which the calibration tokens are likeliest.
     """
 
     tokens: str
@@ -43,6 +44,7 @@ class Compensation:
     attention: float = 0.4
     read: float = 0.03
     rotate: bool = False
+    rescale: bool = False
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,15 @@ def _compensation(section: object) -> Compensation | None:
         return None
     if not isinstance(section, dict):
         raise MinitronError(f"expected keys below 'compensation', found {section!r}")
-    rotate = section.get("rotate", False)
-    if not isinstance(rotate, bool):
-        raise MinitronError(f"compensation.rotate: expected true or false, found {rotate!r}")
-    strengths = {name: float(value) for name, value in section.items() if name not in ("tokens", "rotate")}
+    rotate, rescale = (section.get(name, False) for name in ("rotate", "rescale"))
+    for name, value in (("rotate", rotate), ("rescale", rescale)):
+        if not isinstance(value, bool):
+            raise MinitronError(f"compensation.{name}: expected true or false, found {value!r}")
+    numbers = {name: value for name, value in section.items() if name not in ("tokens", "rotate", "rescale")}
+    strengths = {name: float(value) for name, value in numbers.items()}
     if not all(0 < value < float("inf") for value in strengths.values()):
         raise MinitronError(f"compensation: expected positive numbers, found {strengths}")
-    return Compensation(tokens=str(section["tokens"]), rotate=rotate, **strengths)
+    return Compensation(tokens=str(section["tokens"]), rotate=rotate, rescale=rescale, **strengths)
 
 
 def format_ranges(indices: Iterable[int]) -> str:

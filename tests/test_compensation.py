@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_minitron import layout
-from nemo_minitron.compensation import compensate
+from nemo_minitron.compensation import SCALE_PULL, compensate
 from nemo_minitron.decoder import Rotary, read_layer, rms_norm
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.moments import SingularMoments
@@ -69,7 +69,7 @@ def stream(model, tokens):
 def test_nothing_removed_is_bit_identical():
     model = model_in_float32(SHAPE)
     plan = Plan.identity(SHAPE, FINGERPRINT)
-    plan = Plan(**{**vars(plan), "compensation": Compensation("t" * 64)})
+    plan = Plan(**{**vars(plan), "compensation": Compensation("t" * 64, rescale=True)})
     student = student_of(model, plan)
     assert student.tensors.keys() == model.tensors.keys()
     for slot, tensor in student.tensors.items():
@@ -141,7 +141,7 @@ def test_first_fc2_is_the_weighted_least_squares_of_dense_float64():
 def test_the_same_bits_whoever_sees_which_sample():
     """Moments of two halves, added in either order, as two processes would."""
     model = model_in_float32(SHAPE)
-    plan = plan_for(SHAPE, TARGETS["all"])
+    plan = plan_for(SHAPE, TARGETS["all"], rescale=True)
     reference = student_of(model, plan)
     order = torch.randperm(len(TOKENS), generator=torch.Generator().manual_seed(6))
     other = student_of(model, plan, tokens=TOKENS[order], weights=EVEN[:, order])
@@ -186,11 +186,56 @@ def test_a_nan_in_the_source_stops_with_its_tensor():
         student_of(model, plan_for(SHAPE, TARGETS["ffn"]))
 
 
-def predictions(model):
+def predictions(model, tokens=TOKENS):
     """Logits ``[n, s, Vp]``, tied or not."""
     row = layout.EMBEDDING if model.shape.share_embeddings_and_output_weights else layout.OUTPUT
-    h = rms_norm(stream(model, TOKENS), model.tensor(layout.FINAL_NORM).float(), model.shape.layernorm_epsilon)
+    h = rms_norm(stream(model, tokens), model.tensor(layout.FINAL_NORM).float(), model.shape.layernorm_epsilon)
     return h @ model.tensor(row).float().T
+
+
+def written_by(model, samples=48, length=33):
+    """Tokens that the model itself draws, ``[samples, length]``."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, model.shape.vocab_size, (samples, 1), generator=generator)
+    while tokens.shape[1] < length:
+        last = predictions(model, tokens)[:, -1, : model.shape.vocab_size]
+        tokens = torch.cat((tokens, last.softmax(-1).multinomial(1, generator=generator)), dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("target", ["ffn", "hidden", "layers"])
+@pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
+def test_the_final_norm_is_scaled_to_the_least_cross_entropy(shape, target):
+    """Against a dense float64 search over scales a thousandth apart."""
+    model = model_in_float32(shape)
+    model.tensors[layout.FINAL_NORM.key, None] *= 1.5  # sure of what follows: there is something to be too sure of
+    tokens = written_by(model)
+    weights = torch.ones(6, *tokens.shape)
+    given = {"ffn": 0.3, "attention": 0.5, "read": 0.03}
+    plain = student_of(model, plan_for(shape, TARGETS[target], **given), tokens, weights)
+    scaled = student_of(model, plan_for(shape, TARGETS[target], rescale=True, **given), tokens, weights)
+    norm = (layout.FINAL_NORM.key, None)
+    for slot, tensor in plain.tensors.items():
+        assert slot == norm or torch.equal(tensor, scaled.tensors[slot]), slot
+    ratio = scaled.tensors[norm] / plain.tensors[norm]
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+    found = predictions(plain, tokens)[:, :-1, : shape.vocab_size].double()
+    grid = torch.arange(0.75, 1.1255, 0.001, dtype=torch.float64)
+    sums = [F.cross_entropy((a * found).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") for a in grid]
+    best = grid[(torch.stack(sums) + SCALE_PULL * (grid - 1).square()).argmin()]
+    assert float(ratio.mean()) == pytest.approx(float(best), abs=3e-3)
+    assert float(best) < 0.99
+
+
+def test_too_few_tokens_leave_the_final_norm():
+    model = model_in_float32(SHAPE)
+    one = TOKENS[:, :1]
+    plain, scaled = (
+        student_of(model, plan_for(SHAPE, TARGETS["ffn"], rescale=rescale), one, EVEN[..., :1])
+        for rescale in (False, True)
+    )
+    norm = (layout.FINAL_NORM.key, None)
+    assert torch.equal(plain.tensors[norm], scaled.tensors[norm])
 
 
 def low_dimensional(shape, size):

@@ -3,7 +3,7 @@
 import pytest
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan, format_ranges, parse_ranges
+from nemo_minitron.plan import Compensation, Plan, format_ranges, parse_ranges
 from tests.test_planning import SHAPE, A, plan_for
 
 
@@ -77,3 +77,15 @@ def test_missing_plan_and_unwritable_output(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(MinitronError, match="cannot write"):
         Plan.identity(SHAPE, "f").save(tmp_path / "file" / "p.yaml")
+
+
+def test_a_plan_from_before_rescaling_is_not_rescaled(tmp_path):
+    plan = Plan(**{**vars(Plan.identity(SHAPE, "f")), "compensation": Compensation("t" * 64, rescale=True)})
+    path = tmp_path / "p.yaml"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    path.write_text(plan.to_yaml().replace("  rescale: true\n", ""))
+    assert Plan.load(path).compensation == Compensation("t" * 64)
+    path.write_text(plan.to_yaml().replace("rescale: true", "rescale: 1"))
+    with pytest.raises(MinitronError, match=r"compensation.rescale: expected true or false, found 1"):
+        Plan.load(path)

@@ -141,7 +141,7 @@ def make_run(run: Path) -> Path:
     scores = make_scores()
     (run / "scores").mkdir()
     scores.write(run / "scores")
-    make_plan_of(scores, compensation=Compensation("t" * 64, rotate=True)).save(run / "pruned.plan.yaml")
+    make_plan_of(scores, compensation=Compensation("t" * 64, rotate=True, rescale=True)).save(run / "pruned.plan.yaml")
     steps = range(10)
     log_events(
         run / "distill" / "distill" / "version_0",
@@ -198,6 +198,7 @@ def test_what_was_removed_and_whether_it_was_re_solved(whole):
     assert "1 of 4 layers were removed whole (counted from 1): 3." in page.text  # the least Block Influence
     assert "FFN neurons: 30 of 40 stay in every layer that stays." in page.text
     assert "Yes: the weights that stay were adjusted" in page.text and "turned onto the directions" in page.text
+    assert "The final norm was scaled as a whole" in page.text
     assert "They are those of least influence." in page.text
     plan = read_run(whole.folder).plan
     worth = make_scores().ffn[0]

@@ -145,6 +145,8 @@ def compensation(plan: Plan | None) -> list[str]:
         )
     else:
         sentences.append("The stream was not turned: each channel that stays is one of the teacher's.")
+    if solved.rescale:
+        sentences.append("The final norm was scaled as a whole, so that predictions are as sure as the text bears out.")
     return sentences
 
 

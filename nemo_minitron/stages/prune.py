@@ -180,7 +180,7 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any
         )
     compensation = None
     if tokens is not None and compensate is not False:
-        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False)
+        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False, rescale=True)
     ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
     return make_plan(
         shape,
