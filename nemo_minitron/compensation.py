@@ -44,6 +44,8 @@ SCALES = tuple(0.75 + step / 32 for step in range(13))
 """Of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
 SCALE_TOKENS = 8192
 """Of the job's calibration tokens that are predicted for it, evenly spread."""
+LOGITS_AT_ONCE = 128
+"""Tokens whose logits are in memory together."""
 SCALE_PULL = 256.0
 """Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 ROWS_AT_ONCE = 16384
@@ -301,10 +303,12 @@ class _Walk:
         losses = torch.zeros_like(scales)
         for sample in self.samples:
             x = rms_norm(self.student[sample, :-1:every], self._rounded(gain), self.plan.source.layernorm_epsilon)
-            logits = torch.cat([F.linear(x, rows.float()) for rows in table.split(ROWS_AT_ONCE)], dim=-1)
-            found = logits.gather(-1, self.tokens[sample, 1::every, None])[:, 0].double()
-            sums = [(torch.logsumexp(s * logits, dim=-1).double() - s * found).sum() for s in SCALES]
-            losses += (torch.stack(sums) * 2**20).round()
+            next_tokens = self.tokens[sample, 1::every, None]
+            for some, wanted in zip(x.split(LOGITS_AT_ONCE), next_tokens.split(LOGITS_AT_ONCE), strict=True):
+                logits = torch.cat([F.linear(some, rows.float()) for rows in table.split(ROWS_AT_ONCE)], dim=-1)
+                found = logits.gather(-1, wanted)[:, 0].double()
+                sums = [(torch.logsumexp(s * logits, dim=-1).double() - s * found).sum() for s in SCALES]
+                losses += (torch.stack(sums) * 2**20).round()
         losses = parallel.all_reduce(losses, self.group) / 2**20 + SCALE_PULL * (scales - 1).square()
         return _lowest(SCALES, losses.tolist())
 
