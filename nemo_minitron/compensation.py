@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import Layer, Rotary, read_layer, rms_norm
+from nemo_minitron.decoder import Layer, Rotary, read_layer, rms_norm, tokens_at_once
 from nemo_minitron.layout import Parameter
 from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares
 from nemo_minitron.plan import Compensation, Plan
@@ -44,8 +44,6 @@ SCALES = tuple(0.75 + step / 32 for step in range(13))
 """Of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
 SCALE_TOKENS = 8192
 """Of the job's calibration tokens that are predicted for it, evenly spread."""
-LOGITS_AT_ONCE = 128
-"""Tokens whose logits are in memory together."""
 SCALE_PULL = 256.0
 """Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 ROWS_AT_ONCE = 16384
@@ -295,20 +293,19 @@ class _Walk:
 
         Sums of samples are whole multiples of 2^-20 nats, so that the scale has the same bits on every grid.
         """
+        source = self.plan.source
         table = self._cut(layout.EMBEDDING, None, self._read(layout.EMBEDDING)) if output is None else output
-        table = table[: self.plan.source.vocab_size].to(self.dtype)
+        table, gain = self._rounded(table[: source.vocab_size]), self._rounded(gain)
         scales = torch.tensor(SCALES, dtype=torch.float64, device=self.device)
-        whole = torch.tensor([float(self.tokens[:, 1:].numel())], dtype=torch.float64, device=self.device)
-        every = max(1, int(parallel.all_reduce(whole, self.group)) // SCALE_TOKENS)
+        whole = parallel.all_reduce(torch.tensor(self.tokens[:, 1:].numel(), device=self.device)[None], self.group)
+        every, step = max(1, int(whole) // SCALE_TOKENS), tokens_at_once(source.vocab_size)
         losses = torch.zeros_like(scales)
         for sample in self.samples:
-            x = rms_norm(self.student[sample, :-1:every], self._rounded(gain), self.plan.source.layernorm_epsilon)
-            next_tokens = self.tokens[sample, 1::every, None]
-            for some, wanted in zip(x.split(LOGITS_AT_ONCE), next_tokens.split(LOGITS_AT_ONCE), strict=True):
-                logits = torch.cat([F.linear(some, rows.float()) for rows in table.split(ROWS_AT_ONCE)], dim=-1)
-                found = logits.gather(-1, wanted)[:, 0].double()
-                sums = [(torch.logsumexp(s * logits, dim=-1).double() - s * found).sum() for s in SCALES]
-                losses += (torch.stack(sums) * 2**20).round()
+            x = rms_norm(self.student[sample, :-1:every], gain, source.layernorm_epsilon)
+            for some, labels in zip(x.split(step), self.tokens[sample, 1::every].split(step), strict=True):
+                logits = some @ table.T
+                sums = [F.cross_entropy(scale * logits, labels, reduction="sum") for scale in SCALES]
+                losses += (torch.stack(sums).double() * 2**20).round()
         losses = parallel.all_reduce(losses, self.group) / 2**20 + SCALE_PULL * (scales - 1).square()
         return _lowest(SCALES, losses.tolist())
 

@@ -23,15 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
+from nemo_minitron.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
 from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares, stream_weights
 
 Removed = frozenset[int]
 
 STREAM_BYTES = 2 << 30
 """Bounds the streams that are alive at once; more sets or longer samples are run in more passes."""
-HEAD_BYTES = 256 << 20
-"""Bounds the logits that are alive at once."""
 TRIED = 12
 """Layers tried per state in every round after the first: those whose removal cost least in the round before."""
 RIDGE = 0.01
@@ -122,7 +120,7 @@ class LayerLoss:
 
     def _head(self, x: Tensor, tokens: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """Sum of the next-token losses of ``x [n, s, H]``, rounded to multiples of 2^-20 per sample."""
-        step = max(1, HEAD_BYTES // (4 * self.shape.vocab_size))
+        step = tokens_at_once(self.shape.vocab_size)
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for sample, labels in zip(x, tokens[:, 1:], strict=True):
             of_sample = torch.zeros((), dtype=torch.float64, device=x.device)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
+from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.stream_file import StreamFile
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
@@ -33,8 +33,6 @@ RIDGE = 0.03
 """Of the elimination: small calibration sets make some units look replaceable that are not."""
 EMBEDDING_SHARE = 0.3
 """Weight of the embeddings in the stream's moment: what is lost there, no layer before can make good."""
-HEAD_BYTES = 256 << 20
-"""Bounds the logits that are alive at once."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor
     device = tokens.device
     norm, head = read_head(reader, device)
     gradient = torch.zeros_like(final)
-    step = max(1, HEAD_BYTES // (4 * shape.vocab_size))
+    step = tokens_at_once(shape.vocab_size)
     for sample in range(len(tokens)):
         for start in range(0, tokens.shape[1] - 1, step):
             some = slice(start, min(start + step, tokens.shape[1] - 1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_minitron import layout
+from nemo_minitron import decoder, layout
 from nemo_minitron.checkpoint import HfReader
 from nemo_minitron.importance import layer_loss
 from nemo_minitron.importance.layer_loss import LayerLoss, Removed, contiguous, leave_one_out, search
@@ -41,7 +41,7 @@ def test_loss_is_that_of_the_model_without_the_layers(name, tmp_path, monkeypatc
     with HfReader(folder) as reader:
         found = LayerLoss(reader, tokens)(sets)
         monkeypatch.setattr(layer_loss, "STREAM_BYTES", 1)
-        monkeypatch.setattr(layer_loss, "HEAD_BYTES", 5000)
+        monkeypatch.setattr(decoder, "HEAD_BYTES", 5000)
         in_parts = LayerLoss(reader, tokens)(reversed(sets))
     np.testing.assert_allclose(in_parts[::-1], found, atol=1e-6)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
