@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from provenance import commands, provenance
-from zero_shot import TARGETS, Bench
+from zero_shot import SETTINGS, TARGETS, Bench
 
 STEP_TOKENS, BLOCK = 1024, 256
 METHODS = ("plain", "ours")
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rates", default="1e-4,3e-4", help="learning rates")
     parser.add_argument("--every", type=int, default=10, help="steps between evaluations")
     parser.add_argument("--work", type=Path, help="as zero_shot.py's")
+    parser.add_argument("--setting", choices=SETTINGS, default="lines", help="as zero_shot.py's")
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--keep", action="store_true", help="keep what --json has and this run does not measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
@@ -67,7 +68,7 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
     from loop import answers, check_device, constant, load, loss_of, train
 
     check_device(given.device)
-    bench = Bench(source, brown, folder)
+    bench = Bench(source, brown, folder, setting=given.setting)
     training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
     evaluation = bench.texts["brown"]
     teacher = load(bench.teacher, given.device)
@@ -75,13 +76,14 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
     result: dict[str, Any] = {
         "teacher": loss_of(teacher, evaluation),
         "tokens": [b * STEP_TOKENS for b in budgets],
+        "setting": given.setting,
     }
     earlier = json.loads(given.json.read_text()) if given.keep and given.json and given.json.is_file() else {}
     result |= {"rows": earlier.get("rows", {})} | provenance()
     if earlier:
-        same = all(result[name] == earlier[name] for name in ("tokens", "machine"))
+        same = all(result[name] == earlier.get(name) for name in ("tokens", "setting", "machine"))
         if not same or abs(result["teacher"] - earlier["teacher"]) > 1e-3:
-            raise SystemExit(f"--keep: {given.json} is of another machine, other budgets or another teacher")
+            raise SystemExit(f"--keep: {given.json} is of another machine, setting or teacher, or of other budgets")
         result["commands"] = commands(result, earlier)
     batches = {
         seed: training[torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))].split(4)
