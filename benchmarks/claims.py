@@ -164,7 +164,7 @@ class Study:
         from zero_shot import Bench
 
         print("teacher, tokens and scores", flush=True)
-        return Bench(self.source, self.brown, self.folder, samples=self.setting.samples)
+        return Bench(self.source, self.brown, self.folder, samples=self.setting.samples, setting="words")
 
     @functools.cached_property
     def teacher(self) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nemo_minitron.distill.fused import MEMORY_BYTES, Sizes
+from nemo_minitron.distill.sizes import MEMORY_BYTES, Sizes
 from nemo_minitron.shape import ModelShape
 
 ITEMS = ("process", "weights", "gradients", "optimizer", "activations", "teacher", "loss")
