@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nemo_minitron.distill.sizes import MEMORY_BYTES, Sizes
+from nemo_minitron.distill.sizes import Sizes
 from nemo_minitron.shape import ModelShape
 
 ITEMS = ("process", "weights", "gradients", "optimizer", "activations", "teacher", "loss")
@@ -143,10 +143,9 @@ def _loss(run: Run) -> int:
     """Chunks of logits and sums; gradients of head and hidden states before they are added to what is there."""
     dtype = torch.bfloat16 if run.half else torch.float32
     tokens, hidden = run.seq_length * run.micro_batch_size, run.student.hidden_size
-    budget = run.loss_memory or MEMORY_BYTES.get(run.device, MEMORY_BYTES["cuda"])
     head = _padded(run.student, run) // run.tensor_parallel * hidden
     sizes = Sizes.fit(
-        tokens, run.student.vocab_size, dtype, run.device, run.tensor_parallel, budget,
+        tokens, run.student.vocab_size, dtype, run.device, run.tensor_parallel, run.loss_memory,
         halves=True, kernels=run.half and run.device == "cuda",
         hidden_sums=4 * tokens * hidden if run.half_weights else 0, weight_sums=4 * head if run.half_weights else 0,
     )  # fmt: skip
