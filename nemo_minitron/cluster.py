@@ -23,6 +23,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.staging import write_file
 
 _TIME = re.compile(r"(\d+-)?\d+:\d\d(:\d\d)?|\d+-\d+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -69,7 +70,7 @@ def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str 
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise MinitronError(f"sbatch refused {script}: {said[-1]}")
     record = {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sbatch}
-    script.with_suffix(".job").write_text(json.dumps(record) + "\n")
+    write_file(script.with_suffix(".job"), json.dumps(record) + "\n")
     print(f"submitted job {number}: {script}; its output goes to {script.with_suffix('')}-{number}.out")
     return number
 
@@ -201,9 +202,7 @@ def _write(folder: Path, name: str, config: Callable[[Path], str], script: Calla
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in texts.items():
-                part = path.with_name(path.name + ".part")
-                part.write_text(text)
-                part.replace(path)
+                write_file(path, text)
         except OSError as error:
             raise MinitronError(f"cluster.folder: cannot write '{folder}': {error.strerror}") from None
         break

@@ -20,10 +20,10 @@ from nemo_minitron.checkpoint import (
 )
 from nemo_minitron.checkpoint.nemo_config import SECTION, dtype_from_precision, padded_vocab, vocab_divisor
 from nemo_minitron.checkpoint.nemo_file import check_digest
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_size
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import VOCAB
+from nemo_minitron.staging import Staging
 
 
 def convert(

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import yaml
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.staging import write_file
 
 FORMAT = "nemo_minitron.plan/1"
 TARGETS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
@@ -157,26 +157,12 @@ class Plan:
         return yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=False, allow_unicode=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the YAML file beside ``path``, then rename.
+        """Write the YAML file.
 
         Raises:
             MinitronError: where it cannot be written.
         """
-        path = Path(path).absolute()
-        partial: str | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-                file.write(self.to_yaml())
-            os.chmod(partial, 0o644)  # mkstemp is private to its owner; an output is not
-            os.replace(partial, path)
-            partial = None
-        except OSError as error:
-            raise MinitronError(f"export.plan_path: cannot write '{path}': {error.strerror or error}") from None
-        finally:
-            if partial is not None:
-                os.unlink(partial)
+        write_file(Path(path), self.to_yaml())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.report.measures import ROLES, duration, gap_closed
+from nemo_minitron.staging import write_file
 
 Compose = Callable[..., DictConfig]
 """``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""
@@ -86,7 +87,7 @@ def run(cfg: DictConfig, compose: Compose) -> None:
             raise MinitronError(f"stages: the recipe has no stage '{name}'." + did_you_mean(name, stages))
     run_dir = Path(cfg.run_dir)
     records = Records(run_dir / ".stages")
-    write_atomically(run_dir / "recipe.yaml", OmegaConf.to_yaml(cfg.recipe))
+    write_file(run_dir / "recipe.yaml", OmegaConf.to_yaml(cfg.recipe))
     print(f"recipe {cfg.recipe.name}: {len(chosen)} stages in {run_dir}", flush=True)
     started = time.monotonic()
     for number, name in enumerate(chosen, start=1):
@@ -144,7 +145,7 @@ class Records:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the record of a stage."""
-        write_atomically(self.folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+        write_file(self.folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
 
     def fingerprint(self, stage: Stage, known: Mapping[str, str] | None = None) -> str:
         """sha256 over the command, its resolved config, its inputs' content and this package's version.
@@ -182,7 +183,7 @@ class Records:
             files = sorted(file for file in root.rglob("*") if file.is_file())
             lines = (f"{file.relative_to(root)} {self._file(file)}\n" for file in files)
             digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-        write_atomically(self.folder / "digests.json", json.dumps(self._digests))
+        write_file(self.folder / "digests.json", json.dumps(self._digests))
         return digest
 
     def _file(self, file: Path) -> str:
@@ -238,7 +239,7 @@ def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False
         shutil.rmtree(stage.work)  # checkpoints of another configuration must not be resumed
     say(f"{'resuming' if resume and record else 'running'} minitron {stage.command}")
     records.write(stage.name, {"state": "started", "fingerprint": fingerprint})
-    write_atomically(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
+    write_file(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
     started = time.monotonic()
     flags = ["--config-path", str(records.folder), "--config-name", f"{stage.name}.yaml"]
     code = _launch([stage.command, *flags], log) if log else _launch([stage.command, *flags])
@@ -314,7 +315,7 @@ def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path)
     metrics = {role: _read_json(Path(roles[role])) for role in ROLES if role in roles and Path(roles[role]).is_file()}
     if not metrics:
         return
-    write_atomically(run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_file(run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     print(f"\n{table(metrics)}")
     closed = gap_closed(metrics)
     if closed is not None:
@@ -357,17 +358,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the destination and rename."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise MinitronError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _training_tokens(config: DictConfig) -> int:

@@ -186,7 +186,7 @@ class Scores:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the two files into an existing folder; the same scores give the same bytes.
 
-        To make a whole output appear at once, write into a ``checkpoint.staging.Staging`` folder.
+        To make a whole output appear at once, write into a :class:`nemo_minitron.staging.Staging` folder.
         """
         folder = Path(folder)
         arrays = {name: getattr(self, name) for name in array_sizes(self.shape)} | dict(self.ranks)

@@ -75,7 +75,7 @@ def test_missing_plan_and_unwritable_output(tmp_path):
     with pytest.raises(MinitronError, match=r"cannot read .*none.yaml"):
         Plan.load(tmp_path / "none.yaml")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(MinitronError, match="cannot write"):
+    with pytest.raises(MinitronError, match=r"p\.yaml: expected a writable destination"):
         Plan.identity(SHAPE, "f").save(tmp_path / "file" / "p.yaml")
 
 

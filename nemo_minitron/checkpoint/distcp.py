@@ -23,8 +23,8 @@ import torch
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
 from nemo_minitron.checkpoint.pickles import DTYPES, Inert, InertUnpickler
 from nemo_minitron.checkpoint.record import Read, RecordError, describe, names_in
-from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.text import one_line, parse_json
 
 WEIGHTS = "model_weights/"
 _METADATA_LIMIT, _OBJECT_LIMIT = 64 << 20, 16 << 20

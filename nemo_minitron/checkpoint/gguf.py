@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from nemo_minitron.checkpoint.gguf_header import check_header
-from nemo_minitron.checkpoint.text import one_line
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.text import one_line
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 _LAYER = {

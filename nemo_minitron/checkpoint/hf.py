@@ -19,11 +19,11 @@ from nemo_minitron.checkpoint.archive import read_exactly
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
 from nemo_minitron.checkpoint.hf_config import dtype_name, hf_config_from_shape, shape_from_hf
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
-from nemo_minitron.checkpoint.staging import DISK_FULL, Staging
-from nemo_minitron.checkpoint.text import JSON_LIMIT, parse_json
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import OUTPUT, VOCAB, Parameter
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.staging import DISK_FULL, Staging
+from nemo_minitron.text import JSON_LIMIT, parse_json
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

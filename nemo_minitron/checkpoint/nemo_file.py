@@ -27,11 +27,11 @@ from nemo_minitron.checkpoint.distcp import (
     stored_bytes,
 )
 from nemo_minitron.checkpoint.nemo_config import check_config, shape_from_nemo, update_shape, with_precision
-from nemo_minitron.checkpoint.staging import DISK_FULL
-from nemo_minitron.checkpoint.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.staging import DISK_FULL
+from nemo_minitron.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"

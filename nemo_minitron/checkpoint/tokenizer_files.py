@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
-from nemo_minitron.checkpoint.staging import Staging, remove_leftovers
-from nemo_minitron.checkpoint.text import one_line, parse_json
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.staging import Staging, remove_leftovers
+from nemo_minitron.text import one_line, parse_json
 
 PREFIX = "minitron/tokenizer/"
 FILES = (

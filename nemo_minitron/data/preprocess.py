@@ -128,7 +128,7 @@ class _Output:
     def __init__(self, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-        from nemo_minitron.checkpoint.staging import Staging
+        from nemo_minitron.staging import Staging
 
         self._tokenizer, self._append_eod, self._prefix = tokenizer, append_eod, prefix
         self._staged: list[Staging] = []

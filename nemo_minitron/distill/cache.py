@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.distill.losses import TopK
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.staging import write_file
 
 SHARD = 64
 """Samples in a file: what a killed run loses at most per data-parallel rank."""
@@ -88,7 +88,7 @@ class TeacherCache:
     def create(self) -> None:
         """Write ``cache.json`` if it is not there; one process only."""
         if not (self.folder / "cache.json").is_file():
-            self._write(self.folder / "cache.json", json.dumps(asdict(self.identity), indent=2).encode() + b"\n")
+            write_file(self.folder / "cache.json", json.dumps(asdict(self.identity), indent=2).encode() + b"\n")
 
     def missing(self, split: str, samples: int) -> list[int]:
         """Numbers of the shards that are still to be written for the first ``samples`` samples."""
@@ -106,7 +106,7 @@ class TeacherCache:
             start += len(tokens)
         stream = io.BytesIO()
         np.save(stream, records)
-        self._write(self._path(split, number), stream.getvalue())
+        write_file(self._path(split, number), stream.getvalue())
 
     def read(self, split: str, samples: Tensor, tokens: Tensor) -> TopK:
         """Answers ``[b, s, K]`` and ``[b, s]`` for samples ``[b]`` whose tokens are ``[b, s]``; probabilities sum to 1.
@@ -148,11 +148,6 @@ class TeacherCache:
 
     def _path(self, split: str, number: int) -> Path:
         return self.folder / split / f"{number:08d}.npy"
-
-    @staticmethod
-    def _write(path: Path, data: bytes) -> None:
-        with Staging(path) as staging:
-            staging.path.write_bytes(data)
 
 
 def keys_of(tokens: Tensor) -> np.ndarray:

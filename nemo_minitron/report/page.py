@@ -284,7 +284,7 @@ def write(html: str, markdown: str, path: Path) -> Path:
     Raises:
         MinitronError: a destination cannot be written.
     """
-    from nemo_minitron.checkpoint.staging import Staging
+    from nemo_minitron.staging import Staging
 
     other = path.with_suffix(".md")
     with Staging(path) as first, Staging(other) as second:

@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemo_minitron.checkpoint.text import parse_json, parse_yaml
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import Plan
 from nemo_minitron.report.curves import Training, read_training
 from nemo_minitron.report.measures import ROLES, numbers
 from nemo_minitron.scores import JSON, Scores
+from nemo_minitron.text import parse_json, parse_yaml
 
 T = TypeVar("T")
 

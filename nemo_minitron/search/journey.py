@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, did_you_mean, required
 from nemo_minitron.plan import TARGETS
 from nemo_minitron.planning import target_shape
-from nemo_minitron.recipe import Compose, Records, write_atomically
+from nemo_minitron.recipe import Compose, Records
 from nemo_minitron.scores import JSON, NPZ, Scores
 from nemo_minitron.search import latency, output, predict
 from nemo_minitron.search.measure import Bench, Table, fewer_tokens, plan_of, write_plan
@@ -34,6 +33,7 @@ from nemo_minitron.search.space import (
     spread_out,
 )
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.staging import Staging, write_file
 
 POSITIONS = 2048
 """Length of the KV cache that is budgeted for where nothing is said, unless the model's own is shorter."""
@@ -408,7 +408,7 @@ def _finish(
     for one in outcome.candidates:
         one.plan = folder / "plans" / f"{one.key}.yaml"
         write_plan(plan_of(cfg, scores, one.shape, removed), one.plan)
-    write_atomically(folder / "candidates.yaml", output.document(outcome, folder))
+    write_file(folder / "candidates.yaml", output.document(outcome, folder))
     output.plots(outcome, folder)
     print(output.summary(outcome))
     print(f"written: {folder / 'candidates.yaml'}", flush=True)

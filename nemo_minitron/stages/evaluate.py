@@ -24,8 +24,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             a grid that does not fit, unknown tasks; later: tokens of another vocabulary, or a loss that is not finite.
     """
     from nemo_minitron import runtime
-    from nemo_minitron.checkpoint.staging import Staging
     from nemo_minitron.evaluate import facts
+    from nemo_minitron.staging import Staging
 
     source, options = Path(required(cfg, "model.restore_from_path")), cfg.evaluate
     on_grid, tasks = bool(options.perplexity or options.throughput), list(options.lm_eval.tasks)
@@ -160,9 +160,9 @@ def _check_harness(cfg: DictConfig) -> Tasks:
 
 def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
     """lm-eval's tasks on ``source``, a ``.nemo`` as the HF folder that ``minitron convert`` makes of it."""
-    from nemo_minitron.checkpoint.staging import Staging
     from nemo_minitron.convert import convert
     from nemo_minitron.evaluate.harness import run_tasks
+    from nemo_minitron.staging import Staging, write_file
 
     options, output = cfg.evaluate.lm_eval, Path(cfg.output_path)
     exported = None
@@ -186,7 +186,7 @@ def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
             exported.abort()
     if options.log_samples:
         lines = "".join(json.dumps(item) + "\n" for item in items)
-        _write(output.with_name(f"{output.stem}.samples.jsonl"), lines)
+        write_file(output.with_name(f"{output.stem}.samples.jsonl"), lines)
     return summary
 
 
@@ -203,15 +203,7 @@ def _show(metrics: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON beside its destination and rename."""
-    _write(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON."""
+    from nemo_minitron.staging import write_file
 
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        raise MinitronError(f"output_path {path} cannot be written: {error.strerror}") from error
+    write_file(path, json.dumps(content, indent=2) + "\n")

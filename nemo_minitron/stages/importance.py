@@ -77,7 +77,7 @@ def measure_and_save(
     """
     from nemo_minitron import runtime
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.checkpoint.staging import Staging
+    from nemo_minitron.staging import Staging
 
     writes = runtime.rank() == 0
     staging = Staging(output, folder=True, replaceable=(JSON, NPZ)) if writes else None

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges
 from nemo_minitron.planning import LOSS_SELECTIONS, make_plan, needs_scores, target_shape
@@ -17,6 +16,7 @@ from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages.importance import Calibration, measure_and_save
+from nemo_minitron.staging import Staging
 
 if TYPE_CHECKING:
     from nemo_minitron.importance.layer_loss import Step

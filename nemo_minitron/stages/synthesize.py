@@ -7,9 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.staging import Staging
 
 _FILES = (
     "config.json",

@@ -14,14 +14,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from nemo_minitron import staging as module
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor
-from nemo_minitron.checkpoint import staging as module
-from nemo_minitron.checkpoint.staging import Staging
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.planning import make_plan
 from nemo_minitron.rewrite import prune_checkpoint
 from nemo_minitron.stages import convert as stage
+from nemo_minitron.staging import Staging
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 

@@ -123,16 +123,20 @@ class Staging:
             os.close(lock)
 
     def commit(self) -> None:
-        """Flush to disk and rename into place; an earlier folder is exchanged in one step and deleted after it."""
-        for file in self.path.rglob("*") if self.folder else (self.path,):
-            if file.is_file():
-                _sync(file)
+        """Flush to disk and rename into place; an earlier folder is exchanged in one step and deleted after it.
+
+        Everything inside, the name at the destination and the parents that were made for it are on the disk then.
+        """
+        for path in (*(self.path.rglob("*") if self.folder else ()), self.path):
+            if path.is_file() or path.is_dir():
+                _sync(path)
         if self.folder and self.destination.exists():
             _exchange(self.path, self.destination)
             _remove(self.path)
         else:
             os.replace(self.path, self.destination)
-        _sync(self.destination.parent)
+        for made in (self.destination, *self._made):
+            _sync(made.parent)
         self._release()
 
     def abort(self) -> None:
@@ -145,6 +149,19 @@ class Staging:
         if self._lock >= 0:
             os.close(self._lock)
         self._lock = -1
+
+
+def write_file(destination: str | Path, content: str | bytes) -> None:
+    """Write a file that fits into memory as :class:`Staging` does: whole, flushed, renamed; text as UTF-8.
+
+    Raises:
+        MinitronError: it cannot be written.
+    """
+    try:
+        with Staging(destination) as staging:
+            staging.path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise MinitronError(f"{destination}: expected a writable destination, found: {error.strerror}") from None
 
 
 def remove_leftovers(destination: Path) -> None:
