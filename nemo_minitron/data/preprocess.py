@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_minitron.data.readers import Row
+from nemo_minitron.data.lines import first_line
+from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, did_you_mean
+
+ON_BAD_RECORD = ("stop", "skip")
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_DOCUMENTS = 256
@@ -35,6 +38,8 @@ def preprocess(
     append_eod: bool = True,
     workers: int = 1,
     apply_ftfy: bool = False,
+    split_special_tokens: bool = False,
+    on_bad_record: str = "stop",
     progress: bool = False,
 ) -> list[Path]:
     """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, with ``.json`` facts beside them.
@@ -50,6 +55,8 @@ def preprocess(
         json_keys: fields of a record (or columns) to tokenize, each into files of its own.
         workers: tokenizing processes; 1 tokenizes in this one.
         apply_ftfy: repair broken unicode first.
+        split_special_tokens: see :class:`TokenizerSpec`.
+        on_bad_record: ``stop`` at a record that cannot be read or tokenized, or ``skip`` it; the facts count them.
         progress: a bar with the remaining time on stderr.
 
     Returns:
@@ -58,13 +65,19 @@ def preprocess(
     Raises:
         MinitronError: anything wrong with the input, the tokenizer or the destination.
     """
+    if on_bad_record not in ON_BAD_RECORD:
+        raise MinitronError(
+            f"on_bad_record must be one of {list(ON_BAD_RECORD)}, found {on_bad_record!r}."
+            f"{did_you_mean(str(on_bad_record), ON_BAD_RECORD)}"
+        )
+    stop = on_bad_record == "stop"
     source = input if isinstance(input, Source) else Source(str(input))
     keys = _check_keys(json_keys)
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise MinitronError(f"workers must be a positive integer, found {workers!r}")
     if not Path(output_prefix).name or str(output_prefix).endswith(os.sep):
         raise MinitronError(f"output_prefix must end in a name, such as data/train, found '{output_prefix}'")
-    spec = TokenizerSpec(tokenizer_library, tokenizer_type, tokenizer_model)
+    spec = TokenizerSpec(tokenizer_library, tokenizer_type, tokenizer_model, split_special_tokens)
     tokenizer = spec.load()
     if append_eod and tokenizer.eod is None:
         raise MinitronError(
@@ -72,17 +85,24 @@ def preprocess(
             "set append_eod=false or give it one"
         )
     prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
-    documents = source.documents(keys)
+    documents = source.records(keys)
+    skipped, first = 0, ""
     outputs: list[_Output] = []
     try:
         for prefix in prefixes:
             outputs.append(_Output(prefix, tokenizer, append_eod))
-        encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy)
+        encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy, stop)
         for item in _with_progress(encoded, progress):
+            if item.fault and stop:
+                raise MinitronError(f"{item.fault}; on_bad_record=skip leaves such records out")
+            if item.fault:
+                skipped, first = skipped + 1, first or item.fault
+                continue
             for output, ids in zip(outputs, item.ids, strict=True):
                 output.add(ids)
         for output, key in zip(outputs, keys, strict=True):
-            output.finish({"source": source.facts(), "key": key})
+            facts = {"source": source.facts(), "key": key}
+            output.finish(facts if stop else facts | {"skipped": {"records": skipped, "first": first}})
         for output in outputs:
             output.commit()
     except OSError as error:
@@ -98,7 +118,8 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
     """What :func:`preprocess` recorded beside ``<prefix>.bin``.
 
     Keys: ``format``, ``tokenizer`` (``library``, ``fingerprint``, ``vocab_size``, ``eod``), ``append_eod``, ``dtype``,
-    ``documents``, ``tokens``, ``key``, ``source``.
+    ``documents``, ``tokens``, ``key``, ``source``; with ``on_bad_record=skip`` also ``skipped`` (``records``, and what
+    was wrong with the ``first``).
 
     Raises:
         MinitronError: no record (the data was made by another tool), or one that does not belong to the ``.bin``.
@@ -120,6 +141,8 @@ class _Encoded(NamedTuple):
     ids: list[list[int]]
     """Token ids of one document, one list per key."""
     done: float
+    fault: str | None = None
+    """Which record cannot be taken and why, or None."""
 
 
 class _Output:
@@ -153,9 +176,13 @@ class _Output:
 
     def finish(self, facts: dict[str, Any]) -> None:
         if not self.documents:
-            raise MinitronError(f"input: no document has text under key '{facts['key']}'; nothing to write")
+            skipped = facts.get("skipped", {"records": 0})
+            said = (
+                f" ({skipped['records']} records are bad, the first: {skipped['first']})" if skipped["records"] else ""
+            )
+            raise MinitronError(f"input: no document has text under key '{facts['key']}'; nothing to write{said}")
         self._builder.finalize(str(self._staged[1].path))
-        record = {
+        record: dict[str, Any] = {
             "format": 1,
             "tokenizer": {
                 "library": self._tokenizer.library,
@@ -168,6 +195,8 @@ class _Output:
             "documents": self.documents,
             "tokens": self.tokens,
         }
+        if self._tokenizer.splits_special_tokens:
+            record["tokenizer"]["split_special_tokens"] = True
         self._staged[2].path.write_text(json.dumps(record | facts, indent=2) + "\n", encoding="utf-8")
 
     def commit(self) -> None:
@@ -194,28 +223,44 @@ def _check_keys(json_keys: Sequence[str]) -> tuple[str, ...]:
     return keys
 
 
-def _batches(documents: Iterable[Row]) -> Iterator[list[Row]]:
-    """Groups large enough that handing them to a process costs little, the same ones for any number of workers."""
+def _batches(documents: Iterable[Row], stop: bool) -> Iterator[list[Row]]:
+    """Groups large enough that handing them to a process costs little, the same ones for any number of workers.
+
+    Where a record that cannot be taken stops all, it is the last one that is read. What stops the reader is raised
+    after the records before it, so that the first fault is the one that is told.
+    """
     batch: list[Row] = []
     characters = 0
-    for texts, done in documents:
-        batch.append((texts, done))
-        characters += sum(map(len, texts))
+    stopped: MinitronError | None = None
+    rows = iter(documents)
+    while True:
+        try:
+            row = next(rows, None)
+        except MinitronError as error:
+            row, stopped = None, error
+        if row is None:
+            break
+        batch.append(row)
+        if row.fault and stop:
+            break
+        characters += sum(map(len, row.texts))
         if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+    if stopped:
+        raise stopped
 
 
 def _encode_all(
-    documents: Iterable[Row], tokenizer: TextTokenizer, spec: TokenizerSpec, workers: int, apply_ftfy: bool
+    documents: Iterable[Row], tokenizer: TextTokenizer, spec: TokenizerSpec, workers: int, apply_ftfy: bool, stop: bool
 ) -> Iterator[_Encoded]:
     """Token ids of every document in order; at most a few batches per worker are in flight."""
-    batches = _batches(documents)
+    batches = _batches(documents, stop)
     if workers == 1:
-        for batch in batches:
-            yield from _encode(batch, tokenizer, apply_ftfy)
+        for group in batches:
+            yield from _encode(group, tokenizer, apply_ftfy)
         return
     # Not forked from this process: it may hold threads (tokenizers, torch) that a fork would deadlock. The fork server
     # has none, and pays the slow import once for all workers.
@@ -224,12 +269,22 @@ def _encode_all(
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec, apply_ftfy))
     waiting: deque[Future[list[_Encoded]]] = deque()
     try:
-        for batch in batches:
+        stopped: MinitronError | None = None
+        while True:
+            batch: list[Row] | None
+            try:
+                batch = next(batches, None)
+            except MinitronError as error:  # told after what the batches before it hold, as with one process
+                batch, stopped = None, error
+            if batch is None:
+                break
             waiting.append(pool.submit(_encode_in_worker, batch))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
+        if stopped:
+            raise stopped
     except BrokenProcessPool:
         raise MinitronError(
             f"workers={workers}: a tokenizing process ended abruptly (out of memory, or a script that calls this "
@@ -240,15 +295,40 @@ def _encode_all(
 
 
 def _encode(batch: list[Row], tokenizer: TextTokenizer, apply_ftfy: bool) -> list[_Encoded]:
-    flat = [text for texts, _ in batch for text in texts]
+    """Token ids of every record, one by one where something is wrong with one of them."""
+    try:
+        return _encode_together(batch, tokenizer, apply_ftfy)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a tokenizer makes of odd text is a fault of that record alone
+        if len(batch) > 1:
+            return [item for row in batch for item in _encode([row], tokenizer, apply_ftfy)]
+        said = error if isinstance(error, _Bad) else f"cannot be tokenized: {first_line(error)}"
+        return [_Encoded([], batch[0].done, f"{batch[0].where}: {said}")]
+
+
+class _Bad(Exception):
+    """What is wrong with the text of one record."""
+
+
+def _encode_together(batch: list[Row], tokenizer: TextTokenizer, apply_ftfy: bool) -> list[_Encoded]:
+    flat = [text for row in batch for text in row.texts]
     if apply_ftfy:
         import ftfy
 
         flat = [ftfy.fix_text(text) for text in flat]
+    for text in flat:
+        if said := not_unicode(text):
+            raise _Bad(said)
     # Blank text is no document of its key, whatever a tokenizer would make of its spaces.
     ids = iter(tokenizer.encode([text for text in flat if text.strip()]))
     every = iter([next(ids) if text.strip() else [] for text in flat])
-    return [_Encoded([next(every) for _ in texts], done) for texts, done in batch]
+    return [
+        _Encoded([], row.done, f"{row.where}: {row.fault}")
+        if row.fault
+        else _Encoded([next(every) for _ in row.texts], row.done)
+        for row in batch
+    ]
 
 
 _worker: tuple[TextTokenizer, bool] | None = None

@@ -24,11 +24,14 @@ class TokenizerSpec:
         library: ``huggingface`` or ``sentencepiece``.
         type: for huggingface a hub name, a local folder, or a ``.nemo`` (its packed tokenizer).
         model: for sentencepiece the ``.model`` file.
+        split_special_tokens: special tokens that are written in text are text, not one control token each. In
+            sentencepiece, control symbols always are.
     """
 
     library: str = "huggingface"
     type: str | None = None
     model: str | None = None
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.library not in LIBRARIES:
@@ -52,7 +55,13 @@ class TokenizerSpec:
         Raises:
             MinitronError: a missing file or folder, a hub name that cannot be loaded, unreadable tokenizer files.
         """
-        return _load_sentencepiece(str(self.model)) if self.library == "sentencepiece" else _load_hf(str(self.type))
+        if self.library == "sentencepiece":
+            tokenizer = _load_sentencepiece(str(self.model))
+        else:
+            tokenizer = _load_hf(str(self.type))
+        if self.split_special_tokens:
+            tokenizer.split_special_tokens()
+        return tokenizer
 
 
 class TextTokenizer:
@@ -63,6 +72,7 @@ class TextTokenizer:
         vocab_size: one more than the largest id, so that every id fits a table of that many rows.
         eod: id appended after a document (the EOS token, as NeMo takes it), or None when there is none.
         fingerprint: sha256 of the vocabulary, see :func:`vocabulary_fingerprint`.
+        splits_special_tokens: whether special tokens written in text are text; see :meth:`split_special_tokens`.
     """
 
     def __init__(self, library: str, backend: Any, vocabulary: Mapping[str, int], eod: int | None) -> None:
@@ -71,14 +81,44 @@ class TextTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = eod
         self.fingerprint = vocabulary_fingerprint(vocabulary)
+        self.splits_special_tokens = False
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text. No BOS, as NeMo's preprocessing; special tokens written in the text are recognised."""
+        """Ids of each text. No BOS, as NeMo's preprocessing.
+
+        Special tokens that are written in the text, such as ``<|endoftext|>``, become control tokens where the library
+        is huggingface, unless they are split.
+        """
         if not texts:
             return []
         if self.library == "huggingface":
-            return self._backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            options = {"split_special_tokens": True} if self.splits_special_tokens else {}
+            return self._backend(list(texts), add_special_tokens=False, verbose=False, **options)["input_ids"]
         return [self._backend.EncodeAsIds(text) for text in texts]
+
+    def split_special_tokens(self) -> None:
+        """From here on, take special tokens that are written in text as any other text.
+
+        Raises:
+            MinitronError: this tokenizer has one that it cannot take as text.
+        """
+        self.splits_special_tokens = True
+        special = self._special_tokens()
+        for (token, index), ids in zip(special.items(), self.encode(list(special)), strict=True):
+            if index in ids:
+                raise MinitronError(
+                    f"tokenizer.split_special_tokens: {token!r} in a text becomes control token {index} all the same "
+                    "with this tokenizer"
+                )
+
+    def _special_tokens(self) -> dict[str, int]:
+        """Control tokens with their ids; not the one that stands for what is unknown, which text may well become."""
+        if self.library == "huggingface":
+            unknown = self._backend.unk_token_id
+            tokens = self._backend.added_tokens_decoder.items()
+            return {token.content: index for index, token in tokens if token.special and index != unknown}
+        pieces = range(self._backend.GetPieceSize())
+        return {self._backend.IdToPiece(index): index for index in pieces if self._backend.IsControl(index)}
 
 
 def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:

@@ -12,9 +12,9 @@ from nemo_minitron.errors import MinitronError
 def run(cfg: DictConfig) -> list[Path]:
     """Tokenize ``input`` into ``<output_prefix>_<key>_document.bin/.idx`` and say in one line what was written.
 
-    Keys: ``input``, ``output_prefix``, ``json_keys``, ``tokenizer.{library,type,model}``,
-    ``dataset.{name,config,split}``, ``document`` (article, line or file), ``append_eod``, ``heldout_every``,
-    ``heldout_part`` (train or heldout), ``workers``, ``apply_ftfy``.
+    Keys: ``input``, ``output_prefix``, ``json_keys``, ``on_bad_record`` (stop or skip),
+    ``tokenizer.{library,type,model,split_special_tokens}``, ``dataset.{name,config,split}``, ``document`` (article,
+    line or file), ``append_eod``, ``heldout_every``, ``heldout_part`` (train or heldout), ``workers``, ``apply_ftfy``.
     """
     from nemo_minitron.data.preprocess import preprocess, read_facts
     from nemo_minitron.data.sources import Source
@@ -42,12 +42,18 @@ def run(cfg: DictConfig) -> list[Path]:
         append_eod=bool(cfg.get("append_eod", True)),
         workers=cfg.get("workers", 1),
         apply_ftfy=bool(cfg.get("apply_ftfy", False)),
+        split_special_tokens=bool(OmegaConf.select(cfg, "tokenizer.split_special_tokens", default=False)),
+        on_bad_record=_text(cfg, "on_bad_record") or "stop",
         progress=True,
     )
     for prefix in prefixes:
         facts = read_facts(prefix)
         size = sum(Path(f"{prefix}{suffix}").stat().st_size for suffix in (".bin", ".idx"))
         print(f"{facts['documents']} documents, {facts['tokens']} tokens, {size} bytes -> {prefix}.bin/.idx")
+    skipped = read_facts(prefixes[0]).get("skipped")
+    if skipped:
+        first = f", the first: {skipped['first']}" if skipped["records"] else ""
+        print(f"{skipped['records']} bad records skipped (on_bad_record=skip){first}")
     return prefixes
 
 

@@ -10,8 +10,9 @@ import tarfile
 import pytest
 
 from nemo_minitron.data.corpora import brown_files, untag
-from nemo_minitron.data.readers import is_heading, read_hub
 from nemo_minitron.data.sources import Source
+from nemo_minitron.data.tables import read_hub
+from nemo_minitron.data.wikitext import is_heading
 from nemo_minitron.errors import MinitronError
 from tests.data.conftest import DOCUMENTS, WIKI_ARTICLES, WIKI_LINES, write_parquet
 
@@ -171,8 +172,8 @@ def test_hub_reader_goes_through_load_dataset(tmp_path, monkeypatch):
     (folder).mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a", "b", None)))
     (folder / "test.jsonl").write_text('{"text": "c"}\n')
-    assert [t for t, _ in read_hub(str(folder), None, "train", ("text",))] == [("a",), ("b",), ("",)]
-    assert [t for t, _ in read_hub(str(folder), None, "test", ("text",))] == [("c",)]
+    assert [row.texts for row in read_hub(str(folder), None, "train", ("text",))] == [("a",), ("b",), ("",)]
+    assert [row.texts for row in read_hub(str(folder), None, "test", ("text",))] == [("c",)]
     with pytest.raises(MinitronError, match="'body'"):
         list(read_hub(str(folder), None, "train", ("body",)))
     with pytest.raises(MinitronError, match="split 'dev'"):
@@ -224,8 +225,8 @@ def test_bad_jsonl_names_file_and_line(tmp_path, content):
 def test_bad_files(tmp_path):
     assert "no file or folder" in refused(tmp_path / "absent.jsonl")
     assert "no file or folder" in refused("absent.jsonl")
-    (tmp_path / "x.csv").write_text("a")
-    assert "x.csv' has an unknown extension; known: .jsonl" in refused(tmp_path / "x.csv")
+    (tmp_path / "x.doc").write_text("a")
+    assert "x.doc' has an unknown extension; known: .jsonl" in refused(tmp_path / "x.doc")
     assert "no files with a known extension" in refused(tmp_path)
     (tmp_path / "latin.txt").write_bytes(b"ok\ncaf\xe9\n")
     assert "latin.txt:2: expected UTF-8 text, found byte 0xe9" in refused(tmp_path / "latin.txt")
