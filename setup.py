@@ -30,7 +30,7 @@ REQUIRES = [
     "torchmetrics",
     "einops",
     "webdataset",
-    "datasets",
+    "datasets>=4",  # never runs a script that a data set brings
     "pandas",
     "pyarrow<26",  # 26 needs numpy 2, which NeMo 2.4 does not allow, and does not declare it
     "sacremoses",

@@ -46,7 +46,7 @@ def test_columns_and_what_is_inside_of_them(stored):
     assert [row.texts for row in rows] == [(text,) * 3 for text in expected]
     assert [row.where for row in rows[:2]] == [f"{path}: row 1", f"{path}: row 2"]
     done = [row.done for row in rows]
-    assert done == sorted(done) and 0 < done[0] and 0.9 < done[-1] <= 1.0
+    assert done == sorted(done) and done[0] > 0 and 0.9 < done[-1] <= 1.0
 
 
 @pytest.mark.parametrize(
