@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 import uuid
 from pathlib import Path
@@ -175,9 +176,9 @@ def remove_leftovers(destination: Path) -> None:
         return
     for path in list(destination.parent.iterdir()):
         match = name.fullmatch(path.name)
-        if not match or path.is_symlink():
-            continue
         try:
+            if not match or not (stat.S_ISREG(path.lstat().st_mode) or stat.S_ISDIR(path.lstat().st_mode)):
+                continue  # opening a pipe would wait for its other end
             lock = _open(path)
         except OSError:  # another's, or gone by now
             continue
@@ -203,7 +204,7 @@ def _kernel() -> str:
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _is_free(descriptor: int, unknown: bool) -> bool:

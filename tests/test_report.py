@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_the_map_of_kept_units_is_the_plan(whole):
     from PIL import Image
 
     plan = read_run(whole.folder).plan
-    drawing = whole.html[whole.html.index('id="map-ffn-figure_1"') :]
+    drawing = whole.html[whole.html.index('aria-label="Heat map of 40 FFN neurons') :]
     pictures = re.findall(r'href="data:image/png;base64,([^"]*)"', drawing)[:3]  # importance, its scale, kept
     found = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in pictures]
     (kept,) = [picture for picture in found if len(np.unique(picture.reshape(-1, 3), axis=0)) == 2]
@@ -250,7 +251,7 @@ def test_commands_times_and_versions(whole):
 def test_the_page_stands_alone_and_reads_on_light_and_dark(whole):
     page, html = whole.page, whole.html
     assert len(html) < 3 * 2**20
-    assert "http" not in html and "@import" not in html
+    assert "://" not in html and "@import" not in html
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "img"}
     for tag, attributes in page.tags:
         for name, value in attributes.items():
@@ -320,7 +321,7 @@ def test_a_folder_with_one_part_gives_a_page_that_says_what_is_not_there(folder,
     ):
         alone = tmp_path / f"only-{part.strip('.')}"
         alone.mkdir()
-        (alone / part).symlink_to(folder / part)
+        (shutil.copytree if (folder / part).is_dir() else shutil.copy)(folder / part, alone / part)
         page, _, markdown = pages(alone)
         assert expected in page.text
         assert "What is not here" in page.text and len(read_run(alone).absent) >= 3

@@ -1,20 +1,24 @@
 """What a training logged, against the tokens it had seen.
 
 TensorBoard's event files are read first: a resumed training adds to them, while Lightning's ``metrics.csv`` begins
-anew.
+anew. Of one training's log at most 64 MiB (16 of ``metrics.csv``) in 256 files are read.
 """
 
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Iterable
+import io
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.report.inventory import Inventory
+from nemo_minitron.report.measures import LARGEST
+from nemo_minitron.text import one_line
 
 LOGGED = (
     "train_kd_loss",
@@ -24,6 +28,9 @@ LOGGED = (
     "val_top1_agreement",
     "tokens",
 )
+_EVENTS, _CSV = "events.out.tfevents.", "metrics.csv"
+_MOST_EVENTS, _MOST_CSV, _LONGEST_EVENT, _MOST_FILES = 64 << 20, 16 << 20, 1 << 20, 256
+_LAST_STEP = 1 << 53  # a larger one is none in float64
 
 
 @dataclass(frozen=True)
@@ -56,25 +63,37 @@ class Training:
 
 
 def read_training(folder: Path) -> Training | None:
-    """The log below ``folder``, None where there is none.
+    """The log below ``folder``, None where there is none; links are not followed.
 
     Raises:
-        MinitronError: a ``metrics.csv`` that is not one, where there are no event files.
+        MinitronError: a log that is too long, or a ``metrics.csv`` that is not one, where there are no event files.
     """
-    logged = _from_events(sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.name))
+    files = Inventory(folder)
+    return read_log(folder.name, files, [path for path in files.files if is_log(path)])
+
+
+def is_log(path: Path) -> bool:
+    """Whether a file has the name of a log."""
+    return path.name == _CSV or path.name.startswith(_EVENTS)
+
+
+def read_log(name: str, files: Inventory, paths: list[Path]) -> Training | None:
+    """As :func:`read_training`, of these logs among ``files``."""
+    events = sorted((path for path in paths if path.name != _CSV), key=lambda path: path.name)
+    logged = _from_events(_contents(files, events, _MOST_EVENTS))
     if not logged:
-        logged = _from_csv(sorted(folder.rglob("metrics.csv")))
+        logged = _from_csv(_contents(files, [path for path in paths if path.name == _CSV], _MOST_CSV))
     logged = {name: values for name, values in logged.items() if values}
     if not logged.keys() - {"tokens"}:
         return None
     steps, tokens = (np.array(list(part), dtype=np.float64) for part in _sorted(logged.pop("tokens", {})))
     curves = {}
-    for name, values in logged.items():
+    for tag, values in logged.items():
         at, found = (np.array(list(part), dtype=np.float64) for part in _sorted(values))
-        curves[name] = Curve(np.interp(at, steps, tokens) if len(steps) else at + 1, found)
+        curves[tag] = Curve(np.interp(at, steps, tokens) if len(steps) else at + 1, found)
     last = max(max(values) for values in logged.values())
     return Training(
-        folder.name, curves, bool(len(steps)), int(tokens[-1]) if len(tokens) else None, int(max([last, *steps])) + 1
+        name, curves, bool(len(steps)), int(tokens[-1]) if len(tokens) else None, int(max([last, *steps])) + 1
     )
 
 
@@ -88,37 +107,78 @@ def thinned(curve: Curve, most: int = 300) -> Curve:
     return Curve(np.add.reduceat(curve.at, edges) / sizes, np.add.reduceat(curve.values, edges) / sizes)
 
 
-def _from_events(files: Iterable[Path]) -> dict[str, dict[int, float]]:
+def _contents(files: Inventory, paths: list[Path], most: int) -> Iterator[tuple[Path, bytes]]:
+    """One file after the other, of ``most`` bytes together."""
+    if len(paths) > _MOST_FILES:
+        raise MinitronError(f"'{paths[0].parent}': expected at most {_MOST_FILES} files of a log, found {len(paths)}")
+    for path in paths:
+        data = files.read(path, most)
+        most -= len(data)
+        yield path, data
+
+
+def _from_events(files: Iterable[tuple[Path, bytes]]) -> dict[str, dict[int, float]]:
     """{name: {step: value}}; files in the order in which they were begun."""
     logged: dict[str, dict[int, float]] = {}
-    for file in files:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})
-        events.Reload()  # a file that is cut short gives what it holds
-        for name in set(LOGGED) & set(events.Tags()["scalars"]):
-            scalars = [event for event in events.Scalars(name) if math.isfinite(event.value)]
-            if not scalars:
-                continue
+    for _, data in files:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for name, step, value in _scalars(data):
+            if name in LOGGED and _is_possible(step, value):
+                found.setdefault(name, []).append((step, value))
+        for name, points in found.items():
             before = logged.setdefault(name, {})
-            for step in [step for step in before if step >= scalars[0].step]:
+            for step in [step for step in before if step >= points[0][0]]:
                 del before[step]  # a resumed training took these steps again
-            before.update((event.step, event.value) for event in scalars)
+            before.update(points)
     return logged
 
 
-def _from_csv(files: Iterable[Path]) -> dict[str, dict[int, float]]:
+def _scalars(data: bytes) -> Iterator[tuple[str, int, float]]:
+    """(name, step, value) of what an event file holds, up to where it is cut short or damaged.
+
+    TensorBoard's own reader is not used: it allocates what a record says of its length. A record is its length (8
+    bytes), a checksum of that (4), an event and a checksum of it (4).
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    start = 0
+    while start + 16 <= len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        if length > len(data) - start - 16:
+            return
+        if length <= _LONGEST_EVENT:  # longer ones hold pictures and graphs
+            try:
+                event = Event.FromString(data[start + 12 : start + 12 + length])
+            except DecodeError:
+                return
+            for value in event.summary.value[:1000]:
+                if value.HasField("simple_value"):
+                    yield value.tag, event.step, value.simple_value
+        start += 16 + length
+
+
+def _from_csv(files: Iterable[tuple[Path, bytes]]) -> dict[str, dict[int, float]]:
     logged: dict[str, dict[int, float]] = {}
-    for file in files:
+    for file, data in files:
         try:
-            with file.open(newline="", encoding="utf-8") as stream:
-                for row in csv.DictReader(stream):
-                    for name in LOGGED:
-                        if row.get(name) and row.get("step") and math.isfinite(value := float(row[name])):
-                            logged.setdefault(name, {})[int(row["step"])] = value
-        except (OSError, ValueError, csv.Error) as error:
-            raise MinitronError(f"{file}: expected a training's metrics.csv, found: {error}") from None
+            rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline=""))
+            head = next(rows, [])
+            columns = [(name, head.index(name)) for name in LOGGED if name in head]
+            at = head.index("step") if "step" in head else len(head)
+            for row in rows:
+                for name, column in columns:
+                    if len(row) > max(at, column) and row[at] and row[column]:
+                        step, value = int(row[at]), float(row[column])
+                        if _is_possible(step, value):
+                            logged.setdefault(name, {})[step] = value
+        except (ValueError, csv.Error) as error:
+            raise MinitronError(f"{file}: expected a training's metrics.csv, found: {one_line(error)}") from None
     return logged
+
+
+def _is_possible(step: int, value: float) -> bool:
+    return 0 <= step < _LAST_STEP and abs(value) < LARGEST  # False for NaN, too
 
 
 def _sorted(values: dict[int, float]) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -30,7 +30,7 @@ def block_influence(worth: np.ndarray, dropped: Sequence[int]) -> str:
         ax.margins(y=0.12)
         ax.grid(axis="x", visible=False)
         thousands(ax.xaxis, integer=True)
-        return finished(figure, "block-influence")
+        return finished(figure)
 
 
 def losses(training: Training, references: dict[str, float]) -> str:
@@ -56,7 +56,7 @@ def losses(training: Training, references: dict[str, float]) -> str:
             ax.set(title=title, xlabel="tokens" if training.by_tokens else "steps", ylabel="nats per token")
             thousands(ax.xaxis)
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
-        return finished(figure, f"losses-{training.name}")
+        return finished(figure)
 
 
 def quality(metrics: dict[str, dict[str, float]], distillation: Training | None) -> str:
@@ -81,7 +81,7 @@ def quality(metrics: dict[str, dict[str, float]], distillation: Training | None)
             axes[1].set(xlabel="tokens of distillation", ylim=axes[0].get_ylim())
         for ax in axes:
             thousands(ax.xaxis)
-        return finished(figure, "quality")
+        return finished(figure)
 
 
 def _curve(ax: Axes, curve: Curve, validation: bool) -> Any:

@@ -56,7 +56,7 @@ def unit_map(axis: Axis, dropped: Sequence[int]) -> str:
             _ticks(ax, rows)
         unit = "units, the most important first" if in_order(axis) else "unit"
         grid[-1, 0].set_xlabel(f"{unit}, of {axis.before:,}")
-        return finished(figure, f"map-{axis.name}")
+        return finished(figure)
 
 
 def in_order(axis: Axis) -> bool:
@@ -81,8 +81,8 @@ def _shades(worth: np.ndarray) -> tuple[np.ndarray, float, float]:
         shade = np.full(worth.shape, 0.5)
     else:
         low, high = np.quantile(positive, (0.01, 0.99))
-        span = np.log(high / low)
-        logs = np.log(np.maximum(worth, low) / low)
+        span = np.log(high) - np.log(low)
+        logs = np.log(np.maximum(worth, low)) - np.log(low)
         shade = np.clip(logs / span, 0, 1) if span > 1e-9 else np.full(worth.shape, 0.5)
     return np.dstack([np.full(worth.shape, part) for part in _BLUE] + [0.04 + 0.96 * shade]), low, high
 

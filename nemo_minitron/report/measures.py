@@ -16,7 +16,8 @@ COUNTS = (
     "num_query_groups",
 )
 MEASURED = ("val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
-_LARGEST = 1e18
+SMALLEST, LARGEST = 1e-9, 1e18
+"""Of what a file says and a page shows; a quotient of two such numbers is one, too."""
 
 
 def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -27,16 +28,23 @@ def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
     return (pruned - distilled) / (pruned - teacher) if pruned > teacher else None
 
 
+def number(value: object) -> float | None:
+    """A number of a file's, positive or 0 and of a size that can be; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if 0 <= value < LARGEST else None  # False for NaN, too
+
+
 def numbers(evaluation: object) -> dict[str, float]:
-    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are positive."""
+    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are whole."""
     if not isinstance(evaluation, Mapping):
         return {}
     found: dict[str, float] = {}
     for name in (*COUNTS, *MEASURED, "tokens"):
-        value = evaluation.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        value = number(evaluation.get(name))
+        if value is None or (name in COUNTS and not isinstance(value, int)):
             continue
-        if name == "val_loss" or value > 0:
+        if name == "val_loss" or value > SMALLEST:
             found[name] = value
     if "val_loss" in found:
         found.setdefault("perplexity", math.exp(min(found["val_loss"], 40.0)))

@@ -1,7 +1,7 @@
 """The page, as HTML and as Markdown, from what a run folder holds.
 
 Every value goes through the template's escaping: names and texts of a run are another's, and none of them may become
-markup. Only drawings of ours and escaped code blocks are marked as safe.
+markup. Only drawings, in which there is no text or name of a run's, and escaped code blocks are marked as safe.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from nemo_minitron import __version__
 from nemo_minitron.report import figures, maps, words
 from nemo_minitron.report.curves import Training
 from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
+from nemo_minitron.report.plain import plain
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
 from nemo_minitron.report.run_folder import Run
+from nemo_minitron.report.svg import numbered
 
 
 def render(run: Run) -> tuple[str, str]:
@@ -26,12 +28,12 @@ def render(run: Run) -> tuple[str, str]:
 
     loader = PackageLoader("nemo_minitron.report", "")
     options: dict[str, Any] = {"loader": loader, "undefined": StrictUndefined, "trim_blocks": True}
-    html = Environment(autoescape=True, lstrip_blocks=True, **options)
+    html = Environment(autoescape=True, finalize=_visible, lstrip_blocks=True, **options)
     markdown = Environment(autoescape=False, finalize=markdown_escape, keep_trailing_newline=True, **options)
     content = contents(run)
-    for one in content["figures"].values():
-        for figure in one:
-            figure["svg"] = Markup(figure["svg"])
+    drawings = [figure for part in content["figures"].values() for figure in part]
+    for number, figure in enumerate(drawings, 1):
+        figure["svg"] = Markup(numbered(figure["svg"], number))
     return (
         html.get_template("page.html.j2").render(content),
         markdown.get_template("page.md.j2").render(content, code=code_block),
@@ -258,6 +260,11 @@ def _walk(run: Run) -> str:
     return shlex.join(["minitron", "run", f"recipe={path}", f"run_dir={run.folder}"])
 
 
+def _visible(value: object) -> object:
+    """What the HTML escapes: a text without marks that cannot be seen."""
+    return plain(value) if type(value) is str else value  # drawings are a kind of str
+
+
 class _Safe(str):
     """Markdown that is escaped already."""
 
@@ -266,13 +273,14 @@ def markdown_escape(value: object) -> str:
     """One line of text whose every mark is literal, in a paragraph as in a table."""
     if isinstance(value, _Safe):
         return value
-    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"\s+", " ", plain(str(value))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text.strip())
     return re.sub(r"^(\d*)([#+=.)-])(?=[#=-]*( |$))", r"\1\\\2", text)  # heading, list, or the line under a heading
 
 
 def code_block(text: str, language: str = "") -> _Safe:
     """A fenced block that nothing in ``text`` can close."""
+    text = plain(text)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return _Safe(f"{fence}{language}\n{text.rstrip()}\n{fence}")

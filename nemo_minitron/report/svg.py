@@ -71,8 +71,8 @@ def new_figure(height: float) -> Figure:
     return Figure((_WIDTH, height), layout="constrained")
 
 
-def finished(figure: Figure, name: str) -> str:
-    """The drawing, ready to stand in HTML; ``name`` keeps its ids apart from those of other drawings."""
+def finished(figure: Figure) -> str:
+    """The drawing, ready to stand in HTML once its ids are :func:`numbered`."""
     buffer = io.StringIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -82,10 +82,14 @@ def finished(figure: Figure, name: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # known to HTML
     text = re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg aria-hidden="true"', text, count=1)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for marker, variable in _VARIABLES.items():
         text = text.replace(marker, variable)
     return re.sub(r"\n\s*", "\n", text).strip()
+
+
+def numbered(drawing: str, number: int) -> str:
+    """The drawing with ids that no drawing of another number has."""
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>drawing-{number}-", drawing)
 
 
 def thousands(axis: Any, integer: bool = False) -> None:
