@@ -13,14 +13,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.staging import write_file
+from nemo_minitron.text import one_line, parse_plain_yaml, read_file
 
 FORMAT = "nemo_minitron.plan/1"
+PLAN_LIMIT, MOST_INDICES = 32 << 20, 1 << 23
+"""Bytes of a plan file, and indices of all its axes together: Llama-3.1-405B whole has 6.7 million."""
+
 TARGETS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
 Indices = tuple[int, ...]
 
@@ -165,42 +170,51 @@ class Plan:
         write_file(Path(path), self.to_yaml())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read and check a plan file.
+    def load(cls, path: str | os.PathLike[str], shape: ModelShape | None = None) -> Plan:
+        """Read and check a plan file; nothing is expanded before its sizes are known to fit.
+
+        Args:
+            shape: of the model that the plan is for, where that is known.
 
         Raises:
             MinitronError: naming the file and what is wrong with it.
         """
         try:
-            document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise MinitronError(f"prune.plan: cannot read '{path}': {error.strerror or error}") from None
-        except (yaml.YAMLError, UnicodeDecodeError):
-            raise MinitronError(f"prune.plan: '{path}' is not a YAML file") from None
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise MinitronError(f"prune.plan: '{path}' is not a plan (expected format '{FORMAT}')")
-        try:
-            keep = document["keep"]
-            source = ModelShape.from_dict(document["source"]["shape"])
-            target = source.replace(**{name: document["target"][name] for name in TARGETS})
-            layers = parse_ranges(keep["layers"], source.num_layers)
-            return cls(
-                source_fingerprint=str(document["source"]["fingerprint"]),
-                source=source,
-                target=target,
-                layers=layers,
-                hidden=parse_ranges(keep["hidden"], source.hidden_size),
-                ffn=tuple(parse_ranges(keep["ffn"][layer], source.ffn_hidden_size) for layer in layers),
-                groups=tuple(parse_ranges(keep["groups"][layer], source.num_query_groups) for layer in layers),
-                heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads) for layer in layers),
-                compensation=_compensation(document.get("compensation")),
-            )
-        except KeyError as error:
-            raise MinitronError(f"prune.plan: '{path}' lacks {error}") from None
-        except (TypeError, ValueError) as error:
-            raise MinitronError(f"prune.plan: '{path}': {error}") from None
+            document = parse_plain_yaml(read_file(Path(path), PLAN_LIMIT), str(path), PLAN_LIMIT)
+            if document.get("format") != FORMAT:
+                raise MinitronError(f"'{path}' is not a plan (expected format '{FORMAT}')")
+            return cls._from_document(document, shape)
+        except LookupError as error:
+            raise MinitronError(f"prune.plan: '{path}' lacks {error!s:.80}") from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise MinitronError(f"prune.plan: '{path}': {one_line(error)}") from None
         except MinitronError as error:
-            raise MinitronError(f"prune.plan: '{path}': {error}") from None
+            where = "" if str(path) in str(error) else f"'{path}': "
+            raise MinitronError(f"prune.plan: {where}{error}") from None
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any], shape: ModelShape | None) -> Plan:
+        keep = document["keep"]
+        source = ModelShape.from_dict(document["source"]["shape"])
+        if shape is not None:
+            source.check_same(shape, "the plan is for")
+        target = source.replace(**{name: document["target"][name] for name in TARGETS})
+        layers, hidden, ffn = target.num_layers, target.hidden_size, target.ffn_hidden_size
+        groups, heads = target.num_query_groups, target.num_attention_heads
+        if layers + hidden + layers * (ffn + groups + heads) > MOST_INDICES:
+            raise MinitronError(f"expected at most {MOST_INDICES} kept indices in all, found more")
+        kept = parse_ranges(keep["layers"], source.num_layers, layers)
+        return cls(
+            source_fingerprint=str(document["source"]["fingerprint"]),
+            source=source,
+            target=target,
+            layers=kept,
+            hidden=parse_ranges(keep["hidden"], source.hidden_size, hidden),
+            ffn=tuple(parse_ranges(keep["ffn"][layer], source.ffn_hidden_size, ffn) for layer in kept),
+            groups=tuple(parse_ranges(keep["groups"][layer], source.num_query_groups, groups) for layer in kept),
+            heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads, heads) for layer in kept),
+            compensation=_compensation(document.get("compensation")),
+        )
 
 
 def _compensation(section: object) -> Compensation | None:
@@ -208,11 +222,11 @@ def _compensation(section: object) -> Compensation | None:
     if section is None:
         return None
     if not isinstance(section, dict):
-        raise MinitronError(f"expected keys below 'compensation', found {section!r}")
+        raise MinitronError(f"expected keys below 'compensation', found {section!r:.80}")
     rotate, rescale = (section.get(name, False) for name in ("rotate", "rescale"))
     for name, value in (("rotate", rotate), ("rescale", rescale)):
         if not isinstance(value, bool):
-            raise MinitronError(f"compensation.{name}: expected true or false, found {value!r}")
+            raise MinitronError(f"compensation.{name}: expected true or false, found {value!r:.80}")
     numbers = {name: value for name, value in section.items() if name not in ("tokens", "rotate", "rescale")}
     strengths = {name: float(value) for name, value in numbers.items()}
     if not all(0 < value < float("inf") for value in strengths.values()):
@@ -231,20 +245,23 @@ def format_ranges(indices: Iterable[int]) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def parse_ranges(text: object, size: int) -> Indices:
-    """Read :func:`format_ranges`; ``size`` bounds the indices before anything is expanded.
+def parse_ranges(text: object, size: int, count: int | None = None) -> Indices:
+    """Read :func:`format_ranges`; ``size`` and ``count`` bound the indices before anything is expanded.
 
     Raises:
-        MinitronError: where a piece is not ``n`` or ``n-m``, or an index is not below ``size``.
+        MinitronError: where a piece is not ``n`` or ``n-m``, an index is not below ``size``, or there are more than
+            ``count`` indices (by default ``size``).
     """
     indices: list[int] = []
     for piece in str(text).split():  # YAML reads a single index as a number
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", piece)
         if not match:
-            raise MinitronError(f"expected indices such as '0-5 7', found '{piece}'")
+            raise MinitronError(f"expected indices such as '0-5 7', found '{piece:.80}'")
         first, last = int(match[1]), int(match[2] or match[1])
         if last >= size or last < first:
             raise MinitronError(f"index range '{piece}' does not fit an axis of {size}")
+        if len(indices) + last + 1 - first > (size if count is None else count):
+            raise MinitronError(f"expected {count} indices, found more, up to '{piece}'")
         indices.extend(range(first, last + 1))
     return tuple(indices)
 

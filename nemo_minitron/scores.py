@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.arrays import ArrayFile
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.text import one_line, read_json
 
 FORMAT = "nemo_minitron.scores/1"
 JSON, NPZ = "scores.json", "arrays.npz"
-_MOST_TOKENS = 1 << 27
+_MOST_TOKENS, _MOST_METADATA, _MOST_BYTES = 1 << 27, 1 << 20, 64 << 30
+"""Calibration tokens; bytes of ``scores.json`` and of ``arrays.npz`` (Llama-3.1-405B on 8 million tokens: 11 GB)."""
 
 
 def array_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
@@ -171,12 +174,7 @@ class Scores:
         Raises:
             MinitronError: naming what differs: sizes first, then weights.
         """
-        for one in dataclasses.fields(shape):
-            mine, theirs = getattr(self.shape, one.name), getattr(shape, one.name)
-            if mine != theirs:
-                raise MinitronError(
-                    f"prune.scores: measured on a model with {one.name} {mine}, but this checkpoint has {theirs}"
-                )
+        self.shape.check_same(shape, "prune.scores: measured on")
         if self.source_fingerprint != source_fingerprint:
             raise MinitronError(
                 f"prune.scores: measured on weights {self.source_fingerprint[:16]}, "
@@ -197,42 +195,59 @@ class Scores:
         (folder / JSON).write_text(json.dumps(metadata, indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Scores:
-        """Read a scores folder; nothing in it is executed.
+    def load(cls, path: str | os.PathLike[str], shape: ModelShape | None = None) -> Scores:
+        """Read a scores folder; nothing in it is executed, and no array is read before its size is known to fit.
+
+        Args:
+            shape: of the model that is to be pruned, where that is known.
 
         Raises:
-            MinitronError: missing, foreign, truncated or altered files, naming the file.
+            MinitronError: missing, foreign, truncated or altered files, naming the file; scores of another shape.
         """
         path = Path(path)
         if not (path / JSON).is_file():
             raise MinitronError(f"prune.scores: '{path}' is not a scores folder (no {JSON} in it)")
         try:
-            metadata = json.loads((path / JSON).read_text())
-            if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+            metadata = read_json(path / JSON, _MOST_METADATA)
+            if metadata.get("format") != FORMAT:
                 raise MinitronError(f"'{path / JSON}': expected format '{FORMAT}'")
-            shape = ModelShape.from_dict(metadata["shape"])
-            with np.load(path / NPZ, allow_pickle=False) as arrays:
-                values = {name: _bounded(arrays, name, size, path) for name, size in array_sizes(shape).items()}
-                present = {member.removesuffix(".npy") for member in arrays.zip.namelist()}
-                ranks = {n: _bounded(arrays, n, size, path) for n, size in rank_sizes(shape).items() if n in present}
-                tokens = _bounded(arrays, "tokens", (_MOST_TOKENS,), path) if "tokens" in present else None
-                weights = None if tokens is None else (2 * shape.num_layers, *tokens.shape)
-                sensitivity = None if weights is None else _bounded(arrays, "sensitivity", weights, path)
-            scores = cls(
-                shape=shape,
-                source_fingerprint=str(metadata["source_fingerprint"]),
-                data_fingerprint=str(metadata["data_fingerprint"]),
-                calibration=metadata["calibration"],
-                ranks=ranks,
-                tokens=tokens,
-                sensitivity=sensitivity,
-                **values,
-            )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise MinitronError(f"prune.scores: cannot read '{path}': {error}") from None
-        if scores.fingerprint() != metadata.get("fingerprint"):
+            found = ModelShape.from_dict(metadata["shape"])
+            if shape is not None:
+                found.check_same(shape, "measured on")
+            with ArrayFile(path / NPZ, _MOST_BYTES) as arrays:
+                scores = cls._from_arrays(arrays, found, metadata)
+            fingerprint = scores.fingerprint()
+        except LookupError as error:
+            raise MinitronError(f"prune.scores: '{path / JSON}' lacks {error!s:.80}") from None
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise MinitronError(f"prune.scores: cannot read '{path}': {one_line(error)}") from None
+        except MinitronError as error:
+            raise MinitronError(f"prune.scores: {error}") from None
+        if fingerprint != metadata.get("fingerprint"):
             raise MinitronError(f"prune.scores: '{path}' was altered or damaged (its fingerprint does not match)")
         return scores
+
+    @classmethod
+    def _from_arrays(cls, arrays: ArrayFile, shape: ModelShape, metadata: Mapping[str, Any]) -> Scores:
+        values = {name: _bounded(arrays, name, size) for name, size in array_sizes(shape).items()}
+        ranks = {name: _bounded(arrays, name, size) for name, size in rank_sizes(shape).items() if name in arrays.names}
+        tokens = sensitivity = None
+        if "tokens" in arrays.names:
+            size = arrays.describe("tokens")[1]
+            if math.prod(size) > _MOST_TOKENS:
+                raise MinitronError(f"array 'tokens' must have at most {_MOST_TOKENS} values, found {list(size)}")
+            tokens = _bounded(arrays, "tokens", size)
+            sensitivity = _bounded(arrays, "sensitivity", (2 * shape.num_layers, *size))
+        return cls(
+            shape=shape,
+            source_fingerprint=str(metadata["source_fingerprint"]),
+            data_fingerprint=str(metadata["data_fingerprint"]),
+            calibration=dict(metadata["calibration"]),
+            ranks=ranks,
+            tokens=tokens,
+            sensitivity=sensitivity,
+            **values,
+        )
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -254,12 +269,11 @@ def _checked(name: str, array: Any, size: tuple[int, ...]) -> np.ndarray:
     return array
 
 
-def _bounded(arrays: Any, name: str, size: tuple[int, ...], path: Path) -> np.ndarray:
-    """One array, its stored size checked from the zip directory before it is allocated."""
-    member = f"{name}.npy"
-    if member not in arrays.zip.namelist():
-        raise MinitronError(f"prune.scores: '{path / NPZ}' has no array '{name}'")
-    expected = 8 * int(np.prod(size))
-    if arrays.zip.getinfo(member).file_size > expected + 4096:
-        raise MinitronError(f"prune.scores: '{path / NPZ}': array '{name}' is larger than {list(size)} float64")
-    return arrays[name]
+def _bounded(arrays: ArrayFile, name: str, size: tuple[int, ...]) -> np.ndarray:
+    """One array, its stored type and size checked before it is allocated."""
+    dtype, found = arrays.describe(name)
+    if found != size:
+        raise MinitronError(f"array '{name}' must have size {list(size)}, found {list(found)}")
+    if dtype.kind not in "fi" or dtype.itemsize > 8:
+        raise MinitronError(f"array '{name}' must hold numbers of at most 8 bytes, found {dtype!s:.80}")
+    return arrays.get(name)

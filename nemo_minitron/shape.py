@@ -89,6 +89,22 @@ class ModelShape:
         """Columns of ``linear_proj``: A * d."""
         return self.num_attention_heads * self.kv_channels
 
+    def check_same(self, other: ModelShape, what: str) -> None:
+        """Refuse another architecture.
+
+        Args:
+            what: begins the message: what this shape is of.
+
+        Raises:
+            MinitronError: naming the first size that differs.
+        """
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                raise MinitronError(
+                    f"{what} a model with {field.name} {mine!s:.80}, but this checkpoint has {theirs!s:.80}"
+                )
+
     def replace(self, **changes: object) -> ModelShape:
         """Return a checked copy with ``changes`` applied."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
@@ -10,6 +14,7 @@ from nemo_minitron.errors import MinitronError
 YAML_LIMIT = 1 << 20
 JSON_LIMIT = 32 << 20
 _MAX_EVENTS, _MAX_DEPTH, _MAX_NUMBER = 20_000, 64, 400
+_MAX_VALUES = 4_000_000
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -17,10 +22,12 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        MinitronError: anything else, too long, or a name given twice.
+        MinitronError: anything else, too long, too many values, or a name given twice.
     """
     if len(data) > JSON_LIMIT:
         raise MinitronError(f"{where}: expected at most {JSON_LIMIT} bytes of JSON, found {len(data)}")
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:  # 3 bytes can take 200 of memory
+        raise MinitronError(f"{where}: expected at most {_MAX_VALUES} values of JSON, found more")
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -33,10 +40,35 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in content if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} given twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r:.80} given twice")
     return content
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The JSON object in a file: :func:`read_file`, then :func:`parse_json`."""
+    return parse_json(read_file(path, limit), str(path))
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A regular file of at most ``limit`` bytes, whole; a pipe or a device is not waited for.
+
+    Raises:
+        MinitronError: it is not there, not a regular file, longer, or cannot be read.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise MinitronError(f"{path}: expected a regular file")
+            if facts.st_size > limit:
+                raise MinitronError(f"{path}: expected at most {limit} bytes, found {facts.st_size}")
+            return file.read(limit)
+    except (OSError, ValueError) as error:
+        raise MinitronError(
+            f"{path}: expected a readable file, found: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
@@ -62,12 +94,41 @@ def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def check_yaml(data: bytes, where: str) -> None:
+def parse_plain_yaml(data: bytes, where: str, limit: int = YAML_LIMIT) -> dict[Any, Any]:
+    """A mapping as YAML has it, whose keys may be numbers, with the checks of :func:`parse_yaml`."""
+    import yaml
+
+    check_yaml(data, where, limit)
+    try:
+        content = yaml.load(data.decode("utf-8"), Loader=_plain_loader())
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise MinitronError(f"{where}: expected YAML of plain values, found: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise MinitronError(f"{where}: expected a mapping, found {type(content).__name__}")
+    return content
+
+
+@functools.cache
+def _plain_loader() -> Any:
+    """libyaml's parser where there is one, and no name given twice."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            content = super().construct_mapping(node, deep)
+            if len(content) != len(node.value):
+                raise ValueError(f"a name given twice{str(node.start_mark).partition(',')[2]}")
+            return content
+
+    return Loader
+
+
+def check_yaml(data: bytes, where: str, limit: int = YAML_LIMIT) -> None:
     """The checks of :func:`parse_yaml` that need no object: for what is about to be written, too."""
     from yaml import YAMLError
 
-    if len(data) > YAML_LIMIT:
-        raise MinitronError(f"{where}: expected at most {YAML_LIMIT} bytes of YAML, found {len(data)}")
+    if len(data) > limit:
+        raise MinitronError(f"{where}: expected at most {limit} bytes of YAML, found {len(data)}")
     try:
         _check_events(data.decode("utf-8"))
     except (YAMLError, ValueError, RecursionError) as error:
@@ -78,7 +139,7 @@ def _check_events(text: str) -> None:
     import yaml
 
     depth = 0
-    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+    for count, event in enumerate(yaml.parse(text, Loader=_plain_loader())):
         if count > _MAX_EVENTS:
             raise ValueError(f"more than {_MAX_EVENTS} values")
         if count == 2 and isinstance(event, yaml.ScalarEvent):
@@ -96,7 +157,7 @@ def _check_events(text: str) -> None:
                 raise ValueError(f"the interpolation {event.value[:80]!r}")
             if event.value == "_target_":
                 raise ValueError("the key '_target_', which would run code")
-            if len(event.value) > _MAX_NUMBER and event.value[0] in "+-.0123456789":
+            if len(event.value) > _MAX_NUMBER and event.value[0] in "+-.0123456789" and " " not in event.value:
                 raise ValueError(f"a number of {len(event.value)} characters")
 
 

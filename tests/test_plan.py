@@ -1,9 +1,13 @@
 """Plans: files byte for byte, damaged ones refused by name."""
 
+import dataclasses
+import tracemalloc
+
 import pytest
+import yaml
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Compensation, Plan, format_ranges, parse_ranges
+from nemo_minitron.plan import FORMAT, TARGETS, Compensation, Plan, format_ranges, parse_ranges
 from tests.test_planning import SHAPE, A, plan_for
 
 
@@ -72,7 +76,7 @@ def test_heads_must_belong_to_kept_groups():
 
 
 def test_missing_plan_and_unwritable_output(tmp_path):
-    with pytest.raises(MinitronError, match=r"cannot read .*none.yaml"):
+    with pytest.raises(MinitronError, match=r"none.yaml: expected a readable file, found: No such file"):
         Plan.load(tmp_path / "none.yaml")
     (tmp_path / "file").write_text("x")
     with pytest.raises(MinitronError, match=r"p\.yaml: expected a writable destination"):
@@ -89,3 +93,73 @@ def test_a_plan_from_before_rescaling_is_not_rescaled(tmp_path):
     path.write_text(plan.to_yaml().replace("rescale: true", "rescale: 1"))
     with pytest.raises(MinitronError, match=r"compensation.rescale: expected true or false, found 1"):
         Plan.load(path)
+
+
+def hostile(**sizes):
+    """A plan file of a model with these sizes that asks to keep all."""
+    shape = dataclasses.asdict(SHAPE) | {"vocab_size": 8, "padded_vocab_size": 8} | sizes
+    one = {name: f"0-{shape[size] - 1}" for name, size in AXES.items()}
+    layers = min(shape["num_layers"], 4)
+    keep = {"layers": f"0-{shape['num_layers'] - 1}", "hidden": one.pop("hidden")}
+    keep |= {name: dict.fromkeys(range(layers), text) for name, text in one.items()}
+    target = {name: shape[name] for name in TARGETS}
+    document = {"format": FORMAT, "source": {"fingerprint": "f", "shape": shape}, "target": target, "keep": keep}
+    return yaml.safe_dump(document)
+
+
+AXES = {
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "groups": "num_query_groups",
+    "heads": "num_attention_heads",
+}
+BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))])
+GOOD = hostile()
+
+
+@pytest.mark.parametrize(
+    "content",
+    {
+        "hidden": hostile(hidden_size=10**9),
+        "ffn": hostile(ffn_hidden_size=10**9),
+        "heads": hostile(num_attention_heads=10**9, num_query_groups=10**9),
+        "layers": hostile(num_layers=10**9),
+        "many of each": hostile(num_layers=900, ffn_hidden_size=10**6),
+        "beyond any": hostile(hidden_size=10**30),
+        "again and again": GOOD.replace("hidden: 0-15", "hidden: " + "0-15 " * 100_000),
+        "a long piece": GOOD.replace("hidden: 0-15", "hidden: " + "'" + "1" * 10**6 + "'"),
+        "aliases": f"{BOMB}\n{GOOD}",
+        "an alias of layers": GOOD.replace("format:", "x: &x [1]\ny: [*x, *x]\nformat:"),
+        "twice": GOOD.replace("format:", "keep: {}\nformat:"),
+        "deep": GOOD.replace("format:", "x: " + "[" * 9999 + "]" * 9999 + "\nformat:"),
+        "many": GOOD.replace("format:", "x: [" + "0," * 10**6 + "]\nformat:"),
+        "python": GOOD.replace("format:", "x: !!python/object/apply:os.abort []\nformat:"),
+        "shape is a list": GOOD.replace("  shape:", "  shape: [1]\n  other:"),
+        "ffn is a list": GOOD.replace("  ffn:", "  ffn: [0-1]\n  other:"),
+        "ffn is text": GOOD.replace("  ffn:", "  ffn: abc\n  other:"),
+        "keep is nothing": GOOD.replace("keep:", "keep:\nother:"),
+        "compensation is a date": GOOD + "compensation: {tokens: t, ffn: 2001-01-01}\n",
+        "compensation is huge": GOOD + f"compensation: {{tokens: t, ffn: {'9' * 399}}}\n",
+        "compensation unknown": GOOD + "compensation: {tokens: t, mlp: 1.0}\n",
+        "not text": "format: \udcff",
+        "empty": "",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_hostile_plans(content, tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_bytes(content[1].encode("utf-8", "surrogateescape"))
+    tracemalloc.start()
+    with pytest.raises(MinitronError, match=r"prune\.plan: .*p\.yaml") as caught:
+        Plan.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_sizes_are_compared_with_the_model_before_anything_is_expanded(tmp_path, monkeypatch):
+    (tmp_path / "p.yaml").write_text(GOOD)
+    assert Plan.load(tmp_path / "p.yaml", Plan.load(tmp_path / "p.yaml").source)
+    monkeypatch.setattr("nemo_minitron.plan.parse_ranges", None)
+    with pytest.raises(MinitronError, match=r"p.yaml': the plan is for a model with vocab_size 8, but this checkpoint"):
+        Plan.load(tmp_path / "p.yaml", SHAPE)

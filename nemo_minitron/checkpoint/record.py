@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import math
 import pickle
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoint.pickles import InertUnpickler, NameCollector
+from nemo_minitron.stored_zip import Read, ZipError, entries_of
 
 _MAX_ENTRIES, _MAX_PICKLE = 64, 1 << 16
-_MAX_FOREIGN_ENTRIES, _ENTRY_BYTES = 20_000, 1 << 10
+_MAX_FOREIGN_ENTRIES = 20_000
 _STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
-_END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-_CENTRAL, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-
-Read = Callable[[int, int], bytes]
-"""``read(start, size)``: bytes of the record; a :class:`RecordError` outside of its bounds."""
 
 
 class RecordError(Exception):
@@ -66,7 +59,7 @@ def describe(read: Read, length: int) -> View:
         RecordError: not such a zip, compressed or overlong entries, a pickle that is damaged or that names anything
             but the parts of a tensor, values outside of their storage.
     """
-    entries = _entries(read, length)
+    entries = _entries(read, length, _MAX_ENTRIES)
     prefix, described = _pickled(entries, read)
     tensor = _unpickled(described)
     for item in (*tensor.size, *tensor.stride, tensor.offset, tensor.storage.numel):
@@ -172,76 +165,8 @@ def _unpickled(data: bytes) -> _Tensor:
     return tensor
 
 
-# ---------------------------------------------------------------------------------------------------------- the zip
-
-
-def _entries(read: Read, length: int, limit: int = _MAX_ENTRIES) -> dict[str, tuple[int, int]]:
-    """(start, size) of each entry; the format is PKWARE's APPNOTE, of which ``torch.save`` uses the stored method."""
+def _entries(read: Read, length: int, limit: int) -> dict[str, tuple[int, int]]:
     try:
-        count, size, start = _directory(read, length)
-        if count > limit or size > count * _ENTRY_BYTES or start + size > length:
-            raise RecordError(f"expected a zip of at most {limit} entries inside the record, found another")
-        data, at = read(start, size), 0
-        entries: dict[str, tuple[int, int]] = {}
-        for _ in range(count):
-            name, place, at = _entry(read, length, data, at)
-            if name in entries:
-                raise RecordError(f"entry '{name}' must be there once, found twice")
-            entries[name] = place
-        return entries
-    except (struct.error, UnicodeDecodeError) as error:
-        raise RecordError(f"expected a zip, found damage: {error}") from None
-
-
-def _directory(read: Read, length: int) -> tuple[int, int, int]:
-    """Number of entries, bytes and start of the central directory."""
-    tail = read(max(0, length - _END.size), min(length, _END.size))
-    magic, _, _, _, count, size, start, _ = _END.unpack(tail)
-    if magic != b"PK\x05\x06":
-        raise RecordError("expected a zip, found no end of one")
-    if count == _FULL16 or _FULL32 in (size, start):
-        at = length - _END.size - _LOCATOR64.size
-        magic, _, at, _ = _LOCATOR64.unpack(read(max(0, at), _LOCATOR64.size))
-        if magic != b"PK\x06\x07" or at + _END64.size > length:
-            raise RecordError("expected a zip, found no end of one")
-        magic, _, _, _, _, _, _, count, size, start = _END64.unpack(read(at, _END64.size))
-        if magic != b"PK\x06\x06":
-            raise RecordError("expected a zip, found no end of one")
-    return count, size, start
-
-
-def _entry(read: Read, length: int, data: bytes, at: int) -> tuple[str, tuple[int, int], int]:
-    """Name, (start, size) of the data, and where the next entry of the directory starts."""
-    fields = _CENTRAL.unpack_from(data, at)
-    magic, flags, method, packed, size, name_length, extra_length, comment_length = (
-        fields[0], fields[3], fields[4], fields[8], fields[9], fields[10], fields[11], fields[12],
-    )  # fmt: skip
-    header = fields[16]
-    at += _CENTRAL.size
-    name = data[at : at + name_length].decode("utf-8")
-    extra = data[at + name_length : at + name_length + extra_length]
-    at += name_length + extra_length + comment_length
-    if magic != b"PK\x01\x02" or at > len(data):
-        raise RecordError("expected a zip, found a damaged directory")
-    size, packed, header = _wide(extra, size, packed, header)
-    if method != 0 or flags & 1 or packed != size:
-        raise RecordError(f"entry '{name}': it is compressed or encrypted")
-    if header + _LOCAL.size > length:
-        raise RecordError(f"entry '{name}': it lies outside of the record")
-    local = _LOCAL.unpack(read(header, _LOCAL.size))
-    start = header + _LOCAL.size + local[9] + local[10]
-    if local[0] != b"PK\x03\x04" or start + size > length:
-        raise RecordError(f"entry '{name}': it lies outside of the record")
-    return name, (start, size), at
-
-
-def _wide(extra: bytes, *values: int) -> list[int]:
-    """Values of which those that are all ones stand, in order, as 8 bytes in the zip64 field of ``extra``."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
-        field, at = extra[at + 4 : at + 4 + length], at + 4 + length
-        if kind == 1:
-            wide = iter([value for (value,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])])
-            return [next(wide, value) if value == _FULL32 else value for value in values]
-    return list(values)
+        return entries_of(read, length, limit)
+    except ZipError as error:
+        raise RecordError(str(error)) from None

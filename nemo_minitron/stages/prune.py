@@ -45,12 +45,10 @@ def run(cfg: DictConfig) -> Plan:
     if save_path.resolve() == source.resolve():
         raise MinitronError(f"export.save_path: '{save_path}' is the checkpoint that is read; choose another name")
     with NemoReader(source) as reader:
-        plan = Plan.load(options["plan"]) if options.get("plan") else None
+        plan = Plan.load(options["plan"], reader.shape) if options.get("plan") else None
         new = _new_shape(reader.shape, options, plan)
         _check_grid(new, cfg.model)
-        scores = Scores.load(options["scores"]) if options.get("scores") else None
-        if scores is not None:
-            scores.check_matches(scores.source_fingerprint, reader.shape)  # sizes now, weights once they are read
+        scores = Scores.load(options["scores"], reader.shape) if options.get("scores") else None
         calibration = None
         wanted = needs_scores(reader.shape, new, options.get("drop_layers")) or options.get("compensate")
         if plan is None and scores is None and wanted:
@@ -102,8 +100,6 @@ def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) ->
     if plan is not None and asked:
         raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
     if plan is not None:
-        if plan.source != shape:
-            raise MinitronError(f"prune.plan: made for {plan.source}, but the checkpoint is {shape}")
         return plan.target
     return target_shape(
         shape, _targets(options), options.get("drop_layers"), options.get("layer_selection") or "block_influence"
