@@ -180,7 +180,7 @@ class Plan:
             MinitronError: naming the file and what is wrong with it.
         """
         try:
-            document = parse_plain_yaml(read_file(Path(path), PLAN_LIMIT), str(path), PLAN_LIMIT)
+            document = parse_plain_yaml(read_file(Path(path), PLAN_LIMIT), f"'{path}' is not a plan", PLAN_LIMIT)
             if document.get("format") != FORMAT:
                 raise MinitronError(f"'{path}' is not a plan (expected format '{FORMAT}')")
             return cls._from_document(document, shape)

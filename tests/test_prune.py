@@ -170,7 +170,7 @@ BAD = {
     "no scores": (["prune.hidden_size=40"], "prune.calib_dataset"),
     "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "'/nowhere' is not a scores folder"),
     "missing data": (["prune.hidden_size=40", "prune.calib_dataset=/nowhere"], "neither '/nowhere.idx' nor"),
-    "missing plan": (["prune.plan=/nowhere"], "prune.plan: cannot read '/nowhere'"),
+    "missing plan": (["prune.plan=/nowhere"], "prune.plan: /nowhere: expected a readable file"),
     "unknown ranking": (["prune.ffn_hidden_size=9", "prune.ranking=magic"], "prune.ranking"),
     "missing checkpoint": (["prune.drop_layers=[1]", "model.restore_from_path=/nowhere.nemo"], "/nowhere.nemo"),
 }
