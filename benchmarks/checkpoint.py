@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from provenance import provenance
 
 from nemo_minitron.shape import ModelShape, RopeScaling
 
@@ -72,7 +73,7 @@ def measure(shape: ModelShape, target: dict, folder: Path, frugal: bool, out: Pa
     hf, copy, tar, nemo, back = (folder / name for name in ("hf", "copy", "copy.tar", "m.nemo", "back"))
     size = shape.num_parameters() * 2
     table: dict[str, Any] = {
-        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        **provenance(),
         "layers": shape.num_layers,
         "bytes": size,
         "largest_tensor_bytes": shape.vocab_size * shape.hidden_size * 2,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+NAMES = ("command", "machine", "date", "commit")
+"""What every file in ``results`` says of itself; ``recovered`` names those that were filled in later."""
+
 
 def provenance() -> dict[str, str]:
-    """``command``, without the folders of absolute paths, and ``machine`` of a table."""
+    """``command``, without the folders of absolute paths, ``machine``, ``date`` and ``commit`` of a measurement."""
     names = []
     if (file := Path("/proc/cpuinfo")).is_file():
         names = [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
@@ -22,7 +27,18 @@ def provenance() -> dict[str, str]:
     return {
         "command": "python " + re.sub(r"(?<![^ =])/[^ ]*/", "", " ".join(words)),
         "machine": f"{processor}, {platform.system()}, Python {platform.python_version()}",
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str:
+    """Of this checkout, with ``+`` where files differ from it."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "not recorded: no git checkout"
 
 
 def commands(table: dict[str, Any], earlier: dict[str, Any]) -> list[str]:

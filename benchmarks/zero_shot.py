@@ -134,7 +134,8 @@ def merged(table: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(f"--keep: expected a table of {ours}; found {theirs}")
     rows = {name: earlier["rows"].get(name, {}) | table["rows"].get(name, {}) for name in TARGETS}
     rows = {name: row for name, row in rows.items() if row}
-    return earlier | table | {"rows": rows, "commands": commands(table, earlier)}
+    known = {name: value for name, value in earlier.items() if name != "recovered"}
+    return known | table | {"rows": rows, "commands": commands(table, earlier)}
 
 
 class Bench:

