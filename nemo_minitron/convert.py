@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,12 @@ from nemo_minitron.checkpoint import (
 )
 from nemo_minitron.checkpoint.nemo_config import SECTION, dtype_from_precision, padded_vocab, vocab_divisor
 from nemo_minitron.checkpoint.nemo_file import check_digest
-from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_size
+from nemo_minitron.checkpoint.nemo_gate import not_taken_over
+from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_files
+from nemo_minitron.checkpoint.tokenizer_open import choose, facts
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import VOCAB
+from nemo_minitron.processes import notice
 from nemo_minitron.staging import Staging
 
 
@@ -34,6 +38,7 @@ def convert(
     make_vocab_size_divisible_by: int | None = None,
     verify: bool = False,
     max_shard_size: int | str = "5GB",
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert a checkpoint; the direction follows from the input. Return the output's path.
 
@@ -49,6 +54,7 @@ def convert(
         verify: before the output appears at its place, read it again and compare every tensor, bit by bit, with the
             input's, and both with the checksums that a ``.nemo`` carries.
         max_shard_size: of HF's safetensors files.
+        tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
 
     Raises:
         MinitronError: bad input or destination; the destination is then as it was.
@@ -59,31 +65,35 @@ def convert(
     if source.suffix == ".nemo" or (source / "model_config.yaml").is_file():
         if make_vocab_size_divisible_by is not None:
             raise MinitronError("make_vocab_size_divisible_by must be absent towards HF, whose tables have no padding")
-        _to_hf(source, target, precision, max_shard_size, verify)
+        _to_hf(source, target, precision, max_shard_size, verify, tokenizer)
     else:
-        _to_nemo(source, target, precision, make_vocab_size_divisible_by, verify)
+        _to_nemo(source, target, precision, make_vocab_size_divisible_by, verify, tokenizer)
     return target
 
 
-def _to_nemo(source: Path, target: Path, precision: str | int | None, divisor: int | None, verify: bool) -> None:
+def _to_nemo(
+    source: Path,
+    target: Path,
+    precision: str | int | None,
+    divisor: int | None,
+    verify: bool,
+    asked: Mapping[str, Any] | None,
+) -> None:
     with ExitStack() as stack:
         reader = stack.enter_context(HfReader(source))
         dtype = reader.dtype if precision is None else dtype_from_precision(precision)
         divisor = vocab_divisor(reader.shape.vocab_size) if divisor is None else divisor
         shape = reader.shape.replace(padded_vocab_size=padded_vocab(reader.shape.vocab_size, divisor))
-        tokenizer, made = reader.tokenizer_folder(), None
-        if reader.is_gguf:
+        tokenizer, made = None, None
+        if not reader.is_gguf:
+            tokenizer = choose(reader, asked, "tokenizer")
+        else:
             tokenizer = Path(target.absolute()).with_name(f"{target.stem}.tokenizer")
             made = stack.enter_context(_TokenizerFolder(tokenizer))
             reader.save_tokenizer(made)
         entries = None
         if tokenizer is not None:
-            entries = tokenizer_size(made or tokenizer)
-            if entries > shape.vocab_size:
-                raise MinitronError(
-                    f"{source}: the tokenizer has {entries} entries, the model's table {shape.vocab_size} rows; "
-                    "expected a tokenizer no larger than the table"
-                )
+            entries, _ = _fitting(made or tokenizer, shape.vocab_size, source)
         config = nemo_config_from_hf(
             reader.hf_config,
             shape,
@@ -98,21 +108,84 @@ def _to_nemo(source: Path, target: Path, precision: str | int | None, divisor: i
             _copy(reader, writer)
 
 
-def _to_hf(source: Path, target: Path, precision: str | int | None, max_shard_size: int | str, verify: bool) -> None:
+def _to_hf(
+    source: Path,
+    target: Path,
+    precision: str | int | None,
+    max_shard_size: int | str,
+    verify: bool,
+    asked: Mapping[str, Any] | None,
+) -> None:
     with NemoReader(source) as reader:
         dtype = reader.dtype if precision is None else dtype_from_precision(precision)
         kept = reader.config.get(SECTION) or {}
+        tokenizer, ids, why_none = _tokenizer_for_hf(reader, asked)
         with HfWriter(
             target,
             kept.get("hf_config"),
             reader.shape,
             dtype,
             generation_config=kept.get("generation_config"),
-            tokenizer=reader.tokenizer_folder(),
+            tokenizer=tokenizer,
+            without_tokenizer=why_none,
+            token_ids=ids,
             max_shard_size=max_shard_size,
             check=_comparison(reader, HfReader) if verify else None,
         ) as writer:
             _copy(reader, writer)
+
+
+def _fitting(folder: Path, rows: int, where: Path) -> tuple[int, dict[str, int | None]]:
+    """Entries and ids of a folder's tokenizer, which must not be larger than the model's table."""
+    entries, ids = facts(folder)
+    if entries > rows:
+        raise MinitronError(
+            f"{where}: the tokenizer has {entries} entries, the model's table {rows} rows; expected a tokenizer no "
+            "larger than the table"
+        )
+    return entries, ids
+
+
+def _tokenizer_for_hf(
+    reader: NemoReader, asked: Mapping[str, Any] | None
+) -> tuple[Path | None, dict[str, int | None], str]:
+    """Tokenizer for an export, its ids (null where they are not known), and why there is none.
+
+    What the file packs comes first, then what the user asks for. A folder of this machine that the file merely names,
+    as NeMo's do, is the last resort: it is said, files with a tokenizer's names and plain content are all that is read
+    there, and it must fit the table. A name on the hub is never followed.
+    """
+    unknown: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+    rows, named = reader.shape.vocab_size, reader.named_tokenizer()
+    for key in not_taken_over(reader.config):
+        notice(f"{reader.path}: {key} has no place in an HF folder and is left out")
+    folder = choose(reader, asked, "tokenizer")
+    packed = folder is not None and folder == reader.tokenizer_folder()
+    if packed and (reader.config.get(SECTION) or {}).get("hf_config") is not None:
+        return folder, {}, ""  # the ids are the source's; it was read when it was packed
+    if folder is not None:
+        try:
+            return folder, _fitting(folder, rows, reader.path)[1], ""
+        except MinitronError as error:
+            if not packed:
+                raise
+            notice(f"{error}; it is exported as it is, with no bos_token_id and eos_token_id")
+            return folder, unknown, ""
+    said = "carries no tokenizer"
+    if named is not None and Path(named).is_absolute():
+        try:
+            if Path(named).is_dir() and tokenizer_files(Path(named)):
+                ids = _fitting(Path(named), rows, reader.path)[1]
+                notice(f"{reader.path} carries no tokenizer; taken from the folder that it names, {named}")
+                return Path(named), ids, ""
+            said += f", and {named}, which it names, holds none here"
+        except MinitronError as error:
+            said += f", and the folder that it names cannot be used: {error}"
+    elif named is not None:
+        said += f", only the name '{named}', which is not followed"
+    said = f"{reader.path} {said}; the export has none. tokenizer.type=... gives one"
+    notice(said)
+    return None, unknown, said
 
 
 def _copy(reader: HfReader | NemoReader, writer: HfWriter | NemoWriter) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +41,14 @@ def place(environment: Mapping[str, str] | None = None) -> Place | None:
         nodes = int(env.get("SLURM_STEP_NUM_NODES", "0"))
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), tasks, tasks // nodes if nodes else None)
     return None
+
+
+@functools.cache
+def notice(line: str) -> None:
+    """Say one line on stderr, once, by the job's first process: what a user should know and need not mend."""
+    here = place()
+    if here is None or here.rank == 0:
+        print(f"minitron: {line}", file=sys.stderr)
 
 
 def slurm_rendezvous(environment: Mapping[str, str] | None = None) -> tuple[str, int]:

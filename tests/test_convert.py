@@ -179,9 +179,7 @@ def test_tokenizer_travels_inside(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = AutoTokenizer.from_pretrained(llama)("some text").input_ids
     nemo = convert(llama, tmp_path / "m.nemo")
-    with NemoReader(nemo) as reader:
-        assert reader.tokenizer_folder() == llama
-    shutil.rmtree(llama)
+    (llama / "tokenizer.json").write_text("{}")  # another's, at the path that the config names
     with NemoReader(nemo) as reader:
         packed = reader.tokenizer_folder()
         assert packed == reader.tokenizer_folder()

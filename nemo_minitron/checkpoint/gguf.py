@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from nemo_minitron.checkpoint.gguf_header import check_header
+from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.text import one_line
 
@@ -145,11 +147,15 @@ class GgufFile:
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it advises on a Llama tokenizer's "legacy" switch, which a GGUF does not have
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self._path.parent), gguf_file=self._path.name)
-        except Exception as error:  # what a hostile file makes of foreign code, tokenizers' bare Exception among it
-            raise MinitronError(
-                f"{self._path}: expected a tokenizer that transformers reads, found: {one_line(error)}"
-            ) from None
+            with (
+                tempfile.TemporaryDirectory() as alone,
+                foreign(f"{self._path}: expected a tokenizer that transformers reads"),
+            ):
+                # by itself: transformers would take configs that lie beside the file for its own
+                (Path(alone) / "model.gguf").symlink_to(self._path.absolute())
+                tokenizer = AutoTokenizer.from_pretrained(
+                    alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
+                )
         finally:
             logging.set_verbosity(verbosity)
         add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")

@@ -255,6 +255,10 @@ def _header_entry(entry: Any, what: str) -> tuple[str, tuple[int, ...], int, int
     return code, tuple(shape), offsets[0], offsets[1]
 
 
+NO_TOKENIZER = "tokenizer.missing.txt"
+_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")  # they name code, which does not go with a model
+
+
 class HfWriter:
     """Streams canonical tensors into a HF folder; a context manager with the guarantees of :class:`NemoWriter`.
 
@@ -267,12 +271,15 @@ class HfWriter:
             a plain Llama config is made when None.
         generation_config: written as it is; not written when None.
         tokenizer: folder whose tokenizer files are copied.
+        without_tokenizer: says, where there is none, why; written as ``tokenizer.missing.txt``.
+        token_ids: ``eos_token_id`` and its like for a config that is made.
         max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
         check: called with the path of the finished folder before it is renamed into place.
     """
 
     _PATTERNS = (
         *tokenizer_files.FILES,
+        NO_TOKENIZER,
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -289,11 +296,17 @@ class HfWriter:
         *,
         generation_config: Mapping[str, Any] | None = None,
         tokenizer: Path | None = None,
+        without_tokenizer: str = "",
+        token_ids: Mapping[str, int | None] | None = None,
         max_shard_size: int | str = "5GB",
         check: Callable[[Path], None] | None = None,
     ) -> None:
         self.path, self.shape, self.dtype = Path(folder), shape, dtype
-        self._config = hf_config_from_shape(shape, dtype, hf_config)
+        made = hf_config_from_shape(shape, dtype, hf_config)
+        if hf_config is None:
+            made |= dict(token_ids or {})
+        self._config = {key: value for key, value in made.items() if key not in _CODE_KEYS}
+        self._why_none = without_tokenizer
         self._generation, self._tokenizer = generation_config, tokenizer
         self._shards = _plan_shards(shape, dtype, parse_size(max_shard_size))
         self._check = check
@@ -357,6 +370,8 @@ class HfWriter:
             write_json(folder / "generation_config.json", self._generation)
         if self._tokenizer is not None:
             tokenizer_files.copy_tokenizer(self._tokenizer, folder)
+        elif self._why_none:
+            (folder / NO_TOKENIZER).write_text(self._why_none + "\n", encoding="utf-8")
         if len(self._shards) > 1:
             places = {name: self._file_name(i) for i, names in enumerate(self._shards, start=1) for name in names}
             total = sum(math.prod(size) for names in self._shards for size in names.values()) * self.dtype.itemsize

@@ -7,7 +7,7 @@ NeMo ignores the section ``minitron``, which holds what its own keys cannot say:
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,26 +119,6 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
     return float(value)
 
 
-def check_config(config: dict[str, Any], members: Collection[str], where: str) -> None:
-    """Refuse what an untrusted config must not ask for, and take away the leave to run a tokenizer's code.
-
-    Raises:
-        MinitronError: a section that is no mapping, or a tokenizer file that is not a member of the ``.nemo``.
-    """
-    for key in (SECTION, "tokenizer"):
-        if config.get(key) is not None and not isinstance(config[key], dict):
-            raise MinitronError(f"{where}: {key} must be a mapping, found {type(config[key]).__name__}")
-    for key in ("hf_config", "generation_config"):
-        value = (config.get(SECTION) or {}).get(key)
-        if value is not None and not isinstance(value, dict):
-            raise MinitronError(f"{where}: {SECTION}.{key} must be a mapping, found {type(value).__name__}")
-    tokenizer = config.get("tokenizer") or {}
-    tokenizer.pop("trust_remote_code", None)  # NeMo would run code of a hub's repository for it: the run's to allow
-    for key, value in tokenizer.items():
-        if isinstance(value, str) and value.startswith("nemo:") and value.removeprefix("nemo:") not in members:
-            raise MinitronError(f"{where}: tokenizer.{key} must name a member, found '{value}'")
-
-
 def _check_features(config: Mapping[str, Any], where: str) -> None:
     """NeMo's defaults are GPT-2's, so a key that is absent is judged by its default."""
     expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -180,7 +160,7 @@ def nemo_config_from_hf(
         tokenizer_size: entries of the tokenizer; where NeMo would derive other table rows from it,
             ``override_vocab_size`` pins them.
     """
-    config = copy.deepcopy(_DEFAULTS)
+    config = model_defaults()
     config |= {"precision": _NEMO_PRECISION[dtype], "make_vocab_size_divisible_by": divisor}
     config["tokenizer"] = {
         "library": "huggingface",
@@ -235,6 +215,11 @@ def with_precision(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, A
     if str(new.get("precision")) not in _PRECISIONS[dtype]:
         new["precision"] = _NEMO_PRECISION[dtype]
     return new
+
+
+def model_defaults() -> dict[str, Any]:
+    """A new copy of what a ``model_config.yaml`` of ours says besides sizes and tokenizer."""
+    return copy.deepcopy(_DEFAULTS)
 
 
 _DEFAULTS: dict[str, Any] = {

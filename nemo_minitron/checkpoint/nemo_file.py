@@ -26,7 +26,8 @@ from nemo_minitron.checkpoint.distcp import (
     read_tensor,
     stored_bytes,
 )
-from nemo_minitron.checkpoint.nemo_config import check_config, shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
@@ -175,11 +176,15 @@ class NemoReader:
         return parse_json(read_member(self._archive, CHECKSUMS, JSON_LIMIT), f"{self.path}: {CHECKSUMS}")
 
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the HF tokenizer: ``tokenizer.type`` if it is a folder here, else the packed files, else None."""
-        kind = (self.config.get("tokenizer") or {}).get("type")
-        if isinstance(kind, str) and Path(kind).is_absolute() and Path(kind).is_dir():
-            return Path(kind)
-        return tokenizer_files.unpack(self._archive)
+        """Folder of the tokenizer that is packed, as HF files or as NeMo's sentencepiece member; None without one.
+
+        What ``tokenizer.type`` names lies elsewhere, and is not opened.
+        """
+        return tokenizer_files.unpack(self._archive, tokenizer_model(self.config))
+
+    def named_tokenizer(self) -> str | None:
+        """Folder or hub name that ``tokenizer.type`` says; what lies there may be another model's by now."""
+        return (self.config.get("tokenizer") or {}).get("type") or None
 
     def close(self) -> None:
         """Release the file."""
@@ -256,6 +261,7 @@ class NemoWriter:
     ) -> None:
         self.path, self.shape, self.dtype = Path(path), shape, dtype
         self.config = with_precision(update_shape(_plain(config), shape), dtype)
+        self._members = _name_members(self.config, tokenizer)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
         self._check = check
         self._hashing = ThreadPoolExecutor(1)
@@ -305,6 +311,8 @@ class NemoWriter:
         self._weights.close()
         if self._tokenizer is not None:
             tokenizer_files.pack(self._archive, self._tokenizer)
+        for name, file in self._members.items():
+            self._archive.add(name, file.read_bytes())
         self._archive.add(CHECKSUMS, json.dumps(self._digests, indent=1).encode())
         for name, data in self._extra.items():
             self._archive.add(name, data)
@@ -346,6 +354,19 @@ def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.T
         bad = int((~torch.isfinite(cast)).sum())
         raise MinitronError(f"tensor '{name}' must be finite in {str(dtype)[6:]}, found {bad} NaN or infinite values")
     return cast
+
+
+def _name_members(config: dict[str, Any], tokenizer: Path | None) -> dict[str, Path]:
+    """Members that a config's tokenizer section names, for NeMo, with their files; names without a file are removed."""
+    section, members = config.get("tokenizer") or {}, {}
+    for key, value in section.items():
+        if isinstance(value, str) and value.startswith("nemo:"):
+            file = None if tokenizer is None else tokenizer / "tokenizer.model"
+            if key in ("model", "tokenizer_model") and file is not None and file.is_file():
+                members[value.removeprefix("nemo:")] = file
+            else:
+                section[key] = None
+    return members
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from nemo_minitron.errors import MinitronError
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 20_000
-_MAX_EXTENSION = 1 << 16  # bytes of a long name or of pax records
+_MAX_EXTENSION, _MAX_RECORDS = 1 << 16, 64  # bytes of a long name or of pax records; pax records of one header
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -27,7 +27,8 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
 
     Raises:
         MinitronError: not a tar, truncated, or a hostile member: an absolute path, a ``..``, a link, a device, a
-            sparse file, a name given twice, absurd sizes or numbers of members.
+            sparse file, a name given twice, absurd sizes or numbers of members, text in a header that is not
+            printable.
     """
     total, at, long_name = file.seek(0, io.SEEK_END), 0, None
     pax: dict[str, str] = {}
@@ -44,8 +45,11 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
         at += BLOCK
         name = pax.get("path") or long_name or info.name
         size = _size(path, name, pax.get("size", info.size))
+        for text in (info.name, info.linkname, info.uname, info.gname):  # of a header that only names another, too
+            _check_text(path, name, text)
         extension = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
         if extension:
+            _check_name(path, info.name)
             if not 0 <= info.size <= min(_MAX_EXTENSION, total - at):
                 raise MinitronError(
                     f"{path}: expected at most {_MAX_EXTENSION} bytes of header extension before member "
@@ -56,7 +60,7 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
                 long_name = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
             elif info.type == tarfile.XHDTYPE:
                 pax = _pax_records(path, data)
-            elif info.type == tarfile.XGLTYPE and {"path", "size"} & _pax_records(path, data).keys():
+            elif info.type == tarfile.XGLTYPE and {"path", "linkpath", "size"} & _pax_records(path, data).keys():
                 raise MinitronError(f"{path}: a global pax header must not give a path or a size")
             at += _padded(info.size)
             continue
@@ -95,9 +99,13 @@ def _size(path: Path, name: str, value: int | str) -> int:
     return value
 
 
+def _check_text(path: Path, name: str, text: str) -> None:
+    if not text.isprintable():  # also bytes that are not UTF-8
+        raise MinitronError(f"{path}: member {name!r:.200} must have a printable UTF-8 name, found {text!r:.200}")
+
+
 def _check_name(path: Path, name: str) -> None:
-    if not name.isprintable():  # also bytes that are not UTF-8
-        raise MinitronError(f"{path}: member {name!r} must have a printable UTF-8 name")
+    _check_text(path, name, name)
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise MinitronError(f"{path}: member '{name}' must be a relative path inside the archive")
@@ -105,7 +113,7 @@ def _check_name(path: Path, name: str) -> None:
 
 def _pax_records(path: Path, data: bytes) -> dict[str, str]:
     """``LENGTH KEY=VALUE\\n`` records."""
-    records = {}
+    records: dict[str, str] = {}
     at = 0
     while at < len(data) and data[at] != 0:
         digits, _, _ = data[at : at + 20].partition(b" ")
@@ -114,6 +122,15 @@ def _pax_records(path: Path, data: bytes) -> dict[str, str]:
         key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
         if not equals or len(record) != length or not record.endswith(b"\n"):
             raise MinitronError(f"{path}: expected a .nemo (tar), found a damaged pax header")
-        records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        if len(records) >= _MAX_RECORDS:
+            raise MinitronError(f"{path}: expected at most {_MAX_RECORDS} records in a pax header, found more")
+        name, text = (part.decode("utf-8", "surrogateescape") for part in (key, value))
+        if name in records:
+            raise MinitronError(f"{path}: the pax record {name!r:.80} must be there once, found twice")
+        if not (name.isprintable() and text.isprintable()):
+            raise MinitronError(f"{path}: the pax record {name!r:.80} must be printable UTF-8, found {text!r:.200}")
+        if name in ("path", "linkpath"):
+            _check_name(path, text)
+        records[name] = text
         at += length
     return records

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.staging import Staging, remove_leftovers
-from nemo_minitron.text import one_line, parse_json
+from nemo_minitron.text import parse_json
 
 PREFIX = "minitron/tokenizer/"
 FILES = (
@@ -27,6 +28,8 @@ FILES = (
 """All names that are packed and unpacked: no code, no weights, no path separators."""
 CONFIG = "tokenizer_config.json"
 _LIMIT = 256 << 20
+_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,100}")
+_PICKLED = ("TransfoXL", "Rag")  # classes of transformers that unpickle a vocabulary, or open other folders
 _FILE_KEYS = ("tokenizer_file", "vocab_file", "merges_file", "added_tokens_file", "chat_template_file")
 
 
@@ -51,47 +54,64 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def check_config(data: bytes, where: str) -> None:
-    """Refuse a ``tokenizer_config.json`` by which transformers would read files from elsewhere."""
-    for key, value in parse_json(data, where).items():
+    """Refuse a ``tokenizer_config.json`` by which transformers would read files from elsewhere, or unpickle them."""
+    content = parse_json(data, where)
+    for key, value in content.items():
         if key in _FILE_KEYS and value is not None and (not isinstance(value, str) or value not in FILES):
             raise MinitronError(f"{where}: {key} must name a file of the folder, found {value!r:.80}")
+    kind = content.get("tokenizer_class")
+    if kind is not None and not (isinstance(kind, str) and _CLASS.fullmatch(kind) and not kind.startswith(_PICKLED)):
+        raise MinitronError(f"{where}: tokenizer_class must be one that reads data alone, found {kind!r:.80}")
 
 
-def tokenizer_size(folder: Path) -> int:
-    """Entries of a HF tokenizer, added tokens included, as NeMo counts them (``len(tokenizer)``)."""
-    from transformers import AutoTokenizer
+def _carried(folder: Path) -> list[Path]:
+    """Files that go with a model to where others read them: these must not ask anybody to run code.
 
-    try:
-        return len(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
-    except Exception as error:  # what a hostile file makes of foreign code, tokenizers' bare Exception among it
-        raise MinitronError(
-            f"{folder}: expected a tokenizer that transformers loads, found: {one_line(error)}"
-        ) from None
+    Raises:
+        MinitronError: as :func:`tokenizer_files`; a config with ``auto_map``.
+    """
+    files = tokenizer_files(folder)
+    for file in files:
+        if file.name == CONFIG and parse_json(file.read_bytes(), str(file)).get("auto_map"):
+            raise MinitronError(
+                f"{file}: auto_map must be absent, for it names code to run, which does not go with a model; remove it "
+                "if the tokenizer does without"
+            )
+    return files
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer files of one folder into another."""
-    for file in tokenizer_files(source):
+    for file in _carried(source):
         (target / file.name).write_bytes(file.read_bytes())
 
 
 def pack(writer: ArchiveWriter, folder: Path) -> None:
     """Add a folder's tokenizer files to a ``.nemo`` that is being written."""
-    for file in tokenizer_files(folder):
+    for file in _carried(folder):
         writer.add(PREFIX + file.name, file.read_bytes())
 
 
-def unpack(archive: Archive) -> Path | None:
-    """Lay packed files into the user's cache, in a folder named by their content; None where none are packed.
+def unpack(archive: Archive, model: str | None = None) -> Path | None:
+    """The packed files as a folder, see :func:`lay_out`; None where none are packed.
 
-    The cache is ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``nemo_minitron/tokenizers``.
+    Args:
+        model: the member that is a sentencepiece model, as NeMo packs it; used where no files of ours are packed.
     """
     present = set(archive.names())
     files = {name: read_member(archive, PREFIX + name, _LIMIT) for name in FILES if PREFIX + name in present}
-    if not files:
-        return None
+    if not files and model is not None:
+        files = {"tokenizer.model": read_member(archive, model, _LIMIT)}
     if CONFIG in files:
         check_config(files[CONFIG], PREFIX + CONFIG)
+    return lay_out(files) if files else None
+
+
+def lay_out(files: dict[str, bytes]) -> Path:
+    """Lay files, by name, into the user's cache, in a folder named by their content.
+
+    The cache is ``$XDG_CACHE_HOME`` or ``~/.cache``, then ``nemo_minitron/tokenizers``.
+    """
     digest = hashlib.sha256()
     for name, data in sorted(files.items()):
         digest.update(f"{name}\0{len(data)}\0".encode() + data)

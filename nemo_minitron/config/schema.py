@@ -216,6 +216,7 @@ class ConvertConfig:
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
     verify: bool = key(False, "read the result back and compare every tensor")
+    tokenizer: Tokenizer = section(Tokenizer, "tokenizer for an input that carries none of its own")
 
 
 @dataclass

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoint.tokenizer_open import (
+    SENTENCEPIECE,
+    find_folder,
+    foreign,
+    library_of,
+    load_hf,
+    load_sentencepiece,
+)
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 LIBRARIES = ("huggingface", "sentencepiece")
-_HF_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,8 @@ class TextTokenizer:
         splits_special_tokens: whether special tokens written in text are text; see :meth:`split_special_tokens`.
     """
 
-    def __init__(self, library: str, backend: Any, vocabulary: Mapping[str, int], eod: int | None) -> None:
-        self.library = library
+    def __init__(self, library: str, backend: Any, vocabulary: Mapping[str, int], eod: int | None, name: str) -> None:
+        self.library, self._name = library, name
         self._backend = backend
         self.vocab_size = max(vocabulary.values()) + 1
         self.eod = eod
@@ -91,6 +97,10 @@ class TextTokenizer:
         """
         if not texts:
             return []
+        with foreign(f"{self._name}: expected a tokenizer that can make tokens of this text"):
+            return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self.library == "huggingface":
             options = {"split_special_tokens": True} if self.splits_special_tokens else {}
             return self._backend(list(texts), add_special_tokens=False, verbose=False, **options)["input_ids"]
@@ -130,60 +140,25 @@ def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
 
 
 def _load_hf(name: str) -> TextTokenizer:
-    path = Path(name).expanduser()
-    if name.endswith(".nemo") or (path / "model_config.yaml").is_file():
-        if not path.exists():
-            raise MinitronError(f"tokenizer.type: no .nemo at '{name}'")
-        from nemo_minitron.checkpoint import NemoReader
-
-        with NemoReader(path) as reader:
-            folder = reader.tokenizer_folder()
-            if folder is None:
-                raise MinitronError(
-                    f"tokenizer.type: no tokenizer is packed in '{name}'; give its Hugging Face name or folder"
-                )
-            return _from_folder(folder, name)
-    if path.is_dir():
-        return _from_folder(path, name)
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise MinitronError(f"tokenizer.type: expected a folder with a tokenizer at '{name}', found none")
-    return _from_pretrained(name, name, os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"))
-
-
-def _from_folder(folder: Path, name: str) -> TextTokenizer:
-    if not any((folder / file).is_file() for file in _HF_FILES):
-        raise MinitronError(f"tokenizer.type: '{name}' holds no tokenizer (any of {', '.join(_HF_FILES)})")
+    folder = find_folder(name, "tokenizer.type")
+    if library_of(folder) == "sentencepiece" and not (folder / "config.json").is_file():
+        return _load_sentencepiece(str(folder / SENTENCEPIECE))
     for file in ("tokenizer.json", "tokenizer_config.json"):  # a truncated one would surface as a bare Exception
         if (folder / file).is_file():
             try:
                 json.loads((folder / file).read_text(encoding="utf-8"))
             except ValueError as error:
                 raise MinitronError(f"tokenizer.type: '{name}': {file} is not valid JSON: {error}") from None
-    return _from_pretrained(str(folder), name, local_only=True)
-
-
-def _from_pretrained(location: str, name: str, local_only: bool) -> TextTokenizer:
-    from transformers import AutoTokenizer
-
-    try:
-        backend = AutoTokenizer.from_pretrained(location, local_files_only=local_only)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = " without the network" if local_only else ""
-        raise MinitronError(f"tokenizer.type: no tokenizer could be loaded from '{name}'{where}: {first}") from None
-    return TextTokenizer("huggingface", backend, backend.get_vocab(), backend.eos_token_id)
+    backend = load_hf(folder, f"tokenizer.type: '{name}'")
+    return TextTokenizer("huggingface", backend, backend.get_vocab(), backend.eos_token_id, name)
 
 
 def _load_sentencepiece(name: str) -> TextTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
     path = Path(name).expanduser()
     if not path.is_file():
         raise MinitronError(f"tokenizer.model: no sentencepiece file at '{name}'")
-    try:
-        backend = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise MinitronError(f"tokenizer.model: '{name}' is not a sentencepiece model: {error}") from None
+    backend = load_sentencepiece(path, f"tokenizer.model: '{name}'")
     pieces: Iterable[int] = range(backend.GetPieceSize())
     eos = backend.eos_id()
-    return TextTokenizer("sentencepiece", backend, {backend.IdToPiece(i): i for i in pieces}, eos if eos >= 0 else None)
+    vocabulary = {backend.IdToPiece(i): i for i in pieces}
+    return TextTokenizer("sentencepiece", backend, vocabulary, eos if eos >= 0 else None, name)

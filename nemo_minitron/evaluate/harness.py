@@ -114,7 +114,7 @@ def run_tasks(
     try:
         found = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": str(folder), "dtype": dtype},
+            model_args={"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False},
             tasks=list(tasks.names),
             task_manager=tasks.manager,
             num_fewshot=num_fewshot,

@@ -25,7 +25,7 @@ from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outpu
 from nemo_minitron.distill.losses import Mix, TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
-from nemo_minitron.nemo.restore import job_config
+from nemo_minitron.nemo.restore import job_config, tokenizer_folder
 from nemo_minitron.nemo.teacher import SHARED_WITH_STUDENT, Teacher, check_vocabularies
 
 
@@ -59,6 +59,8 @@ class MinitronDistillModel(MinitronGPTModel):
             check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
             asked = {key: run[key] for key in SHARED_WITH_STUDENT if key in run}
             asked |= {"global_batch_size": 0, "encoder_seq_length": run.data.get("seq_length")}
+            if teacher.tokenizer_folder() is None:  # it will be taken for the student's
+                asked["tokenizer"] = {"type": str(tokenizer_folder(student, run.get("tokenizer")))}
             if not teacher.shape.splits_over(int(run.get("tensor_model_parallel_size") or 1)):
                 asked |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
             job_config(teacher, asked)

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_minitron import parallel, runtime
+from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
@@ -130,6 +131,12 @@ class MinitronGPTModel(MegatronGPTModel):
         )
         mcore_model_customize(self.cfg, model)
         return model
+
+    def _build_tokenizer(self) -> None:
+        """The parent's, of the section that :mod:`nemo_minitron.nemo.restore` makes; failures are one message."""
+        section = self.cfg.tokenizer
+        with foreign(f"{section.type or section.model}: expected a tokenizer that NeMo loads"):
+            super()._build_tokenizer()
 
     def _build_vocab(self) -> None:
         """Pad the checkpoint's true vocabulary V, not the tokenizer's: a table may have rows no token uses."""

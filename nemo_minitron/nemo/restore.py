@@ -9,6 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint.nemo_gate import for_model_class
+from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, library_of
 from nemo_minitron.errors import MinitronError
 
 if TYPE_CHECKING:
@@ -56,14 +58,16 @@ _FUSIONS = (
 def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], path: Path) -> DictConfig:
     """Checkpoint's ``model`` section with the run's settings laid over it.
 
-    Upstream, every key of the YAML's ``model:`` overrides the checkpoint, so that a forgotten ``num_layers`` trains
+    Of the checkpoint's, what :func:`for_model_class` lets through, without ``tokenizer``. Upstream, every key of the
+    YAML's ``model:`` overrides the checkpoint, so that a forgotten ``num_layers`` trains
     another network; here an architecture key that disagrees is an error, one that agrees is redundant.
 
     Raises:
-        MinitronError: an architecture key disagrees; names key, asked and found.
+        MinitronError: an architecture key disagrees; names key, asked and found. A key of the checkpoint's that
+            describes the network has a value of another kind.
     """
     asked = cast(dict, OmegaConf.to_container(run, resolve=True)) if isinstance(run, DictConfig) else dict(run)
-    merged = dict(checkpoint)
+    merged = for_model_class(checkpoint, f"{path}: model_config.yaml")
     for key, value in asked.items():
         if key in ARCHITECTURE and value is not None:
             found = checkpoint.get(key)
@@ -72,7 +76,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
                     f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "
                     "the architecture always comes from the checkpoint: leave the key out"
                 )
-        elif key not in (*ARCHITECTURE, "encoder_seq_length") and (key != "tokenizer" or (value or {}).get("library")):
+        elif key not in (*ARCHITECTURE, "encoder_seq_length", "tokenizer"):
             merged[key] = value
     cfg = OmegaConf.create(merged)
     _check_seq_length(cfg, asked)
@@ -108,6 +112,35 @@ def _check_seq_length(cfg: DictConfig, run: dict[str, Any]) -> None:
         cfg.encoder_seq_length = length
         if cfg.get("data") is not None:
             cfg.data.seq_length = length
+
+
+def tokenizer_folder(reader: NemoReader, asked: Any) -> Path:
+    """Folder of the tokenizer for a checkpoint's model: the one that is packed, else the one that the run asks for.
+
+    Args:
+        asked: the run's ``model.tokenizer``.
+
+    Raises:
+        MinitronError: the run's section asks for what is not allowed or not there; neither has one.
+    """
+    folder = choose(reader, asked, "model.tokenizer")
+    if folder is None:
+        named = reader.named_tokenizer()
+        where = (
+            f"; the tokenizer that it names, '{named}', is opened only where a key of yours says so" if named else ""
+        )
+        raise MinitronError(
+            f"{reader.path} carries no tokenizer{where}: give its Hugging Face name, a folder or a .nemo, "
+            "model.tokenizer.type=..., or a sentencepiece file, model.tokenizer.model=..."
+        )
+    return folder
+
+
+def _tokenizer_section(folder: Path) -> dict[str, Any]:
+    """All that NeMo is told of a tokenizer: one of two libraries, and files of ours."""
+    if library_of(folder) == "sentencepiece":
+        return {"library": "sentencepiece", "type": None, "model": str(folder / SENTENCEPIECE)}
+    return {"library": "huggingface", "type": str(folder), "model": None, "use_fast": True, "trust_remote_code": False}
 
 
 def _check_stages(cfg: DictConfig, layers: int, stages: int) -> None:
@@ -155,11 +188,12 @@ def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[Di
     """Config of a checkpoint's model on this job, and its (TP, PP): all that can be wrong without reading a weight.
 
     Raises:
-        MinitronError: architecture override; sequence or batch sizes that contradict; a grid that does not fit the
-            model or the processes of the job; context parallelism.
+        MinitronError: architecture override; no tokenizer; sequence or batch sizes that contradict; a grid that does
+            not fit the model or the processes of the job; context parallelism.
     """
     run = run or {}
     cfg = merge_config(reader.config, run, reader.path)
+    cfg.tokenizer = _tokenizer_section(tokenizer_folder(reader, run.get("tokenizer")))
     grid = (cfg.get("tensor_model_parallel_size", 1) or 1, cfg.get("pipeline_model_parallel_size", 1) or 1)
     multiple = cfg.get("make_vocab_size_divisible_by", 128) * grid[0]
     padded = -(-reader.shape.vocab_size // multiple) * multiple
@@ -206,9 +240,6 @@ def load_model(
     path = Path(path)
     with NemoReader(path) as reader:
         cfg, grid = job_config(reader, run or {})
-        folder = reader.tokenizer_folder()
-        if folder is not None:
-            cfg.tokenizer.type = str(folder)
         runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
         from nemo_minitron.nemo.model import MinitronGPTModel
 
@@ -216,7 +247,7 @@ def load_model(
         model.shape = reader.shape
         model.checkpoint_config = reader.config
         model.storage_dtype = reader.dtype
-        model.tokenizer_folder = folder
+        model.tokenizer_folder = Path(cfg.tokenizer.type or Path(cfg.tokenizer.model).parent)
         from nemo_minitron.nemo import weights
 
         weights.load(model, reader)

@@ -35,6 +35,7 @@ SHARED_WITH_STUDENT = (
     "transformer_engine",
     "seed",
     "optim",
+    "tokenizer",  # for a checkpoint that carries none
 )
 
 
@@ -54,6 +55,7 @@ class Teacher:
         self._student = student
         self._grid: Callable[[], AbstractContextManager[None]] = nullcontext
         run = {key: student.cfg[key] for key in SHARED_WITH_STUDENT if key in student.cfg} | {"global_batch_size": 0}
+        run["tokenizer"] = {"type": str(student.tokenizer_folder)}
         with NemoReader(path) as reader:
             shape = reader.shape
         if not shape.splits_over(student.cfg.get("tensor_model_parallel_size", 1) or 1):

@@ -16,5 +16,6 @@ def run(cfg: DictConfig) -> None:
         make_vocab_size_divisible_by=cfg.get("make_vocab_size_divisible_by"),
         verify=bool(cfg.get("verify", False)),
         max_shard_size=cfg.get("max_shard_size") or "5GB",
+        tokenizer=cfg.get("tokenizer"),
     )
     print(f"wrote {written}")

@@ -84,7 +84,7 @@ def measure_and_save(
     try:
         with NemoReader(source) as reader:
             length = _seq_length(calibration, reader)
-            blocks, data = _blocks(calibration, length, reader)
+            blocks, data = _blocks(calibration, length, reader, model)
             _check_grid(calibration, blocks, model)
             if calibration.stream:
                 arrays, counts = _stream(reader, blocks)
@@ -221,7 +221,7 @@ def _data_ranks(model: Mapping[str, Any]) -> int:
     return max(1, runtime.world_size() // (tensor * pipeline))
 
 
-def _blocks(calibration: Calibration, length: int, reader: NemoReader) -> tuple[Tensor, str]:
+def _blocks(calibration: Calibration, length: int, reader: NemoReader, model: Mapping[str, Any]) -> tuple[Tensor, str]:
     """Token blocks ``[n, length]`` and the fingerprint of their data."""
     if (calibration.data_prefix is None) == (calibration.path is None):
         raise MinitronError(
@@ -233,17 +233,21 @@ def _blocks(calibration: Calibration, length: int, reader: NemoReader) -> tuple[
         raise MinitronError(f"calibration.num_samples: expected at least 1, found {calibration.num_samples}")
     if calibration.path is None:
         return _draw(_parts(calibration), calibration, length, reader.shape)
+    from nemo_minitron.checkpoint.tokenizer_open import choose
     from nemo_minitron.data.blocks import text_blocks
     from nemo_minitron.data.tokenizer import TokenizerSpec
 
     if not Path(calibration.path).exists():
         raise MinitronError(f"calibration.path: no file or folder '{calibration.path}'")
-    folder = reader.tokenizer_folder()
+    folder = choose(reader, model.get("tokenizer"), "model.tokenizer")
     if folder is None:
-        raise MinitronError(f"calibration.path: '{reader.path}' carries no tokenizer; give calibration.data_prefix")
+        raise MinitronError(
+            f"calibration.path: '{reader.path}' carries no tokenizer; give one with model.tokenizer.type, or give "
+            "calibration.data_prefix"
+        )
     drawn, fingerprint = text_blocks(
         calibration.path,
-        TokenizerSpec("huggingface", str(folder), None),
+        TokenizerSpec("huggingface", str(folder)),
         length,
         num_samples=calibration.num_samples,
         seed=calibration.seed,

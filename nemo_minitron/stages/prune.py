@@ -9,9 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
+from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges
 from nemo_minitron.planning import LOSS_SELECTIONS, make_plan, needs_scores, target_shape
+from nemo_minitron.processes import notice
 from nemo_minitron.rewrite import check_source, prune_checkpoint
 from nemo_minitron.scores import RANKINGS, Scores
 from nemo_minitron.shape import ModelShape
@@ -47,6 +49,11 @@ def run(cfg: DictConfig) -> Plan:
     with NemoReader(source) as reader:
         plan = Plan.load(options["plan"], reader.shape) if options.get("plan") else None
         new = _new_shape(reader.shape, options, plan)
+        tokenizer = choose(reader, cfg.model.get("tokenizer"), "model.tokenizer")
+        if tokenizer is None:
+            notice(
+                f"{source} carries no tokenizer, and the student will not either; model.tokenizer.type=... gives one"
+            )
         _check_grid(new, cfg.model)
         scores = Scores.load(options["scores"], reader.shape) if options.get("scores") else None
         calibration = None
@@ -63,7 +70,7 @@ def run(cfg: DictConfig) -> Plan:
             plan = _make(reader, options, scores, half=precision.startswith("bf16"))
         _check_compensation(plan, options, scores)
         if plan.compensation is not None or runtime.rank() == 0:
-            _write(reader, plan, save_path, plan_path, scores)
+            _write(reader, plan, save_path, plan_path, scores, tokenizer)
         if runtime.rank() == 0:
             print(table(plan))
             print(f"student: {save_path}\nplan:    {plan_path}")
@@ -293,7 +300,9 @@ def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | No
         raise MinitronError("prune.scores: the plan turns the residual stream, but these scores lack 'stream_moment'")
 
 
-def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path, scores: Scores | None) -> None:
+def _write(
+    reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path, scores: Scores | None, tokenizer: Path | None
+) -> None:
     """Student and plan appear together, or neither does; processes other than the first lend their samples only."""
     from nemo_minitron import runtime
 
@@ -304,7 +313,6 @@ def _write(reader: NemoReader, plan: Plan, save_path: Path, plan_path: Path, sco
     staging = Staging(plan_path)
     try:
         staging.path.write_text(plan.to_yaml(), encoding="utf-8", newline="\n")
-        tokenizer = reader.tokenizer_folder()
         with NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer:
             _fill(reader, plan, writer, scores)
         staging.commit()

@@ -228,7 +228,7 @@ def test_bad_tokenizers(hf, earlier, tmp_path, monkeypatch):
     assert "no sentencepiece file" in refused(
         good, earlier, tokenizer_library="sentencepiece", tokenizer_model=str(tmp_path / "absent.model")
     )
-    assert "not a sentencepiece model" in refused(
+    assert "expected a sentencepiece model" in refused(
         good, earlier, tokenizer_library="sentencepiece", tokenizer_model=str(good)
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

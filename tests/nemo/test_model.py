@@ -53,7 +53,7 @@ def test_nemos_own_restore_reads_our_file(pair, trainer, monkeypatch):
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from nemo.collections.nlp.models.language_modeling import megatron_gpt_model
 
-    from nemo_minitron.nemo.restore import merge_config
+    from nemo_minitron.nemo.restore import job_config
     from nemo_minitron.nemo.spec import RMSNorm, layer_spec
 
     def local_specs(name, config, *_):
@@ -64,7 +64,7 @@ def test_nemos_own_restore_reads_our_file(pair, trainer, monkeypatch):
     monkeypatch.setattr(megatron_gpt_model, "get_specs", local_specs)
     monkeypatch.setattr(theirs, "setup_transformer_engine_cp_groups", lambda self: None)
     with NemoReader(nemo) as reader:
-        cfg = merge_config(reader.config, {"dist_ckpt_load_strictness": "raise_all"}, nemo)
+        cfg, _ = job_config(reader, {"dist_ckpt_load_strictness": "raise_all"})
     model = theirs.restore_from(str(nemo), trainer=trainer, override_config_path=cfg)
     assert type(model) is theirs
     tokens = _tokens(shape)
