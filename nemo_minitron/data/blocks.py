@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from nemo_minitron.data.index import read_index
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
@@ -189,22 +189,11 @@ def _pair(prefix: str | Path, key: str | None = None) -> tuple[Path, Path]:
 
 
 def _open(prefix: str | Path) -> _Stream:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
     data, index = _pair(prefix)
     if not data.stat().st_size:
         raise MinitronError(f"{data}: expected tokens, found an empty file")
-    try:
-        dataset = IndexedDataset(str(prefix))
-        lengths, documents = np.array(dataset.sequence_lengths), np.array(dataset.document_indices)
-        dtype = np.dtype(dataset.index.dtype)
-    except (AssertionError, ValueError, struct.error, OSError) as error:  # what Megatron raises on a damaged index
-        raise MinitronError(f"{index}: expected a Megatron index, found a damaged or foreign file ({error})") from None
-    expected, found = int(lengths.sum(dtype=np.int64)) * dtype.itemsize, data.stat().st_size
-    if expected != found:
-        raise MinitronError(f"{data}: its index says {expected} bytes, found {found}")
-    ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))[documents[1:]]
-    return _Stream(np.memmap(data, dtype=dtype, mode="r"), ends)
+    found = read_index(data, index)
+    return _Stream(np.memmap(data, dtype=found.dtype, mode="r"), found.ends)
 
 
 def _check_range(

@@ -22,12 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_minitron.arrays import ArrayFile
 from nemo_minitron.distill.losses import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.staging import write_file
+from nemo_minitron.text import read_json
 
 SHARD = 64
 """Samples in a file: what a killed run loses at most per data-parallel rank."""
+
+_MOST_METADATA = 1 << 16
+_ROUNDING = 0.05
+"""By how much float16 may take the logarithm of a sum of probabilities from 0."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class TeacherCache:
         self._shards: dict[tuple[str, int], np.ndarray] = {}
         manifest = self.folder / "cache.json"
         if manifest.is_file():
-            self._check(json.loads(manifest.read_text()))
+            self._check(read_json(manifest, _MOST_METADATA))
         elif identity.teacher is None:
             raise MinitronError(
                 f"distill.teacher_cache={folder} holds no answers yet; model.kd_teacher_restore_from_path must name "
@@ -81,8 +87,8 @@ class TeacherCache:
         for name, expected in asdict(self.identity).items():
             if found.get(name) != expected and not (name == "teacher" and expected is None):
                 raise MinitronError(
-                    f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)}, this run "
-                    f"{expected}; name another folder, or remove it"
+                    f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)!s:.80}, this "
+                    f"run {expected}; name another folder, or remove it"
                 )
 
     def create(self) -> None:
@@ -112,7 +118,8 @@ class TeacherCache:
         """Answers ``[b, s, K]`` and ``[b, s]`` for samples ``[b]`` whose tokens are ``[b, s]``; probabilities sum to 1.
 
         Raises:
-            MinitronError: a sample is not in the cache, or was of other tokens.
+            MinitronError: a sample is not in the cache, was of other tokens, or has answers that are none: ids beyond
+                the vocabulary, or probabilities that do not sum to 1.
         """
         found = np.stack([self._record(split, int(n)) for n in samples])
         keys = keys_of(tokens)
@@ -128,7 +135,22 @@ class TeacherCache:
         # float16 rounds: give both together a mass of 1 again
         mass = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
         index = torch.from_numpy(found["tokens"].astype(np.int64))
+        self._check_answers(split, samples, index, mass)
         return TopK(log_probs - mass.unsqueeze(-1), index, log_tail - mass)
+
+    def _check_answers(self, split: str, samples: Tensor, index: Tensor, mass: Tensor) -> None:
+        for number, ids, masses in zip(samples.tolist(), index, mass, strict=True):
+            where = f"{self._path(split, number // SHARD)}: sample {number}"
+            if ids.max() >= self.identity.vocab_size:
+                raise MinitronError(
+                    f"{where}: expected ids below the vocabulary's {self.identity.vocab_size}, found {int(ids.max())}; "
+                    "remove the file, and the teacher writes it again"
+                )
+            if not (masses.abs() < _ROUNDING).all():  # NaN too
+                raise MinitronError(
+                    f"{where}: expected probabilities that sum to 1, found others; remove the file, and the teacher "
+                    "writes it again"
+                )
 
     def _record(self, split: str, sample: int) -> Any:
         number, row = divmod(sample, SHARD)
@@ -139,12 +161,21 @@ class TeacherCache:
                 raise MinitronError(f"distill.teacher_cache={self.folder}: {split} sample {sample} is not in it")
             if len(self._shards) > 256:  # files held open
                 self._shards.clear()
-            shard = self._shards[split, number] = np.load(path, mmap_mode="r", allow_pickle=False)
-            if shard.dtype != self.identity.record():
-                raise MinitronError(f"{path}: expected records of {self.identity.record()}, found {shard.dtype}")
+            shard = self._shards[split, number] = self._open(path)
         if row >= len(shard):
             raise MinitronError(f"distill.teacher_cache={self.folder}: {split} sample {sample} is not in it")
         return shard[row]
+
+    def _open(self, path: Path) -> np.ndarray:
+        """A shard, mapped; its type and size checked against the file's own first."""
+        record = self.identity.record()
+        with ArrayFile(path, SHARD * record.itemsize + _MOST_METADATA) as file:
+            dtype, size = file.describe()
+            if dtype != record:
+                raise MinitronError(f"{path}: expected records of {record!s:.200}, found {dtype!s:.200}")
+            if len(size) != 1 or size[0] > SHARD:
+                raise MinitronError(f"{path}: expected at most {SHARD} records, found an array of size {list(size)}")
+            return file.map()
 
     def _path(self, split: str, number: int) -> Path:
         return self.folder / split / f"{number:08d}.npy"

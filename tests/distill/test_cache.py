@@ -86,3 +86,88 @@ def test_a_foreign_file_is_refused(tmp_path):
     np.save(tmp_path / "train" / "00000000.npy", np.zeros(3))
     with pytest.raises(MinitronError, match="expected records"):
         cache.read("train", torch.tensor([0]), torch.zeros(1, LENGTH, dtype=torch.long))
+
+
+def _written(folder, **changes) -> tuple[TeacherCache, torch.Tensor]:
+    """A cache of three samples whose records are changed: by a value at the front of a field."""
+    cache = TeacherCache(folder, _identity(300))
+    cache.create()
+    tokens, answers = _answers(3, 300)
+    cache.write("train", 0, [(tokens, answers)])
+    path = folder / "train" / "00000000.npy"
+    records = np.load(path)
+    for name, value in changes.items():
+        records[name].flat[0] = value
+    np.save(path, records)
+    return TeacherCache(folder, _identity(300)), tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 300}, "sample 0: expected ids below the vocabulary's 300, found 300; remove the file"),
+        ({"tokens": 65535}, "found 65535"),
+        ({"log_probs": np.nan}, "probabilities that sum to 1"),
+        ({"log_probs": np.inf}, "probabilities that sum to 1"),
+        ({"log_probs": 3.0}, "probabilities that sum to 1"),
+        ({"log_tail": np.nan}, "probabilities that sum to 1"),
+        ({"log_tail": np.inf}, "probabilities that sum to 1"),
+    ],
+)
+def test_answers_that_are_none_are_refused(tmp_path, changes, message):
+    cache, tokens = _written(tmp_path, **changes)
+    with pytest.raises(MinitronError, match=message) as caught:
+        cache.read("train", torch.arange(3), tokens)
+    assert "train/00000000.npy" in str(caught.value)
+    cache.read("train", torch.tensor([1, 2]), tokens[1:])  # the others are what they were
+
+
+def _resized(name, size):
+    def damage(path):
+        with path.open("r+b") as file:
+            file.truncate(size)
+
+    return name, damage
+
+
+def _replaced(name, content):
+    return name, lambda path: path.write_bytes(content)
+
+
+def _claims(count):
+    return f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({count},)}}\n".encode()
+
+
+DAMAGE = {
+    "shard cut short": (*_resized("train/00000000.npy", 300), "expected .* found"),
+    "shard of nothing": (*_resized("train/00000000.npy", 0), "expected a numpy array"),
+    "shard of a TB": (*_resized("train/00000000.npy", 1 << 40), "regular file of at most"),
+    "shard that claims": (
+        *_replaced("train/00000000.npy", b"\x93NUMPY\x01\0\x60\0" + _claims(10**12).ljust(96)),
+        "expected .* values",
+    ),
+    "shard of JSON": (*_replaced("train/00000000.npy", b"{}" * 100), "expected a numpy array"),
+    "broken JSON": (*_replaced("cache.json", b"{"), "cache.json: expected JSON"),
+    "JSON list": (*_replaced("cache.json", b"[]"), "expected a JSON object"),
+    "JSON twice": (*_replaced("cache.json", b'{"data": "d", "data": "d"}'), "given twice"),
+    "JSON of a TB": (*_resized("cache.json", 1 << 40), "expected at most 65536 bytes"),
+    "empty JSON": (*_replaced("cache.json", b"{}"), "of another teacher"),
+    "long value": (*_replaced("cache.json", b'{"teacher": "' + b"x" * 9999 + b'"}'), "of another teacher"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_files_are_refused_by_name(tmp_path, case):
+    name, damage, message = DAMAGE[case]
+    _, tokens = _written(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(MinitronError, match=message) as caught:
+        TeacherCache(tmp_path, _identity(300)).read("train", torch.arange(3), tokens)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 800
+
+
+def test_a_shard_of_too_many_records_is_refused(tmp_path):
+    cache, tokens = _written(tmp_path)
+    np.save(tmp_path / "train" / "00000000.npy", np.zeros(SHARD + 1, cache.identity.record()))
+    with pytest.raises(MinitronError, match=rf"at most {SHARD} records, found an array of size \[{SHARD + 1}\]"):
+        cache.read("train", torch.arange(3), tokens)

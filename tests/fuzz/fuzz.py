@@ -1,6 +1,7 @@
 """Coverage-guided fuzzing of the readers, with atheris (not a dependency: pip install atheris):
 
     python -m tests.fuzz.fuzz CORPUS tests/fuzz/seeds -max_total_time=600 -rss_limit_mb=1024 -max_len=40000 -timeout=20
+    KIND=8 python -m tests.fuzz.fuzz CORPUS …      # one reader only: plans
 
 Inputs that reach new code gather in CORPUS; an input that crashes (anything but a MinitronError) or that takes more
 memory or time is written to ./crash-…, ./oom-… or ./timeout-…. Fix the defect and put the input into
@@ -9,6 +10,7 @@ memory or time is written to ./crash-…, ./oom-… or ./timeout-…. Fix the de
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import warnings
@@ -16,7 +18,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["nemo_minitron.checkpoint", "nemo_minitron.shape", "pickle"]):
+OURS = ["arrays", "checkpoint", "data.blocks", "data.index", "distill.cache"]
+OURS += ["plan", "scores", "shape", "stored_zip", "text"]
+
+with atheris.instrument_imports(include=[*(f"nemo_minitron.{name}" for name in OURS), "pickle"]):
     from tests.fuzz.readers import Readers
 
 
@@ -25,7 +30,9 @@ def main() -> None:
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         readers = Readers(Path(folder))
-        atheris.Setup(sys.argv, lambda data: readers.read(data) and None)
+        kind = os.environ.get("KIND")
+        first = bytes([int(kind)]) if kind else b""
+        atheris.Setup(sys.argv, lambda data: readers.read(first + data) and None)
         atheris.Fuzz()
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from nemo_minitron.checkpoint import HfReader, NemoReader, each_tensor
 from nemo_minitron.checkpoint.record import RecordError, describe, names_in
 from nemo_minitron.convert import convert
+from nemo_minitron.data.blocks import token_blocks
+from nemo_minitron.distill.cache import Identity, TeacherCache
+from nemo_minitron.distill.losses import TopK
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.plan import Plan
+from nemo_minitron.scores import Scores, array_sizes
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
+from nemo_minitron.text import parse_json, parse_plain_yaml, parse_yaml
 
 TINY = ModelShape(
     num_layers=1,
@@ -24,6 +34,8 @@ TINY = ModelShape(
     padded_vocab_size=8,
     max_position_embeddings=16,
 )
+CACHE = Identity("t", "d", "k", seq_length=2, vocab_size=8, top_k=2, temperature=1.0)
+SAMPLES = torch.zeros(2, 2, dtype=torch.long)
 
 
 class Readers:
@@ -45,6 +57,9 @@ class Readers:
             5: (self._nemo / "model_config.yaml").read_bytes(),
             7: (self._nemo / "model_weights" / "common.pt").read_bytes(),
         }
+        self._others = folder / "others"
+        self._others.mkdir()
+        self.good |= _write_others(self._others)
         self._kinds: list[Callable[[bytes], None]] = [
             self._whole,
             lambda data: self._member(self._nemo / "model_weights" / ".metadata", data),
@@ -54,6 +69,14 @@ class Readers:
             lambda data: self._member(self._nemo / "model_config.yaml", data),
             self._gguf,
             lambda data: self._member(self._nemo / "model_weights" / "common.pt", data),
+            lambda data: self._other("plan.yaml", data, lambda path: Plan.load(path)),
+            lambda data: self._other("scores.json", data, lambda path: Scores.load(path.parent)),
+            lambda data: self._other("arrays.npz", data, lambda path: Scores.load(path.parent)),
+            lambda data: self._other("cache.json", data, lambda path: TeacherCache(path.parent, CACHE)),
+            lambda data: self._other("train/00000000.npy", data, lambda path: _read_cache(path.parent.parent)),
+            lambda data: self._other("tokens.idx", data, lambda path: token_blocks(path.with_suffix(""), 2)),
+            _json,
+            _yaml,
         ]
 
     def read(self, data: bytes) -> bool:
@@ -77,6 +100,14 @@ class Readers:
         path = self._file.with_suffix(".gguf")
         path.write_bytes(data)
         _read_all(HfReader(path))
+
+    def _other(self, name: str, data: bytes, read: Callable[[Path], object]) -> None:
+        path = self._others / name
+        path.write_bytes(data)
+        try:
+            read(path)
+        finally:
+            path.write_bytes(self.good[OTHERS[name]])
 
     def _record(self, data: bytes) -> None:
         def read(start: int, size: int) -> bytes:
@@ -104,3 +135,45 @@ def _read_all(reader: HfReader | NemoReader) -> None:
     with reader:
         for parameter, layer in each_tensor(reader.shape):
             reader.tensor(parameter, layer)
+
+
+OTHERS = {
+    "plan.yaml": 8,
+    "scores.json": 9,
+    "arrays.npz": 10,
+    "cache.json": 11,
+    "train/00000000.npy": 12,
+    "tokens.idx": 13,
+}
+"""Files that are no checkpoints, and the first byte of an input for them."""
+
+
+def _write_others(folder: Path) -> dict[int, bytes]:
+    """One good file of each of :data:`OTHERS`, and JSON and YAML by themselves."""
+    Plan.identity(TINY, "f").save(folder / "plan.yaml")
+    scores = {name: np.full(size, 0.5) for name, size in array_sizes(TINY).items()}
+    Scores(TINY, "w", "d", **scores).write(folder)
+    cache = TeacherCache(folder, CACHE)
+    cache.create()
+    halves = torch.full((2, 2, 2), 0.5).log()
+    answers = TopK(halves, torch.zeros(2, 2, 2), torch.full((2, 2), -50.0))
+    cache.write("train", 0, [(SAMPLES, answers)])
+    np.arange(6, dtype="<u2").tofile(folder / "tokens.bin")
+    head = b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + (2).to_bytes(8, "little") + (3).to_bytes(8, "little")
+    body = [np.array([3, 3], "<i4"), np.array([0, 6], "<i8"), np.array([0, 1, 2], "<i8")]
+    (folder / "tokens.idx").write_bytes(head + b"".join(part.tobytes() for part in body))
+    good = {kind: (folder / name).read_bytes() for name, kind in OTHERS.items()}
+    return good | {14: b'{"a": [1, 2.5, null, {"b": "c\\u00e9"}]}', 15: b"a: {b: 0-3 5, 7: [x, 'y', 1e3, ~, true]}\n"}
+
+
+def _read_cache(folder: Path) -> None:
+    TeacherCache(folder, CACHE).read("train", torch.arange(2), SAMPLES)
+
+
+def _json(data: bytes) -> None:
+    json.dumps(parse_json(data, "input"))
+
+
+def _yaml(data: bytes) -> None:
+    parse_plain_yaml(data, "input")
+    parse_yaml(data, "input")
