@@ -58,7 +58,9 @@ class Dataset:
 @dataclass
 class Calibration:
     data_prefix: Any = key(None, "preprocessed .bin/.idx prefix, or a weighted list of them as NeMo takes")
-    path: str | None = key(None, "text instead of a prefix: .jsonl or .txt file, tokenized with the model's tokenizer")
+    path: str | None = key(None, "text instead of a prefix, as preprocess.input, tokenized with the model's tokenizer")
+    on_bad_record: str = key("stop", "of calibration.path: as preprocess has it", ("stop", "skip"))
+    split_special_tokens: bool = key(False, "of calibration.path: as preprocess's tokenizer.split_special_tokens")
     num_samples: int = key(1024, "token blocks drawn, shuffled, without padding")
     seq_length: int | None = key(None, "tokens per block; the model's own length when null")
     micro_batch_size: int = key(1, "blocks per forward pass")

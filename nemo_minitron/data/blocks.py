@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from nemo_minitron.data.index import read_index
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 
@@ -220,12 +223,13 @@ def text_blocks(
     seed: int = 1234,
     shuffle: bool = True,
     vocab_size: int | None = None,
+    on_bad_record: str = "stop",
 ) -> tuple[torch.Tensor, str]:
     """Blocks as :func:`token_blocks` gives them, straight from text, and the :func:`data_fingerprint` of its tokens.
 
     The tokens are those that :func:`preprocess` would write (``append_eod`` where there is an EOD); no file is kept.
     """
-    from nemo_minitron.data.preprocess import preprocess
+    from nemo_minitron.data.preprocess import preprocess, read_facts
 
     with tempfile.TemporaryDirectory() as folder:
         prefix = preprocess(
@@ -234,8 +238,12 @@ def text_blocks(
             tokenizer_library=tokenizer.library,
             tokenizer_type=tokenizer.type,
             tokenizer_model=tokenizer.model,
+            split_special_tokens=tokenizer.split_special_tokens,
             append_eod=tokenizer.load().eod is not None,
+            on_bad_record=on_bad_record,
         )[0]
+        if skipped := read_facts(prefix).get("skipped", {}).get("records"):
+            log.warning("%s: %d bad records skipped (on_bad_record=skip)", source, skipped)
         try:
             blocks = token_blocks(
                 prefix, seq_length, num_samples=num_samples, seed=seed, shuffle=shuffle, vocab_size=vocab_size

@@ -28,6 +28,7 @@ class Calibration:
     Attributes:
         data_prefix: ``.bin/.idx`` prefix, or NeMo's ``[w1, p1, w2, p2, …]``, whose weights share out the samples.
         path: text instead, tokenized with the model's own tokenizer.
+        on_bad_record, split_special_tokens: of that text, as ``minitron preprocess`` has them.
         num_samples: unpadded blocks, drawn without replacement from the whole stream by ``seed``.
         seq_length: tokens per block; the model's ``encoder_seq_length`` when None.
         micro_batch_size: blocks per forward pass; changes speed and memory, not scores.
@@ -41,6 +42,8 @@ class Calibration:
 
     data_prefix: Any = None
     path: str | None = None
+    on_bad_record: str = "stop"
+    split_special_tokens: bool = False
     num_samples: int = 1024
     seq_length: int | None = None
     micro_batch_size: int = 1
@@ -247,8 +250,9 @@ def _blocks(calibration: Calibration, length: int, reader: NemoReader, model: Ma
         )
     drawn, fingerprint = text_blocks(
         calibration.path,
-        TokenizerSpec("huggingface", str(folder)),
+        TokenizerSpec("huggingface", str(folder), None, calibration.split_special_tokens),
         length,
+        on_bad_record=calibration.on_bad_record,
         num_samples=calibration.num_samples,
         seed=calibration.seed,
         vocab_size=reader.shape.vocab_size,

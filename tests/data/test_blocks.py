@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,20 @@ def test_text_blocks_equal_those_of_its_files(hf, jsonl, tmp_path):
     assert fingerprint == data_fingerprint(prefix)
     with pytest.raises(MinitronError, match=r"docs.jsonl: asked for 9999 blocks"):
         text_blocks(jsonl, spec, 16, num_samples=9999)
+
+
+def test_text_blocks_take_what_preprocess_takes(hf, tmp_path, caplog):
+    text, end = tmp_path / "a.jsonl", json.loads((hf / "tokenizer_config.json").read_text())["eos_token"]
+    text.write_text('{"text": "half \\ud83d"}\n{"text": "' + f"words {end} and more " * 20 + '"}\n')
+    spec = TokenizerSpec(type=str(hf), split_special_tokens=True)
+    with pytest.raises(MinitronError, match=r"a.jsonl:1: expected Unicode text"):
+        text_blocks(text, spec, 16)
+    blocks, fingerprint = text_blocks(text, spec, 16, on_bad_record="skip")
+    assert "1 bad records skipped" in caplog.text
+    options = {"tokenizer_type": str(hf), "split_special_tokens": True, "on_bad_record": "skip"}
+    (prefix,) = preprocess(text, tmp_path / "out", **options)
+    assert fingerprint == data_fingerprint(prefix) and torch.equal(blocks, token_blocks(prefix, 16))
+    assert fingerprint != text_blocks(text, TokenizerSpec(type=str(hf)), 16, on_bad_record="skip")[1]
 
 
 def test_split_lists_accepts_each_form(data, tmp_path):
