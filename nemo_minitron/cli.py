@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from nemo_minitron import __version__
+from nemo_minitron import __version__, lifeline
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.interruption import Interrupted, how_to_go_on, orderly_end
 from nemo_minitron.processes import place
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(arguments)
+        with orderly_end():
+            return _main(arguments)
     except MinitronError as error:
         from nemo_minitron import launch
 
@@ -80,9 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             rank = f"[rank {where.rank}] " if where and where.rank else ""
             print(f"minitron: {rank}{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("minitron: interrupted", file=sys.stderr)
-        return 130
+    except (Interrupted, KeyboardInterrupt):
+        return _interrupted()
+
+
+def _interrupted(advice: str = "") -> int:
+    """Say so, once in a job, and return the exit status."""
+    from nemo_minitron import launch
+
+    where = place()
+    if not launch.has_reporter() and not (where and where.rank):
+        print(f"\nminitron: interrupted{advice}", file=sys.stderr)  # a progress bar may hold the line
+    return 130
 
 
 def console() -> int:
@@ -91,7 +101,15 @@ def console() -> int:
     NCCL warns of groups that are still there when a process ends. Ranks take them down together, so after a failure
     they stay: the others may never come.
     """
-    status = main()
+    lifeline.hold()
+    status = 1
+    try:
+        status = main()
+    finally:
+        if status:
+            lifeline.end_children()  # Megatron-Core's saver would go on, and complain of what is gone
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to do that a traceback could tell of
     if status == 0 and (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
         distributed.destroy_process_group()
     return status
@@ -155,30 +173,16 @@ def _main(argv: list[str]) -> int:
 
         cluster.submit(arguments.command, cfg, arguments.overrides)
         return 0
-    if arguments.command not in JOURNEYS and (processes := processes_to_launch(cfg)):
-        from nemo_minitron import launch
-
-        return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
-    with _orderly_end():
-        dispatch(arguments.command, cfg)
-    return 0
-
-
-@contextmanager
-def _orderly_end() -> Iterator[None]:
-    """Let SIGTERM, by which launchers and Slurm end a process, unwind it: what it was writing is then removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> NoReturn:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
+    started = time.time()
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        if arguments.command not in JOURNEYS and (processes := processes_to_launch(cfg)):
+            from nemo_minitron import launch
+
+            return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
+        dispatch(arguments.command, cfg)
+    except (Interrupted, KeyboardInterrupt):
+        return _interrupted(f"; {how_to_go_on(arguments.command, cfg, started)}")
+    return 0
 
 
 def dispatch(command: str, cfg: DictConfig) -> None:

@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from nemo_minitron import lifeline
+
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -32,6 +34,9 @@ def launch(processes: int, argv: Sequence[str]) -> int:
 
     Returns:
         0; 2 after a user's error; 128 + n when this process got signal n; else 1.
+
+    Raises:
+        KeyboardInterrupt: the ranks were stopped by SIGINT.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,24 +59,31 @@ def launch(processes: int, argv: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(config, sys.executable)("-u", "-m", "nemo_minitron", *argv)
+            with lifeline.starting(hears_interrupts=True):  # from the agent alone: they have sessions of their own
+                elastic_launch(config, sys.executable)("-u", "-m", "nemo_minitron", *argv)
         except ChildFailedError as error:
             line, status = explain(error)
             print(f"minitron: {line}", file=sys.stderr)
             return status
         except SignalException as error:
-            name = signal.Signals(error.sigval).name
-            print(f"minitron: stopped by {name}" if name != "SIGINT" else "minitron: interrupted", file=sys.stderr)
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            print(f"minitron: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
             return 128 + int(error.sigval)
         finally:
             del os.environ[_REPORTING]
     return 0
 
 
+def has_reporter() -> bool:
+    """Whether the agent that started this rank says how the job ended."""
+    return _REPORTING in os.environ
+
+
 def hand_over(message: str) -> bool:
     """Give a user's error to the agent that started this rank; False when nobody would print it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not path or _REPORTING not in os.environ:
+    if not path or not has_reporter():
         return False
     with open(path, "w") as file:
         json.dump({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}, file)

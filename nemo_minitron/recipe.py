@@ -12,7 +12,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import runpy
@@ -23,12 +22,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron import __version__
+from nemo_minitron import __version__, lifeline
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.report.measures import ROLES, duration, gap_closed
 from nemo_minitron.staging import write_file
@@ -267,38 +267,27 @@ def _launch(argv: list[str], log: Path | None = None) -> int:
     """Run ``python -m nemo_minitron ARGV`` to its end, its output streamed or sent to ``log``; return its exit status.
 
     A stage's process is forked from a server that has imported NeMo once, which takes some nine seconds; with an
-    NVIDIA device, whose driver does not survive a fork, it starts from nothing. When interrupted, the stage may leave
-    its destination in order first: the terminal has interrupted it as well. SIGTERM reaches this process alone and is
-    passed on.
+    NVIDIA device, whose driver does not survive a fork, it starts from nothing. Whatever interrupts this process ends
+    the stage by SIGTERM, and waits until it has left its destination in order.
     """
+    stage: subprocess.Popen[bytes] | BaseProcess
     if Path("/dev/nvidiactl").exists():
-        out = log.open("wb") if log else None
-        started = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *argv], stdout=out, stderr=out)
-        if out:
-            out.close()
-        try:
-            return started.wait()
-        except KeyboardInterrupt:
-            started.wait()
-            raise
-        except BaseException:
-            started.terminate()
-            started.wait()
-            raise
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nemo_minitron.nemo.training", "nemo_minitron.nemo.distillation"])
-    forked = context.Process(target=_as_main, args=(argv, log))
-    forked.start()
+        with lifeline.starting(), log.open("wb") if log else contextlib.nullcontext() as out:
+            stage = subprocess.Popen([sys.executable, "-m", "nemo_minitron", *argv], stdout=out, stderr=out)
+        wait: Callable[[], object] = stage.wait
+    else:
+        context = lifeline.fork_server(["nemo_minitron.nemo.training", "nemo_minitron.nemo.distillation"])
+        stage = context.Process(target=_as_main, args=(argv, log))
+        stage.start()
+        wait = stage.join
     try:
-        forked.join()
-    except KeyboardInterrupt:
-        forked.join()
-        raise
+        wait()
     except BaseException:
-        forked.terminate()
-        forked.join()
+        stage.terminate()
+        wait()
         raise
-    return forked.exitcode or 0
+    code = stage.returncode if isinstance(stage, subprocess.Popen) else stage.exitcode
+    return code or 0
 
 
 def _as_main(argv: list[str], log: Path | None = None) -> None:

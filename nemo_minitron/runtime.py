@@ -8,17 +8,20 @@ for NeMo's own ``MegatronGPTModel`` to build, train, validate, save and restore 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemo_minitron import lifeline
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.processes import place, slurm_rendezvous
 
@@ -57,6 +60,22 @@ def prepare() -> None:
     if not has_cuda():
         install_cpu()
     _reduce_scatter_in_output_dtype()
+    _queue_server_holds_on()
+
+
+def _queue_server_holds_on() -> None:
+    """Megatron-Core's saver spawns a server for its queue, which knows nothing of its parent's end and outlives it."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            with lifeline.starting():
+                manager.start(lifeline.hold)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = results_queue
 
 
 def _reduce_scatter_in_output_dtype() -> None:

@@ -127,6 +127,8 @@ def test_a_process_leaves_its_groups_when_its_work_is_done(monkeypatch, status, 
 
     calls = []
     monkeypatch.setattr(cli, "main", lambda: status)
+    monkeypatch.setattr(cli.lifeline, "hold", lambda: None)  # this process is to stay as it is
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
     assert cli.console() == status

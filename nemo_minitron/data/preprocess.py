@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemo_minitron import lifeline
 from nemo_minitron.data.lines import first_line
 from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
@@ -264,8 +264,7 @@ def _encode_all(
         return
     # Not forked from this process: it may hold threads (tokenizers, torch) that a fork would deadlock. The fork server
     # has none, and pays the slow import once for all workers.
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
+    context = lifeline.fork_server([__name__, "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(spec, apply_ftfy))
     waiting: deque[Future[list[_Encoded]]] = deque()
     try:
@@ -336,6 +335,7 @@ _worker: tuple[TextTokenizer, bool] | None = None
 
 def _start_worker(spec: TokenizerSpec, apply_ftfy: bool) -> None:
     global _worker
+    lifeline.hold()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (spec.load(), apply_ftfy)
 
