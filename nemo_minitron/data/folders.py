@@ -16,6 +16,7 @@ from nemo_minitron.data import readers
 from nemo_minitron.data.lines import regular_size
 from nemo_minitron.data.tables import SPLITS, saved_files
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.text import parse_plain_yaml
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +132,7 @@ def _split_of(file: PurePosixPath) -> tuple[str | None, str]:
 
 
 def _refuse_script(folder: Path) -> None:
-    for file in sorted(folder.glob("*.py")):
-        regular_size(file)
+    for file in sorted(file for file in folder.glob("*.py") if file.is_file()):
         with open(file, "rb") as source:
             if file.stem == folder.resolve().name or _SCRIPT.search(source.read(_MAX_README)):
                 raise MinitronError(f"input: '{file}' is a data set's script, which is not run; name its data files")
@@ -146,20 +146,12 @@ def _configurations(folder: Path) -> dict[str, dict]:
     with open(path, "rb") as file:
         text = file.read(_MAX_README).decode("utf-8", "replace").removeprefix("\ufeff").replace("\r\n", "\n")
     head = re.match(r"---\n(.*?\n)---(?:\n|$)", text, re.DOTALL)
-    if head is None:
-        return {}
-    import yaml
-
-    try:
-        content = yaml.safe_load(head[1])
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise MinitronError(
-            f"{path}: expected YAML between its first two lines ---: {str(error).splitlines()[0]}"
-        ) from None
-    entries = content.get("configs") if isinstance(content, dict) else None
+    if head is None or not re.search(r"\bconfigs\b['\"]?\s*:", head[1]):
+        return {}  # other YAML, or a rule between two paragraphs
+    entries = parse_plain_yaml(head[1].encode(), str(path)).get("configs")
     if entries is None:
         return {}
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and e.get("config_name") for e in entries):
+    if not isinstance(entries, list) or not all(isinstance(e, dict) and "config_name" in e for e in entries):
         raise MinitronError(f"{path}: configs must be a list of configurations, each with its config_name")
     return {str(entry["config_name"]): entry for entry in entries}
 
@@ -213,7 +205,9 @@ def _patterns(given: Any, readme: Path) -> dict[str, list[str]]:
     for item in every:
         paths = item["path"] if isinstance(item["path"], list) else [item["path"]]
         if not paths or not all(isinstance(path, str) and path for path in paths):
-            raise MinitronError(f"{readme}: data_files must be paths, or a list of a split and a path each: {given!r}")
+            raise MinitronError(
+                f"{readme}: data_files must be paths, or a list of a split and a path each, found {str(given)[:80]}"
+            )
         found.setdefault(str(item["split"]), []).extend(paths)
     return found
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.text import one_line
 
 MAX_RECORD = 64 << 20
 """Most bytes of one line, and characters of one document, that are read: 64 MiB."""
@@ -82,7 +83,7 @@ def read_lines(path: Path) -> Iterator[Line]:
             f"{path}: expected {error.encoding.upper()} text, as its mark says: {error.reason}"
         ) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise MinitronError(f"{path}: cannot be read: {first_line(error)}") from None
+        raise MinitronError(f"{path}: cannot be read: {one_line(error)}") from None
 
 
 def regular_size(path: Path) -> int:
@@ -98,11 +99,6 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise MinitronError(f"{path}: expected a regular file, found {_KINDS.get(stat.S_IFMT(found.st_mode), 'none')}")
     return found.st_size
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, or its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _decode(line: bytes) -> tuple[str, str | None]:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nemo_minitron import lifeline
-from nemo_minitron.data.lines import first_line
 from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.text import one_line
 
 ON_BAD_RECORD = ("stop", "skip")
 
@@ -302,7 +302,7 @@ def _encode(batch: list[Row], tokenizer: TextTokenizer, apply_ftfy: bool) -> lis
     except Exception as error:  # whatever a tokenizer makes of odd text is a fault of that record alone
         if len(batch) > 1:
             return [item for row in batch for item in _encode([row], tokenizer, apply_ftfy)]
-        said = error if isinstance(error, _Bad) else f"cannot be tokenized: {first_line(error)}"
+        said = error if isinstance(error, _Bad) else f"cannot be tokenized: {one_line(error)}"
         return [_Encoded([], batch[0].done, f"{batch[0].where}: {said}")]
 
 

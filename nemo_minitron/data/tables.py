@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nemo_minitron.data.lines import MAX_RECORD, first_line, regular_size
+from nemo_minitron.data.lines import MAX_RECORD, regular_size
 from nemo_minitron.data.readers import Row
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.text import one_line, read_json
 
 SPLITS = {
     "train": "train",
@@ -39,7 +39,7 @@ def read_parquet(path: Path, keys: Sequence[str]) -> Iterator[Row]:
             batches = file.iter_batches(batch_size=_BATCH, columns=sorted({column[0] for column in columns}))
             yield from _rows(batches, columns, file.metadata.num_rows, path)
     except (OSError, arrow.ArrowException) as error:
-        raise MinitronError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
+        raise MinitronError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
 
 
 def read_arrow(path: Path, keys: Sequence[str]) -> Iterator[Row]:
@@ -66,7 +66,7 @@ def read_arrow(path: Path, keys: Sequence[str]) -> Iterator[Row]:
                     yield row._replace(done=min(behind, 1.0))
                 number += batch.num_rows
     except (OSError, arrow.ArrowException) as error:
-        raise MinitronError(f"{path}: cannot be read as Arrow: {first_line(error)}") from None
+        raise MinitronError(f"{path}: cannot be read as Arrow: {one_line(error)}") from None
 
 
 def saved_files(folder: Path, split: str) -> list[Path] | None:
@@ -79,7 +79,7 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
         MinitronError: no such split, an unreadable list of files, or a file that lies elsewhere.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits")
+        splits = read_json(folder / "dataset_dict.json", _MAX_STATE).get("splits")
         split = split if not isinstance(splits, list) or split in splits else SPLITS.get(split, split)
         if not isinstance(splits, list) or split not in splits:
             raise MinitronError(f"dataset.split: no '{split}' in the saved data set '{folder}', found splits {splits}")
@@ -87,7 +87,7 @@ def saved_files(folder: Path, split: str) -> list[Path] | None:
     elif not (folder / "state.json").is_file():
         return None
     path = folder / "state.json"
-    state = _json(path)
+    state = read_json(path, _MAX_STATE)
     named = (folder.parent / "dataset_dict.json").is_file()  # by what it is called there, wherever it is from
     said = folder.name if named else state.get("_split") or "train"
     if said not in (split, SPLITS.get(split, split)):
@@ -109,19 +109,6 @@ def _plain(name: Any, path: Path) -> str:
     return name
 
 
-def _json(path: Path) -> dict:
-    size = regular_size(path)
-    if size > _MAX_STATE:
-        raise MinitronError(f"{path}: expected at most {_MAX_STATE} bytes, found {size}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise MinitronError(f"{path}: expected JSON as datasets writes it: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise MinitronError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
 def read_hub(name: str, config: str | None, split: str, keys: Sequence[str]) -> Iterator[Row]:
     """Rows of one split of a Hugging Face dataset, through ``datasets.load_dataset`` (its cache, its offline switch).
 
@@ -137,7 +124,7 @@ def read_hub(name: str, config: str | None, split: str, keys: Sequence[str]) -> 
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise MinitronError(
             f"input: {where}: found no local file or folder of that name and the dataset could not be loaded: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         ) from None
     columns = _columns(keys, rows.features.arrow_schema, where)
     tables = rows.select_columns(sorted({column[0] for column in columns})).with_format("arrow").iter(_BATCH)
@@ -168,11 +155,11 @@ def _column(key: str, schema: Any, where: object) -> list[str]:
 
 def _rows(batches: Any, columns: list[list[str]], total: int, where: object, taken: int = 0) -> Iterator[Row]:
     for batch in batches:
-        arrays = [_inside(batch.column(column[0]), column[1:]) for column in columns]
-        for index in range(batch.num_rows):
+        values = [_values(_inside(batch.column(column[0]), column[1:])) for column in columns]
+        for texts in zip(*values, strict=True):
             taken += 1
-            texts, fault = _texts([array[index] for array in arrays])
-            yield Row(texts, min(taken / total, 1.0), f"{where}: row {taken}", fault)
+            fault = next((text.said for text in texts if isinstance(text, _Fault)), None)
+            yield Row(() if fault else texts, min(taken / total, 1.0), f"{where}: row {taken}", fault)
 
 
 def _inside(array: Any, fields: list[str]) -> Any:
@@ -181,14 +168,26 @@ def _inside(array: Any, fields: list[str]) -> Any:
     return pyarrow.compute.struct_field(array, fields) if fields else array
 
 
-def _texts(scalars: list) -> tuple[tuple[str, ...], str | None]:
+class _Fault(NamedTuple):
+    """What is wrong with a value, in its place."""
+
+    said: str
+
+
+def _values(array: Any) -> list[Any]:
     try:
-        texts = tuple(scalar.as_py() or "" for scalar in scalars)
+        values = array.to_pylist()
+    except UnicodeDecodeError:
+        values = [_value(scalar) for scalar in array]
+    long = _Fault(f"expected a text of at most {MAX_RECORD >> 20} MiB, found a longer one")
+    return [long if isinstance(value, str) and len(value) > MAX_RECORD else value or "" for value in values]
+
+
+def _value(scalar: Any) -> str | _Fault | None:
+    try:
+        return scalar.as_py()
     except UnicodeDecodeError as error:
-        return (), f"expected UTF-8 text, found byte {error.object[error.start]:#x}"
-    if any(len(text) > MAX_RECORD for text in texts):
-        return (), f"expected a text of at most {MAX_RECORD >> 20} MiB, found a longer one"
-    return texts, None
+        return _Fault(f"expected UTF-8 text, found byte {error.object[error.start]:#x}")
 
 
 def _pyarrow() -> tuple:

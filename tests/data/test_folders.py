@@ -80,6 +80,7 @@ def test_a_repository_is_read_as_datasets_reads_it(repository, tmp_path_factory)
         (CONFIGS + "  field: data\n", {}, "configuration 'de' is to be read with ['field'], which is not supported"),
         ("configs: 5\n", {}, "configs must be a list of configurations"),
         ("configs: [\n", {}, "expected YAML"),
+        ("a: &a [1]\nconfigs: *a\n", {}, "expected YAML of plain values, found: an alias"),
     ],
 )
 def test_readmes_that_cannot_be_followed(repository, head, options, said):
@@ -88,7 +89,7 @@ def test_readmes_that_cannot_be_followed(repository, head, options, said):
 
 
 def test_other_readmes_say_nothing(repository):
-    for text in ("# About\n", "---\nlicense: mit\n---\n", "--- no yaml\n"):
+    for text in ("# About\n", "---\nlicense: mit\n---\n", "--- no yaml\n", "---\na rule: [\n---\n"):
         (repository / "README.md").write_text(text)
         assert len(texts(repository)) == 5
 
