@@ -138,6 +138,29 @@ def test_first_fc2_is_the_weighted_least_squares_of_dense_float64():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it():
+    """Row 3 of the sensitivity belongs to the stream that leaves layer 1, which is dropped; dense, in float64."""
+    model = model_in_float32(SHAPE)
+    how = Compensation("t" * 64, ffn=0.05, attention=1e-4, read=1e-4)
+    plan = make_plan(SHAPE, None, {}, drop_layers=[2], source_fingerprint=FINGERPRINT, compensation=how)
+    weights = torch.rand(6, *TOKENS.shape, generator=torch.Generator().manual_seed(4)) ** 4
+    student = student_of(model, plan, weights=weights)
+    rotary, layers = Rotary.of(SHAPE, 33), [read_layer(model, number) for number in range(2)]
+    x = model.tensors[layout.EMBEDDING.key, None][TOKENS]
+    inner = layers[0].attention(layers[0].attention_input(x), rotary)
+    middle = x + F.linear(inner, layers[0][layout.PROJ_WEIGHT])
+    neurons = layers[0].ffn(layers[0].ffn_input(middle)).double().flatten(0, 1)
+    wanted = layers[1].forward(layers[0].forward(x, rotary), rotary)
+    fc2 = layers[0][layout.FC2_WEIGHT].double()
+    root = weights[3].flatten().double().sqrt()[:, None]
+    a, y = root * neurons, root * (wanted - middle).double().flatten(0, 1)
+    lam = 0.05 * a.square().sum(0).mean()
+    stacked = torch.cat((a, lam.sqrt() * torch.eye(20, dtype=torch.float64)))
+    expected = torch.linalg.lstsq(stacked, torch.cat((y, lam.sqrt() * fc2.T))).solution.T
+    found = student.tensors[layout.FC2_WEIGHT.key, 0].double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_the_same_bits_whoever_sees_which_sample():
     """Moments of two halves, added in either order, as two processes would."""
     model = model_in_float32(SHAPE)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
 from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.layout import FC1_WEIGHT, FC2_WEIGHT
 from nemo_minitron.stages import convert as stage
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import DTYPES, GQA, SHAPES
@@ -97,6 +98,23 @@ def test_fused_qkv_is_group_major(name, tmp_path):
             assert torch.equal(fused[at : at + d], weight[group * d : (group + 1) * d])
             at += d
     assert at == len(fused)
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied", "bf16"])
+def test_gate_and_up_are_what_transformers_makes_of_them(name, tmp_path):
+    """SiLU on the first half of the fused rows, as Megatron-Core has it: both halves swapped would round-trip too."""
+    from transformers import AutoModelForCausalLM
+
+    shape = SHAPES[name]
+    source = make_llama(tmp_path / "hf", shape, dtype=DTYPES[name])
+    mlp = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32).model.layers[1].mlp
+    x = torch.randn(5, shape.hidden_size, generator=torch.Generator().manual_seed(0))
+    with NemoReader(convert(source, tmp_path / "m.nemo")) as reader:
+        fc1, fc2 = (reader.tensor(row, 1).float() for row in (FC1_WEIGHT, FC2_WEIGHT))
+    gate, up = (x @ fc1.T).chunk(2, dim=-1)
+    found = torch.nn.functional.silu(gate) * up @ fc2.T
+    torch.testing.assert_close(found, mlp(x).detach(), rtol=1e-4, atol=1e-6)
+    assert float((torch.nn.functional.silu(up) * gate @ fc2.T - found).abs().max()) > 1e-3 * float(found.abs().max())
 
 
 def test_mistral_round_trip(llama, tmp_path):

@@ -8,11 +8,13 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from nemo_minitron import staging as module
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor
@@ -44,6 +46,7 @@ def in_child(action, limit=None):
     status = 1
     try:
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())  # the inherited one is shared: a child killed in it would stop all others
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         action()
@@ -146,6 +149,29 @@ def kill_at_random(jobs, count, seed):
         assert not left, f"{job.name}, kill {number}: {left}"
         job.prepare(fresh=True)
     return moments
+
+
+def test_a_child_does_not_wait_for_the_bar_of_another(tmp_path):
+    """As if one was killed while it drew: its lock is a semaphore of all that were forked from one process."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with tqdm.get_lock():
+            held.set()
+            done.wait()
+
+    threading.Thread(target=hold).start()
+    held.wait()
+    with (tmp_path / "bar").open("w") as file:
+        pid = in_child(lambda: list(tqdm(range(3), file=file)))
+        deadline = time.monotonic() + 30
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    done.set()
+    if ended == (0, 0):
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+    assert ended == (pid, 0)
 
 
 def test_a_few_kills(jobs):
