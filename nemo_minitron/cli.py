@@ -75,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _main(arguments)
     except MinitronError as error:
         from nemo_minitron import launch
+        from nemo_minitron.plain import plain
 
-        where = place()
-        if not launch.hand_over(str(error)):
+        where, message = place(), plain(str(error)).replace("\n", " ")  # it may hold names of another's
+        if not launch.hand_over(message):
             rank = f"[rank {where.rank}] " if where and where.rank else ""
-            print(f"minitron: {rank}{error}", file=sys.stderr)
+            print(f"minitron: {rank}{message}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
         return _interrupted()

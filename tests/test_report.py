@@ -416,7 +416,20 @@ def test_nothing_of_a_run_becomes_markup(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["# a", "- a", "+ a", "1. a", "2) a", "---", "===", "a#", "-1.5%", "a *b* _c_ `d` <i> &amp; ~~e~~ [f]"]
+    "text",
+    [
+        "# a",
+        "- a",
+        "+ a",
+        "1. a",
+        "2) a",
+        "---",
+        "===",
+        "a#",
+        "-1.5%",
+        "a *b* _c_ `d` <i> &amp; ~~e~~ [f]",
+        "http://a.b www.a.b",
+    ],
 )
 def test_markdown_shows_text_as_it_is(text):
     from markdown_it import MarkdownIt
@@ -424,6 +437,7 @@ def test_markdown_shows_text_as_it_is(text):
     html = MarkdownIt("commonmark", {"html": True}).render(markdown_escape(text))
     page = Page(html)
     assert page.text.strip() == text and [tag for tag, _ in page.tags] == ["p"]
+    assert "://" not in markdown_escape(text) and "www." not in markdown_escape(text), "some readers link these"
 
 
 def test_a_code_block_cannot_be_closed_from_inside():

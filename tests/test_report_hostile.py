@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import yaml
 
+from nemo_minitron.cli import main
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.plain import plain, short
 from nemo_minitron.plan import Compensation
 from nemo_minitron.report import curves, inventory, run_folder
 from nemo_minitron.report.page import render
-from nemo_minitron.report.plain import plain, short
 from nemo_minitron.report.run_folder import read_run
 from nemo_minitron.scores import Scores, array_sizes
 from tests.test_report import (
@@ -264,6 +265,14 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert "\x1b" not in printed and "bad\\udcfe\\x1b[2J" in printed
 
 
+def test_a_mistake_is_one_line_whatever_a_name_holds(tmp_path, capsys):
+    (tmp_path / "\x1b]0;x\x07\n\x1b[2Jminitron: done.plan.yaml").symlink_to("/etc/passwd")
+    assert main(["report", f"run_dir={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("minitron: run_dir: ") and "\x1b" not in said
+    assert "\\x1b[2Jminitron: done.plan.yaml' (a link)" in said
+
+
 # -------------------------------------------------------------------------------------------------------- the outputs
 
 
@@ -297,6 +306,7 @@ def test_what_looks_like_a_leftover_of_ours_is_not_waited_for(tmp_path, hurry):
 # --------------------------------------------------------------------------------------------------- values and sizes
 
 DEEP = "[" * 100_000
+PLAN = make_plan_of(make_scores(), compensation=Compensation("t")).to_yaml()
 VALUES = (
     "<b>",
     None,
@@ -350,6 +360,10 @@ def test_any_value_anywhere_gives_a_page(tmp_path, value):
         ("recipe.yaml", "a: &a [1]\nb: *a\n", "an alias"),
         ("recipe.yaml", "a: !!python/object/apply:os.system [x]\n", "the tag"),
         (".stages/prune.json", "{", "prune.json: expected JSON"),
+        ("pruned.plan.yaml", DEEP[:2000], "pruned.plan.yaml"),
+        ("pruned.plan.yaml", PLAN.replace("hidden_size: 32", "hidden_size: 1000000000"), "pruned.plan.yaml"),
+        ("pruned.plan.yaml", PLAN.replace("layers: 0-1 3", "layers: &a 0-1 3\n  x: *a"), "alias"),
+        ("pruned.plan.yaml", PLAN.replace("ffn: 0.17", "ffn: 9" + "9" * 5000), "pruned.plan.yaml"),
         ("distill/metrics.csv", b"step,train_lm_loss\n\xff,1\n", "expected a training's metrics.csv"),
         ("distill/metrics.csv", "step,train_lm_loss\n0," + "9" * 200_000, "expected a training's metrics.csv"),
         ("distill/metrics.csv", "step,train_lm_loss\n0,<b>\n", "could not convert string to float: '<b>'"),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
+from nemo_minitron.plain import plain
 from nemo_minitron.report import figures, maps, words
 from nemo_minitron.report.curves import Training
 from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
-from nemo_minitron.report.plain import plain
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
 from nemo_minitron.report.run_folder import Run
 from nemo_minitron.report.svg import numbered
@@ -274,7 +274,7 @@ def markdown_escape(value: object) -> str:
     if isinstance(value, _Safe):
         return value
     text = re.sub(r"\s+", " ", plain(str(value))).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text.strip())
+    text = re.sub(r"([\\`*_{}\[\]|~$]|:(?=//)|(?<=www)\.)", r"\\\1", text.strip())  # an address is no link
     return re.sub(r"^(\d*)([#+=.)-])(?=[#=-]*( |$))", r"\1\\\2", text)  # heading, list, or the line under a heading
 
 

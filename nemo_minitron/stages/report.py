@@ -18,8 +18,8 @@ def run(cfg: DictConfig) -> None:
         MinitronError: a folder that is no run; a destination that cannot be written, does not end in ``.html``, or lies
             behind a link in the run folder.
     """
+    from nemo_minitron.plain import plain
     from nemo_minitron.report.page import render, write
-    from nemo_minitron.report.plain import plain
     from nemo_minitron.report.run_folder import read_run
 
     where = place()

@@ -1,4 +1,4 @@
-"""Text of a run as it may be shown: every mark visible, of bounded length."""
+"""Text of another's as it may be shown, in a terminal as on a page: every mark visible, of bounded length."""
 
 from __future__ import annotations
 
