@@ -12,7 +12,6 @@ import io
 import json
 import math
 import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -20,14 +19,15 @@ from typing import IO, Any
 
 import torch
 
+from nemo_minitron.checkpoint.allowed import check_names
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
 from nemo_minitron.checkpoint.pickles import DTYPES, Inert, InertUnpickler
-from nemo_minitron.checkpoint.record import Read, RecordError, describe, names_in
+from nemo_minitron.checkpoint.record import Read, RecordError, describe
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.text import one_line, parse_json
 
 WEIGHTS = "model_weights/"
-_METADATA_LIMIT, _OBJECT_LIMIT = 64 << 20, 16 << 20
+METADATA_LIMIT = 64 << 20
 _MAX_CHUNKS, _MAX_DIMENSIONS, _MAX_OVERLAPPING = 1_000_000, 8, 4096
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,21 +69,9 @@ _STAND_INS = {
     (f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath", "Path")),
     Inert,
 )
-# What Megatron-Core, NeMo and Transformer Engine leave in members that are not read here. Where NeMo unpickles such a
-# member, it would run what the names say, so names outside of these are refused.
-_HARMLESS = re.compile(
-    r"collections\.(OrderedDict|defaultdict)|argparse\.Namespace|datetime\.\w+|pathlib\.\w+|signal\.Signals|_io\.BytesIO"
-    r"|_codecs\.encode|copyreg\._reconstructor|enum\.\w+|functools\.partial"
-    r"|(builtins|__builtin__)\.(set|frozenset|bytearray|bytes|complex|slice|list|dict|tuple|int|float|bool|str|object)"
-    r"|torch\.(\w+Storage|Size|device|dtype|Generator|serialization\._get_layout|storage\.\w+|nn\.parameter\.\w+|_tensor\.\w+)"
-    r"|torch\._utils\._rebuild_\w+|torch\.distributed\.(checkpoint|_shard|_?tensor)\.[\w.]+|torch\.(b?float|u?int|complex|bool)\w*"
-    r"|numpy\.(ndarray|dtype|_?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)|random\.[\w.]+)"
-    r"|(megatron\.core|transformer_engine|omegaconf|nemo\.collections\.nlp)\.[\w.]+"
-    r"|(lightning|pytorch_lightning|lightning_fabric)\.[\w.]*AttributeDict"
-)
 
 
-class _MetadataUnpickler(InertUnpickler):
+class MetadataUnpickler(InertUnpickler):
     """Metadata classes become inert, the rest is refused."""
 
     def stand_in(self, module: str, name: str) -> Any:
@@ -102,9 +90,9 @@ def read_index(archive: Archive, where: str) -> dict[str, Stored]:
     """
     names = set(archive.names())
     _check_format(archive, names, where)
-    blob = read_member(archive, f"{WEIGHTS}.metadata", _METADATA_LIMIT)
+    blob = read_member(archive, f"{WEIGHTS}.metadata", METADATA_LIMIT)
     try:
-        metadata = _MetadataUnpickler(blob).read_all()
+        metadata = MetadataUnpickler(blob).read_all()
         tensors, objects = _index(metadata, archive)
     except pickle.UnpicklingError as error:
         raise MinitronError(f"{where}: {WEIGHTS}.metadata is refused: {error}") from None
@@ -120,9 +108,9 @@ def _check_unread(archive: Archive, objects: Mapping[str, tuple[str, int, int]],
     """Refuse code in what is not read here, but would be by NeMo."""
     for name in archive.names():
         if name.startswith(WEIGHTS) and name.endswith(".pt"):
-            _check_names(_reader(archive, name, 0, archive.size(name)), archive.size(name), where, name)
+            check_names(_reader(archive, name, 0, archive.size(name)), archive.size(name), f"{where}: member '{name}'")
     for key, (name, offset, length) in objects.items():
-        _check_names(_reader(archive, name, offset, length), length, where, f"{name}' with '{key}")
+        check_names(_reader(archive, name, offset, length), length, f"{where}: member '{name}' with '{key}'")
 
 
 def _reader(archive: Archive, member: str, offset: int, length: int) -> Read:
@@ -134,15 +122,6 @@ def _reader(archive: Archive, member: str, offset: int, length: int) -> Read:
         return archive.read(member, offset + start, size)
 
     return read
-
-
-def _check_names(read: Read, length: int, where: str, member: str) -> None:
-    try:
-        foreign = sorted(name for name in names_in(read, length, _OBJECT_LIMIT) if not _HARMLESS.fullmatch(name))
-    except RecordError as error:
-        raise MinitronError(f"{where}: member '{member}' is refused: {error}") from None
-    if foreign:
-        raise MinitronError(f"{where}: member '{member}' is refused: '{foreign[0]}' has no place in it")
 
 
 def _check_format(archive: Archive, names: set[str], where: str) -> None:

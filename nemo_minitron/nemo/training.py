@@ -16,6 +16,7 @@ from omegaconf import DictConfig, open_dict
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.archive import ArchiveWriter
+from nemo_minitron.checkpoint.training_folder import check_checkpoint
 from nemo_minitron.data.blocks import split_lists
 from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
@@ -111,6 +112,7 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     folder = exp_manager(trainer, cfg.get("exp_manager"))
     if folder is not None:
         trainer.loggers = [*trainer.loggers, CSVLogger(str(folder), name="", version="csv")]
+    check_checkpoint(trainer.ckpt_path)
     model = load_model(source, trainer, model_cfg, cls)
     lists = plain(model_cfg.data).data_prefix
     for items in lists.values() if isinstance(lists, Mapping) else [lists]:

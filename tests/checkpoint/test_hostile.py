@@ -617,6 +617,16 @@ GGUF = {
     "gguf shape": (gguf(after(b"token_embd.weight", struct.pack("<QQ", 1 << 62, 1 << 62), 4)), "'token_embd.weight': "),
     "gguf tensor kind": (gguf(after(b"token_embd.weight", b"\xee\0\0\0", 20)), "'token_embd.weight': values of kind"),
     "gguf tensor offset": (gguf(after(b"token_embd.weight", b"\xff" * 8, 24)), "'token_embd.weight': .* beyond"),
+    "gguf tensors overlap": (gguf(after(b"output.weight", bytes(8), 24)), "found in tensor .* overlap those of"),
+    "gguf tensor unaligned": (gguf(after(b"token_embd.weight", b"\x01", 24)), "no multiple of the alignment 32"),
+    "gguf array of many": (
+        gguf(after(b"llama.block_count", struct.pack("<IIQ", 9, 0, 1_200_001))),
+        "'llama.block_count': 1200001 values, with which",
+    ),
+    "gguf array of many texts": (
+        gguf(after(b"llama.block_count", struct.pack("<IIQ", 9, 8, 600_001))),
+        "'llama.block_count': 600001 values, with which",
+    ),
     "gguf truncated": (gguf(lambda blob: blob[:-5000]), "beyond the file's end"),
     "gguf header alone": (gguf(lambda blob: blob[:200]), "its end"),
 }
