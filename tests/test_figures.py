@@ -226,7 +226,8 @@ OTHER = {
     r"with 11\.6M parameters, 1\.45 times the budget": "counted from shapes",
     r"\(0\.5%\)": "the default of budget.tolerance",
     r"after 30 s SIGKILL": "launch.py",
-    r"1 MiB of a recipe, 4 MiB of each JSON|64 MiB of each training's event files": "bounds of report/",
+    r"1 MiB of a recipe, 4 MiB of each JSON|64 MiB of each training's event files|128 MiB of all of these": "limits",
+    r"(more than|at most|up to) \d+ MiB": "limits",
 }
 
 

@@ -464,6 +464,15 @@ def test_numbers_of_files_are_bounded(tmp_path, monkeypatch):
         curves.read_training(run / "training_000")
 
 
+def test_all_that_is_read_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(inventory, "MOST_BYTES", 100)
+    (tmp_path / ".stages").mkdir()
+    (tmp_path / "metrics.json").write_text(json.dumps({"pruned": PRUNED}))
+    (tmp_path / ".stages" / "prune.yaml").write_text("a: 1\n")
+    (line,) = [line for line in read_run(tmp_path).absent if "metrics.json" in line]
+    assert line.endswith("metrics.json': expected at most 100 bytes to read in a folder, found more")
+
+
 def test_folders_in_folders_without_end(tmp_path):
     deep = tmp_path / "run"
     (tmp_path / "run" / ".stages").mkdir(parents=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_minitron.errors import MinitronError
 
-MOST_ENTRIES, MOST_DEPTH = 100_000, 32
+MOST_ENTRIES, MOST_DEPTH, MOST_BYTES = 100_000, 32, 128 << 20
 _KINDS = {
     stat.S_IFLNK: "a link",
     stat.S_IFIFO: "a pipe",
@@ -36,7 +36,7 @@ class Inventory:
         self.folder = folder
         self.files: dict[Path, float] = {}
         self.others: dict[Path, str] = {}
-        self._count = 0
+        self._count, self._left = 0, MOST_BYTES
         try:
             self._list(folder, 1)
         except OSError as error:
@@ -69,7 +69,7 @@ class Inventory:
         """A file's bytes, of which there may be ``most``; with ``cut``, the first ``most`` of them.
 
         Raises:
-            MinitronError: no plain file, one that is too large, or one that cannot be read.
+            MinitronError: no plain file, one that is too large, one that cannot be read, or more than 128 MiB in all.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -79,9 +79,13 @@ class Inventory:
                     raise MinitronError(f"'{path}': expected a plain file")
                 if found.st_size > most and not cut:
                     raise MinitronError(f"'{path}': expected at most {most:,} bytes, found {found.st_size:,}")
-                return stream.read(most)
+                data = stream.read(most)
         except OSError as error:
             raise MinitronError(f"'{path}' cannot be read: {error.strerror}") from None
+        self._left -= len(data)
+        if self._left < 0:
+            raise MinitronError(f"'{path}': expected at most {MOST_BYTES:,} bytes to read in a folder, found more")
+        return data
 
     def note(self) -> str | None:
         """What is not looked at, in one sentence; None where there is nothing of the kind."""

@@ -1,7 +1,7 @@
 """What a run folder holds, each part optional: evaluations, plan, scores, training logs, records of its stages.
 
 All of it is another's. Only plain files are read: up to 64 KiB of a stage's config, 1 MiB of a recipe, 4 MiB of JSON,
-64 MiB of a training's log. Up to 100 stages and 16 trainings are shown, and shapes of up to 1,000 layers.
+64 MiB of a training's log, 128 MiB in all. Up to 100 stages and 16 trainings are shown, shapes of up to 1,000 layers.
 """
 
 from __future__ import annotations
