@@ -51,8 +51,8 @@ def convert(
             None.
         make_vocab_size_divisible_by: pads the table of a ``.nemo``; NeMo's own choice, which pads nothing at TP=1, when
             None. Meaningless towards HF.
-        verify: before the output appears at its place, read it again and compare every tensor, bit by bit, with the
-            input's, and both with the checksums that a ``.nemo`` carries.
+        verify: before the output appears at its place, read it again and compare sizes, RoPE and every tensor, bit by
+            bit, with the input's, and both with the checksums that a ``.nemo`` carries.
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
 
@@ -216,11 +216,16 @@ def _comparison(reader: HfReader | NemoReader, kind: type[HfReader] | type[NemoR
 
 
 def compare(before: HfReader | NemoReader, after: HfReader | NemoReader) -> None:
-    """Every tensor of ``after`` against the same one of ``before`` cast to its dtype, bit by bit; checksums as well.
+    """The shapes, RoPE and all, and every tensor of ``after`` against the same one of ``before`` cast to its dtype, bit
+    by bit; checksums as well.
 
     Raises:
-        MinitronError: the first tensor that differs from the other's or from its own file's checksum, by name.
+        MinitronError: the first size or tensor that differs from the other's, or from its own file's checksum, by name.
     """
+    for name, found in vars(after.shape).items():
+        expected = getattr(before.shape, name)
+        if found != expected and name != "padded_vocab_size":
+            raise MinitronError(f"{after.path}: {name} must be {expected} as in {before.path}, found {found}")
     sums = [reader.checksums() if isinstance(reader, NemoReader) else None for reader in (before, after)]
     for parameter, layer in each_tensor(after.shape):
         tensors = [reader.tensor(parameter, layer) for reader in (before, after)]

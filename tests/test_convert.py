@@ -137,7 +137,7 @@ def test_precision_and_padding(llama, tmp_path):
         tensors_of(back),
     )
     config = json.loads((back / "config.json").read_text())
-    assert config == json.loads((llama / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    assert config == json.loads((llama / "config.json").read_text()) | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}
 
 
 def test_verify_sees_the_sign_of_a_zero(llama, tmp_path):

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.gguf_header import check_header
+from nemo_minitron.checkpoint.hf_rope import whole
+from nemo_minitron.checkpoint.kinds import split_gguf
+from nemo_minitron.checkpoint.known import has_no_place
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.text import one_line
@@ -46,6 +50,7 @@ class GgufFile:
         check_header(path)
         try:
             self._reader = GGUFReader(str(path))
+            self._check_keys()
         except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise MinitronError(f"{path}: expected a GGUF file, found: {one_line(error)}") from None
         self._tensors = {}
@@ -65,13 +70,14 @@ class GgufFile:
         self.dtypes = dict.fromkeys(self._tensors, torch.float32)
 
     def _hf_name(self, name: str) -> str:
-        stem, _, kind = name.rpartition(".")
-        if stem in _TOP:
-            return f"{_TOP[stem]}.{kind}"
+        stem = name.removesuffix(".weight")
+        if stem in _TOP and stem != name:
+            return f"{_TOP[stem]}.weight"
         parts = stem.split(".")
-        if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER:
-            return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.{kind}"
-        raise MinitronError(f"{self._path}: tensor '{name}' has no place in this architecture")
+        if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER and stem != name:
+            return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight"
+        layer = [f"blk.N.{own}.weight" for own in _LAYER]
+        raise has_no_place(str(self._path), name, [*layer, *(f"{own}.weight" for own in _TOP)])
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
@@ -83,15 +89,20 @@ class GgufFile:
 
     def _config(self) -> dict[str, Any]:
         architecture = self._value("general.architecture")
-        if architecture not in _ARCHITECTURES:
-            raise MinitronError(
-                f"{self._path}: architecture must be one of {', '.join(_ARCHITECTURES)} in a GGUF, found "
-                f"'{architecture}'"
-            )
-        heads = int(self._value("llama.attention.head_count"))
-        hidden = int(self._value("llama.embedding_length"))
+        heads, hidden = self._whole("llama.attention.head_count"), self._whole("llama.embedding_length")
+        width = self._whole("llama.attention.key_length", hidden // heads)
+        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+            if self._whole(key, width) != width:
+                raise MinitronError(
+                    f"{self._path}: {key} must be the width of a head, {width}, found {self._whole(key)}"
+                )
         table = self._tensors.get("model.embed_tokens.weight")
         rows = 0 if table is None else int(table.shape[1])
+        if self._whole("llama.vocab_size", rows) != rows:
+            raise MinitronError(
+                f"{self._path}: llama.vocab_size must be the rows of token_embd.weight, {rows}, found "
+                f"{self._whole('llama.vocab_size')}"
+            )
         config: dict[str, Any] = {
             "architectures": [_ARCHITECTURES[architecture]],
             "model_type": "llama",
@@ -102,12 +113,12 @@ class GgufFile:
             "initializer_range": 0.02,
             "use_cache": True,
             "hidden_size": hidden,
-            "intermediate_size": int(self._value("llama.feed_forward_length")),
-            "num_hidden_layers": int(self._value("llama.block_count")),
+            "intermediate_size": self._whole("llama.feed_forward_length"),
+            "num_hidden_layers": self._whole("llama.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": int(self._value("llama.attention.head_count_kv", heads)),
-            "head_dim": int(self._value("llama.attention.key_length", hidden // heads)),
-            "max_position_embeddings": int(self._value("llama.context_length")),
+            "num_key_value_heads": self._whole("llama.attention.head_count_kv", heads),
+            "head_dim": width,
+            "max_position_embeddings": self._whole("llama.context_length"),
             "rms_norm_eps": _short_float(self._value("llama.attention.layer_norm_rms_epsilon")),
             "rope_theta": _short_float(self._value("llama.rope.freq_base", 10000.0)),
             "rope_scaling": None,
@@ -119,10 +130,33 @@ class GgufFile:
             field = self._reader.get_field(f"tokenizer.ggml.{key}_token_id")
             if field is not None:
                 config[f"{'pad' if key == 'padding' else key}_token_id"] = int(field.contents())
-        kind = self._value("llama.rope.scaling.type", "none")
-        if kind != "none":
-            raise MinitronError(f"{self._path}: llama.rope.scaling.type must be 'none', found '{kind}'")
         return config
+
+    def _check_keys(self) -> None:
+        """Refuse what would change the forward pass; long texts and lists, which are a tokenizer's, are not opened."""
+        architecture, parts = self._value("general.architecture"), self._value("split.count", 0)
+        if architecture not in _ARCHITECTURES:
+            raise MinitronError(
+                f"{self._path}: architecture must be one of {', '.join(_ARCHITECTURES)} in a GGUF, found "
+                f"'{architecture}'"
+            )
+        if parts not in (0, 1):
+            raise MinitronError(f"{self._path}: expected a whole GGUF, found {split_gguf(parts, self._path.name)}")
+        found = {}
+        for key, field in self._reader.fields.items():
+            plain = key in known.GGUF and len(field.data) == 1
+            found[key] = field.contents() if plain else None
+            if key in known.GGUF.only and not plain:
+                raise MinitronError(f"{self._path}: {key} must be one value, found {len(field.data)}")
+        known.GGUF.check(found, str(self._path))
+
+    def _whole(self, key: str, default: int | None = None) -> int:
+        """A size; where it is a list of one for each layer, these must be the same."""
+        value = self._value(key, default)
+        values = set(value) if isinstance(value, list) else {value}
+        if len(values) != 1:
+            raise MinitronError(f"{self._path}: {key} must be the same for every layer, found {sorted(values)!r:.80}")
+        return whole({key: values.pop()}, key, str(self._path))
 
     def get(self, name: str) -> torch.Tensor:
         from gguf.quants import dequantize
@@ -135,6 +169,9 @@ class GgufFile:
         if name.endswith("k_proj.weight"):
             return _unpermute(tensor, self.config["num_key_value_heads"])
         return tensor
+
+    def equal(self, first: str, second: str) -> bool:
+        return torch.equal(self.get(first), self.get(second))
 
     def tokenizer_folder(self) -> Path | None:
         return None

@@ -18,9 +18,11 @@ from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import read_exactly
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
 from nemo_minitron.checkpoint.hf_config import dtype_name, hf_config_from_shape, shape_from_hf
+from nemo_minitron.checkpoint.kinds import refuse_other_kinds
+from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import OUTPUT, VOCAB, Parameter
+from nemo_minitron.layout import EMBEDDING, OUTPUT, VOCAB, Parameter, parameters
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.staging import DISK_FULL, Staging
 from nemo_minitron.text import JSON_LIMIT, parse_json
@@ -29,6 +31,7 @@ _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _HEADER_LIMIT = JSON_LIMIT
+_BLOCK = 16 << 20  # bytes of two tensors that are compared
 
 
 class TensorSource(Protocol):
@@ -41,6 +44,9 @@ class TensorSource(Protocol):
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, as HF has it."""
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are the same, bit by bit."""
 
     def tokenizer_folder(self) -> Path | None:
         """Folder with tokenizer files, None where they must be made first."""
@@ -93,10 +99,14 @@ class HfReader:
                 found = self._source.dtypes[name]
                 dtype = found if dtype is None else torch.promote_types(dtype, found)
                 unknown.discard(name)
-        unknown -= set(OUTPUT.hf)  # a tied model may still store its head
+        if self.shape.share_embeddings_and_output_weights and (head := OUTPUT.hf[0]) in unknown:
+            unknown.discard(head)
+            if not self._source.equal(head, EMBEDDING.hf[0]):
+                raise other_head(f"{self.path}", head, "tie_word_embeddings")
         unknown = {name for name in unknown if not _IGNORED.fullmatch(name)}
         if unknown:
-            raise MinitronError(f"{self.path}: tensor '{sorted(unknown)[0]}' has no place in this architecture")
+            places = [name.replace("{l}", "N") for row in parameters(self.shape) for name in row.hf]
+            raise has_no_place(f"{self.path}", min(unknown), places)
         assert dtype is not None
         return dtype
 
@@ -141,6 +151,8 @@ class HfReader:
 def _open_source(path: Path) -> TensorSource:
     if not path.exists():
         raise MinitronError(f"{path}: expected a HF folder or a .gguf file, found none")
+    if not (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        refuse_other_kinds(path, "a HF folder with config.json, or one .gguf file")
     if path.is_dir() and (path / "config.json").is_file():
         return SafetensorsFolder(path)
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
@@ -178,7 +190,9 @@ class SafetensorsFolder:
             return
         if not index.is_file():
             pickled = sorted(p.name for p in self._path.glob("pytorch_model*.bin"))
-            found = f"{pickled[0]}; save it with safe_serialization=True" if pickled else "neither"
+            found = f"{pickled[0]}" if pickled else "neither"
+            if pickled:  # it is a pickle, which could run code when it is read
+                found += ", which is not read; save the model again with save_pretrained(..., safe_serialization=True)"
             raise MinitronError(f"{self._path}: expected model.safetensors or {index.name}, found {found}")
         weights = read_json(index).get("weight_map")
         if not isinstance(weights, dict) or not weights:
@@ -229,6 +243,20 @@ class SafetensorsFolder:
         values = torch.empty(count, dtype=torch.uint8)
         read_exactly(self._files[file], start, values.numpy().data, f"{self._path / file}: tensor '{name}'")
         return values.view(self.dtypes[name]).reshape(self.sizes[name])
+
+    def equal(self, first: str, second: str) -> bool:
+        if (self.sizes[first], self.dtypes[first]) != (self.sizes[second], self.dtypes[second]):
+            return False
+        (file, start, count), (other, other_start, _) = self._where[first], self._where[second]
+        for at in range(0, count, _BLOCK):
+            blocks = [bytearray(min(_BLOCK, count - at)) for _ in range(2)]
+            read_exactly(self._files[file], start + at, memoryview(blocks[0]), f"{self._path / file}: '{first}'")
+            read_exactly(
+                self._files[other], other_start + at, memoryview(blocks[1]), f"{self._path / other}: '{second}'"
+            )
+            if blocks[0] != blocks[1]:
+                return False
+        return True
 
     def tokenizer_folder(self) -> Path | None:
         return self._path if tokenizer_files.tokenizer_files(self._path) else None

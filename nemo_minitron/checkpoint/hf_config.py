@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rope
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,6 +21,7 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
 }
+_FULL = "full_attention"
 _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
@@ -31,41 +34,47 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     """Read the shape of a supported decoder; V = Vp = the rows of HF's table.
 
     Raises:
-        MinitronError: an architecture or feature that Megatron's Llama layers would compute differently.
+        MinitronError: an architecture or feature that Megatron's Llama layers would compute differently, or a size
+            that is missing or none.
     """
-    try:
-        architecture = _architecture(config, where)
-        config = {**_ABSENT.get(architecture, {}), **config}
-        _check_features(config, architecture, where)
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        vocab = int(config["vocab_size"])
-        return ModelShape(
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(config["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            kv_channels=int(config.get("head_dim") or hidden // heads),
-            vocab_size=vocab,
-            padded_vocab_size=vocab,
-            share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
-            rotary_base=_finite(config.get("rope_theta") or 10000.0),
-            rope_scaling=_rope_scaling(config.get("rope_scaling"), where),
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            layernorm_epsilon=_finite(config.get("rms_norm_eps") or 1e-6),
-            qkv_bias=architecture == "Qwen2ForCausalLM",
-        )
-    except KeyError as error:
-        raise MinitronError(f"{where}: expected the key {error}, found none") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise MinitronError(f"{where}: expected numbers for the sizes of the model, found {error}") from None
+    architecture = _architecture(config, where)
+    config = {**_ABSENT.get(architecture, {}), **config}
+    no_windows = architecture == "Qwen2ForCausalLM" and not config.get("use_sliding_window")
+    known.HF.check({k: v for k, v in config.items() if not (no_windows and k == "sliding_window")}, where)
+    hidden, heads = (whole(config, key, where) for key in ("hidden_size", "num_attention_heads"))
+    vocab, layers = (whole(config, key, where) for key in ("vocab_size", "num_hidden_layers"))
+    _check_layer_types(config.get("layer_types"), layers, where)
+    tied = config.get("tie_word_embeddings")
+    if tied not in (True, False, None):
+        raise MinitronError(f"{where}: tie_word_embeddings must be true or false, found {tied!r:.80}")
+    base, scaling = read_rope(config, where)
+    return ModelShape(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=whole(config, "intermediate_size", where),
+        num_attention_heads=heads,
+        num_query_groups=whole(config, "num_key_value_heads", where, heads),
+        kv_channels=whole(config, "head_dim", where, hidden // heads),
+        vocab_size=vocab,
+        padded_vocab_size=vocab,
+        share_embeddings_and_output_weights=bool(tied),
+        rotary_base=base,
+        rope_scaling=scaling,
+        max_position_embeddings=whole(config, "max_position_embeddings", where, 2048),
+        layernorm_epsilon=0.0 if config.get("rms_norm_eps") == 0 else number(config, "rms_norm_eps", where, 1e-6),
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+    )
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not 0 <= number < 1e30:
-        raise ValueError(f"{number}, which is negative or not finite")
-    return number
+def _check_layer_types(kinds: Any, layers: int, where: str) -> None:
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        found = len(kinds) if isinstance(kinds, list) else f"{kinds!r:.80}"
+        raise MinitronError(f"{where}: layer_types must be a list of num_hidden_layers ({layers}) names, found {found}")
+    other = next((kind for kind in kinds if kind != _FULL), _FULL)
+    if other != _FULL:
+        raise MinitronError(f"{where}: layer_types must be '{_FULL}' for every layer, found {other!r:.80}")
 
 
 def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[str, Any] | None = None) -> dict:
@@ -76,16 +85,23 @@ def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[
     """
     config = copy.deepcopy(dict(source)) if source else _fresh_config(shape)
     before = shape_from_hf(config) if source else None
+    if before is not None and before.qkv_bias != shape.qkv_bias:
+        raise MinitronError(
+            f"config.json: architectures {config.get('architectures')} must be of a model "
+            f"{'with' if shape.qkv_bias else 'without'} a bias on queries, keys and values, as its weights are"
+        )
     for key, field in _FIELDS.items():
         value = getattr(shape, field)
         if before is None or getattr(before, field) != value:
             config[key] = value
     if before is None or before.kv_channels != shape.kv_channels or _implied_head_dim(config) != shape.kv_channels:
         config["head_dim"] = shape.kv_channels
-    if before is None or before.rope_scaling != shape.rope_scaling:
-        config["rope_scaling"] = _rope_dict(shape.rope_scaling)
-    if before is None or config.get("torch_dtype", dtype_name(dtype)) != dtype_name(dtype):
-        config["torch_dtype"] = dtype_name(dtype)
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = [_FULL] * shape.num_layers
+    write_rope(config, (shape.rotary_base, shape.rope_scaling), fresh=before is None)
+    name = dtype_name(dtype)
+    if config.get("torch_dtype") != name or config.get("dtype", name) != name:
+        config |= {"torch_dtype": name, "dtype": name}  # transformers up to 4.55 reads the first, later ones the second
     return config
 
 
@@ -97,7 +113,6 @@ _FIELDS = {
     "num_key_value_heads": "num_query_groups",
     "vocab_size": "vocab_size",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
-    "rope_theta": "rotary_base",
     "max_position_embeddings": "max_position_embeddings",
     "rms_norm_eps": "layernorm_epsilon",
 }
@@ -123,58 +138,13 @@ def _implied_head_dim(config: Mapping[str, Any]) -> int:
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:
-    names = config.get("architectures") or []
-    if not isinstance(names, list):
-        raise MinitronError(f"{where}: architectures must be a list, found {names!r:.80}")
-    name = names[0] if names else _MODEL_TYPES.get(str(config.get("model_type")), str(config.get("model_type")))
+    names, kind = config.get("architectures") or [], config.get("model_type")
+    if not isinstance(names, list) or len(names) > 1:
+        raise MinitronError(f"{where}: architectures must be a list of one name, found {names!r:.80}")
+    implied = _MODEL_TYPES.get(str(kind), str(kind))
+    name = str(names[0]) if names else implied
     if name not in SUPPORTED:
-        raise MinitronError(f"{where}: architecture must be one of {', '.join(SUPPORTED)}, found '{name}'")
+        raise MinitronError(f"{where}: architecture must be one of {', '.join(SUPPORTED)}, found '{name:.80}'")
+    if kind is not None and implied != name:  # transformers goes by the one here and by the other there
+        raise MinitronError(f"{where}: model_type must be that of {name}, found {kind!r:.80}")
     return name
-
-
-def _check_features(config: Mapping[str, Any], architecture: str, where: str) -> None:
-    for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
-            raise MinitronError(f"{where}: {key} must be false for {architecture}, found {config[key]!r}")
-    window = config.get("sliding_window")
-    if architecture == "Qwen2ForCausalLM":
-        if config.get("use_sliding_window"):
-            raise MinitronError(f"{where}: use_sliding_window must be false, found true")
-    elif window is not None:
-        raise MinitronError(f"{where}: sliding_window must be null, found {window!r}")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise MinitronError(f"{where}: hidden_act must be 'silu', found {activation!r}")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "?")
-        raise MinitronError(f"{where}: expected plain weights, found quantization_config of method '{method}'")
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise MinitronError(f"{where}: partial_rotary_factor must be 1.0, found {config['partial_rotary_factor']!r}")
-
-
-_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def _rope_scaling(scaling: Mapping[str, Any] | None, where: str) -> RopeScaling | None:
-    if not scaling:
-        return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise MinitronError(f"{where}: rope_scaling type must be 'llama3', found '{kind}'")
-    missing = [key for key in _ROPE_KEYS if key not in scaling]
-    if missing:
-        raise MinitronError(f"{where}: rope_scaling needs {', '.join(_ROPE_KEYS)}; missing: {', '.join(missing)}")
-    return RopeScaling(
-        factor=_finite(scaling["factor"]),
-        low_freq_factor=_finite(scaling["low_freq_factor"]),
-        high_freq_factor=_finite(scaling["high_freq_factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-    )
-
-
-def _rope_dict(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    return {"rope_type": "llama3", **{key: getattr(scaling, key) for key in _ROPE_KEYS}}

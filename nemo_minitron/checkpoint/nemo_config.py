@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.hf_config import DTYPES
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.shape import ModelShape, RopeScaling
@@ -25,6 +26,12 @@ _PRECISIONS = {
     torch.float16: ("16", "16-mixed", "16-true", "float16", "fp16"),
 }
 _NEMO_PRECISION: dict[torch.dtype, int | str] = {torch.float32: 32, torch.bfloat16: "bf16", torch.float16: 16}
+_OTHER_LAYERS = (
+    "megatron_falcon_gpt",
+    "megatron_gemma2",
+    "megatron_gpt_hyena",
+    "te_gpt_hyena",
+)  # names of NeMo's specs
 _SCALING_KEYS = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -72,7 +79,9 @@ def shape_from_nemo(
     Raises:
         MinitronError: a key whose value a Llama cannot have, or a size that is missing.
     """
-    _check_features(config, where)
+    known.NEMO.check(config, where)
+    if config.get("name") in _OTHER_LAYERS:
+        raise MinitronError(f"{where}: name must not be '{config['name']}', which has layers of another kind")
     section = config.get(SECTION) or {}
     vocab = true_vocab or section.get("vocab_size") or config.get("override_vocab_size") or table_rows
     heads = _size(config, "num_attention_heads", where)
@@ -80,7 +89,7 @@ def shape_from_nemo(
     if heads < 1:
         raise MinitronError(f"{where}: num_attention_heads must be at least 1, found {heads}")
     scaling = None
-    if config.get("scale_positional_embedding"):
+    if _flag(config, "scale_positional_embedding", where, False):
         given = {ours: theirs for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
         numbers: dict[str, Any] = {ours: _number(config, theirs, where) for ours, theirs in given.items()}
         if "original_max_position_embeddings" in numbers:
@@ -95,13 +104,20 @@ def shape_from_nemo(
         kv_channels=_size(config, "kv_channels", where, hidden // heads),
         vocab_size=_size({"vocab_size": vocab}, "vocab_size", where),
         padded_vocab_size=table_rows,
-        share_embeddings_and_output_weights=bool(config.get("share_embeddings_and_output_weights", True)),
+        share_embeddings_and_output_weights=_flag(config, "share_embeddings_and_output_weights", where, True),
         rotary_base=_number(config, "rotary_base", where, 10000),
         rope_scaling=scaling,
         max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
         layernorm_epsilon=_number(config, "layernorm_epsilon", where, 1e-5),
-        qkv_bias=bool(config.get("qkv_bias", False)),
+        qkv_bias=_flag(config, "qkv_bias", where, False),
     )
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if value not in (True, False, None):
+        raise MinitronError(f"{where}: {key} must be true or false, found {value!r:.80}")
+    return bool(value)
 
 
 def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -117,29 +133,6 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e30:
         raise MinitronError(f"{where}: {key} must be a number that is finite and not negative, found {value!r:.80}")
     return float(value)
-
-
-def _check_features(config: Mapping[str, Any], where: str) -> None:
-    """NeMo's defaults are GPT-2's, so a key that is absent is judged by its default."""
-    expected: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "mcore_gpt": (False, (True,)),
-        "normalization": ("layernorm", ("rmsnorm", "RMSNorm")),
-        "activation": ("gelu", ("fast-swiglu", "swiglu")),
-        "position_embedding_type": ("learned_absolute", ("rope",)),
-        "bias": (True, (False,)),
-        "rotary_percentage": (1.0, (1, 1.0)),
-        "rotary_interleaved": (False, (False,)),
-        "seq_len_interpolation_factor": (None, (None,)),
-        "num_moe_experts": (None, (None, 0)),
-        "layernorm_zero_centered_gamma": (False, (False,)),
-        "multi_latent_attention": (False, (False,)),
-        "apply_embedding_scaling": (False, (False,)),
-        "window_size": (None, (None,)),
-    }
-    for key, (default, allowed) in expected.items():
-        value = config.get(key, default)
-        if value not in allowed:
-            raise MinitronError(f"{where}: {key} must be {allowed[0]!r} for a Llama-type model, found {value!r}")
 
 
 def nemo_config_from_hf(

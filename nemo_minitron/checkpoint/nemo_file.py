@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,17 +27,22 @@ from nemo_minitron.checkpoint.distcp import (
     read_tensor,
     stored_bytes,
 )
+from nemo_minitron.checkpoint.kinds import refuse_other_kinds
+from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, VOCAB, Parameter, layer_parameters, parameters
+from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, OUTPUT, VOCAB, Parameter, layer_parameters, parameters
 from nemo_minitron.shape import ModelShape
 from nemo_minitron.staging import DISK_FULL
 from nemo_minitron.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"
-_PREFIXES = ("model.", "model.module.")
+_ROWS = 4096  # of two tables that are compared
+_PREFIXES = ("model.module.", "model.")
+# What Transformer Engine keeps for FP8, the angles of RoPE, and a training's state: none of it is the model's
+_NEUTRAL_TENSORS = re.compile(r".*\._extra_state(/.*)?|.*rotary_pos_emb\.inv_freq|optimizer[._].*|rng_state.*")
 
 
 def each_tensor(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
@@ -86,6 +92,8 @@ class NemoReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if not (self.path / CONFIG).is_file() and self.path.suffix != ".nemo":
+            refuse_other_kinds(self.path, "a .nemo")
         self._archive = open_archive(self.path)
         try:
             self.config = self._read_config()
@@ -106,12 +114,19 @@ class NemoReader:
         return config
 
     def _model_tensors(self) -> dict[str, tuple[str, Stored]]:
-        """Stored tensors by canonical key, whatever prefix they were saved under."""
-        found = {}
+        """Stored tensors by canonical key, whatever prefix they were saved under.
+
+        Raises:
+            MinitronError: one that is no part of a model, or that is there under two prefixes.
+        """
+        found: dict[str, tuple[str, Stored]] = {}
         for key, stored in read_index(self._archive, str(self.path)).items():
-            for prefix in _PREFIXES:
-                if key.startswith(prefix):
-                    found[key.removeprefix(prefix)] = (key, stored)
+            if _NEUTRAL_TENSORS.fullmatch(key):
+                continue
+            name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+            if name in found:
+                raise MinitronError(f"{self.path}: tensor '{key}' must be there once, found also '{found[name][0]}'")
+            found[name] = (key, stored)
         return found
 
     def _stored(self, parameter: Parameter, layer: int | None) -> tuple[str, Stored, bool]:
@@ -124,9 +139,10 @@ class NemoReader:
         raise MinitronError(f"{self.path}: expected the tensor 'model.{parameter.key}', found none")
 
     def _check_sizes(self) -> torch.dtype:
-        dtype = None
+        dtype, unknown = None, {key for key, _ in self._index.values()}
         for parameter, layer in each_tensor(self.shape):
             key, stored, stacked = self._stored(parameter, layer)
+            unknown.discard(key)
             expected = ((self.shape.num_layers,) if stacked else ()) + parameter.size(self.shape)
             if stored.size != expected:
                 raise MinitronError(f"{self.path}: tensor '{key}' must have the size {expected}, found {stored.size}")
@@ -135,8 +151,24 @@ class NemoReader:
                     f"{self.path}: tensor '{key}' must be float32, bfloat16 or float16, found {stored.dtype}"
                 )
             dtype = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
+        if self.shape.share_embeddings_and_output_weights and OUTPUT.key in self._index:
+            unknown.discard(self._index[OUTPUT.key][0])
+            self._check_tied_head()
+        if unknown:
+            raise has_no_place(str(self.path), min(unknown), [row.key for row in parameters(self.shape)])
         assert dtype is not None
         return dtype
+
+    def _check_tied_head(self) -> None:
+        """Refuse a head beside a table that it is tied to by the config, but differs from."""
+        (key, head), (_, table) = self._index[OUTPUT.key], self._index[EMBEDDING.key]
+        same = (head.size, head.dtype) == (table.size, table.dtype)
+        for start in range(0, self.shape.vocab_size if same else 0, _ROWS):
+            rows = slice(start, min(start + _ROWS, self.shape.vocab_size))
+            one, other = (self.tensor(row, None, rows).contiguous().view(torch.uint8) for row in (OUTPUT, EMBEDDING))
+            same = same and torch.equal(one, other)
+        if not same:
+            raise other_head(str(self.path), key, "share_embeddings_and_output_weights")
 
     def num_bytes(self) -> int:
         """Bytes of the model's tensors as stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -37,15 +38,18 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Tokenizer files of a HF folder, by the allow-list.
 
     Raises:
-        MinitronError: a file that lies elsewhere (the blobs of a hub's cache excepted) or is too large, or a config
-            that names a file outside of the folder.
+        MinitronError: a link to a file of another name elsewhere (the blobs of a hub's cache excepted), a file that is
+            too large, or a config that names a file outside of the folder.
     """
     root = folder.resolve()
-    allowed = (root, *(parent / "blobs" for parent in root.parents[1:2]))
     found = [folder / name for name in FILES if (folder / name).is_file()]
     for file in found:
-        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in allowed):
-            raise MinitronError(f"{file}: expected a plain file, found a link out of the folder")
+        place = file.resolve()
+        if not (place.is_relative_to(root) or place.name == file.name or place.parent.name == "blobs"):
+            raise MinitronError(
+                f"{file}: expected a plain file or a link to one of the same name, found a link out of the folder to "
+                f"{place}"
+            )
         if file.stat().st_size > _LIMIT:
             raise MinitronError(f"{file}: expected at most {_LIMIT} bytes, found {file.stat().st_size}")
         if file.name == CONFIG:
@@ -64,32 +68,64 @@ def check_config(data: bytes, where: str) -> None:
         raise MinitronError(f"{where}: tokenizer_class must be one that reads data alone, found {kind!r:.80}")
 
 
-def _carried(folder: Path) -> list[Path]:
-    """Files that go with a model to where others read them: these must not ask anybody to run code.
+def _carried(folder: Path) -> dict[str, bytes]:
+    """Files, by name, that go with a model to where others read them: these must not ask anybody to run code.
 
     Raises:
         MinitronError: as :func:`tokenizer_files`; a config with ``auto_map``.
     """
-    files = tokenizer_files(folder)
-    for file in files:
-        if file.name == CONFIG and parse_json(file.read_bytes(), str(file)).get("auto_map"):
-            raise MinitronError(
-                f"{file}: auto_map must be absent, for it names code to run, which does not go with a model; remove it "
-                "if the tokenizer does without"
-            )
+    files = _contents(folder)
+    if CONFIG in files and parse_json(files[CONFIG], CONFIG).get("auto_map"):
+        raise MinitronError(
+            f"{folder / CONFIG}: auto_map must be absent, for it names code to run, which does not go with a model; "
+            "remove it if the tokenizer does without"
+        )
     return files
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = {file.name: file.read_bytes() for file in tokenizer_files(folder)}
+    if CONFIG in files:
+        files[CONFIG] = for_both(files[CONFIG], str(folder / CONFIG))
+    return files
+
+
+def for_both(data: bytes, where: str) -> bytes:
+    """A ``tokenizer_config.json`` that transformers 4 and 5 read; as it is, unless only 5 would.
+
+    transformers 5 writes its new class and a list of extra tokens. The tokens themselves are in ``tokenizer.json`` as
+    ever, and it still reads the older names.
+    """
+    config = parse_json(data, where)
+    older = dict(config)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        del older["extra_special_tokens"]
+        known = config.get("additional_special_tokens")
+        known = known if isinstance(known, list) else []
+        older["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+    return data if older == config else (json.dumps(older, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def readable(folder: Path) -> Path:
+    """The folder itself, or, where only transformers 5 reads its config, a folder in the cache that 4 reads as well."""
+    config = folder / CONFIG
+    if not config.is_file() or for_both(data := config.read_bytes(), str(config)) == data:
+        return folder
+    return lay_out(_contents(folder))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer files of one folder into another."""
-    for file in _carried(source):
-        (target / file.name).write_bytes(file.read_bytes())
+    for name, data in _carried(source).items():
+        (target / name).write_bytes(data)
 
 
 def pack(writer: ArchiveWriter, folder: Path) -> None:
     """Add a folder's tokenizer files to a ``.nemo`` that is being written."""
-    for file in _carried(folder):
-        writer.add(PREFIX + file.name, file.read_bytes())
+    for name, data in _carried(folder).items():
+        writer.add(PREFIX + name, data)
 
 
 def unpack(archive: Archive, model: str | None = None) -> Path | None:
@@ -104,6 +140,7 @@ def unpack(archive: Archive, model: str | None = None) -> Path | None:
         files = {"tokenizer.model": read_member(archive, model, _LIMIT)}
     if CONFIG in files:
         check_config(files[CONFIG], PREFIX + CONFIG)
+        files[CONFIG] = for_both(files[CONFIG], PREFIX + CONFIG)
     return lay_out(files) if files else None
 
 

@@ -51,7 +51,9 @@ def load_hf(folder: Path, where: str) -> Any:
 
     tokenizer_files.tokenizer_files(folder)
     with foreign(f"{where}: expected a tokenizer that transformers loads"):
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(tokenizer_files.readable(folder)), local_files_only=True, trust_remote_code=False
+        )
 
 
 def load_sentencepiece(file: Path, where: str) -> Any:

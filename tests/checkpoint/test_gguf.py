@@ -14,7 +14,7 @@ from nemo_minitron.errors import MinitronError
 from tests.llamas import GQA
 
 
-def write_gguf(path, *, architecture="llama", quantised=True, extra=()):
+def write_gguf(path, *, architecture="llama", quantised=True, extra=(), keys=()):
     shape, rng = GQA, np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
@@ -29,6 +29,12 @@ def write_gguf(path, *, architecture="llama", quantised=True, extra=()):
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab_size)
+    for name, value in dict(keys).items():  # what llama.cpp's converter may add; a list is an array
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add[type(value)](name, value)
     h, f, kv = shape.hidden_size, shape.ffn_hidden_size, shape.num_query_groups * shape.kv_channels
     sizes = {"token_embd": (shape.vocab_size, h), "output": (shape.vocab_size, h), "output_norm": (h,)}
     for i in range(shape.num_layers):
@@ -75,7 +81,7 @@ def test_refusals(tmp_path):
     for name, kwargs, message in [
         ("a", {"architecture": "falcon"}, "falcon"),
         ("r", {"extra": ["rope_freqs.weight"]}, "rope_freqs.weight"),
-        ("t", {"extra": ["blk.0.attn_q.bias"]}, "q_proj.bias"),
+        ("t", {"extra": ["blk.0.attn_q.bias"]}, r"blk\.0\.attn_q\.bias"),
     ]:
         path = write_gguf(tmp_path / f"{name}.gguf", **kwargs)
         with pytest.raises(MinitronError, match=message):
@@ -88,6 +94,67 @@ def test_refusals(tmp_path):
     with pytest.raises(MinitronError, match="tokenizer"):
         convert(path, tmp_path / "out.nemo")
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".gguf"] * 5
+
+
+REFUSED_KEYS = [
+    ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope.scaling.type must be 'none'"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling.factor must be 0"),
+    ({"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor must be 0"),  # linear to llama.cpp
+    ({"llama.rope.scale_linear": 2.0}, "rope.scale_linear must be 0"),
+    ({"llama.attention.sliding_window": 64}, "attention.sliding_window must be 0"),
+    ({"llama.attention.value_length": 16}, "attention.value_length must be the width of a head, 8"),
+    ({"llama.attention.clamp_kqv": 8.0}, "attention.clamp_kqv must be 0"),
+    ({"llama.attention.causal": False}, "attention.causal must be true"),
+    ({"llama.expert_count": 8}, "expert_count must be 0"),
+    ({"llama.logit_scale": 0.5}, "logit_scale must be null"),
+    ({"llama.tensor_data_layout": "reference"}, "tensor_data_layout must be null"),
+    ({"llama.attention.sliding_window": [64, 0, 64]}, "attention.sliding_window must be one value"),
+    ({"split.count": 3, "split.no": 0}, "found a GGUF in 3 parts; join them with: llama-gguf-split --merge"),
+    ({"general.type": "adapter"}, "general.type must be 'model'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED_KEYS, ids=[" ".join(keys) for keys, _ in REFUSED_KEYS])
+def test_keys_that_change_the_forward_pass_are_refused(keys, message, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", keys=keys)
+    with pytest.raises(MinitronError, match=message):
+        HfReader(path)
+
+
+def test_neutral_keys_are_quiet_and_unknown_ones_are_said(tmp_path, capsys):
+    neutral = {
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 1.0,
+        "general.license": "x",
+        "llama.attention.value_length": 8,
+        "llama.expert_count": 0,
+        "quantize.imatrix.file": "f",
+    }
+    HfReader(write_gguf(tmp_path / "quiet.gguf", keys=neutral)).close()
+    assert capsys.readouterr().err == ""
+    HfReader(write_gguf(tmp_path / "said.gguf", keys={"llama.attention.novelty": 1.5})).close()
+    assert (
+        capsys.readouterr().err == f"minitron: {tmp_path}/said.gguf: unknown and not used: 'llama.attention.novelty'\n"
+    )
+
+
+def test_sizes_for_each_layer_must_be_the_same(tmp_path):
+    def resized(name, values):
+        writer_keys = {f"llama.{name}": values}
+        with pytest.MonkeyPatch.context() as patch:  # in place of the single number
+            patch.setattr(gguf.GGUFWriter, f"add_{name.rpartition('.')[2]}", lambda *_: None)
+            return write_gguf(tmp_path / f"{values[0]}{values[1]}.gguf", keys=writer_keys)
+
+    with HfReader(resized("feed_forward_length", [96, 96, 96])) as reader:
+        assert reader.shape.ffn_hidden_size == 96
+    with pytest.raises(MinitronError, match="feed_forward_length must be the same for every layer"):
+        HfReader(resized("feed_forward_length", [96, 64, 96]))
+
+
+def test_a_table_of_another_size_than_the_vocabulary_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", lambda self, n: self.add_uint32("llama.vocab_size", n + 1))
+    with pytest.raises(MinitronError, match=r"llama.vocab_size must be the rows of token_embd.weight, 320, found 321"):
+        HfReader(write_gguf(tmp_path / "m.gguf"))
 
 
 def test_a_truncated_file(tmp_path):

@@ -1,0 +1,120 @@
+"""Every key of a ``.nemo``'s config and every tensor of its weights is used, neutral, or refused by name."""
+
+import pytest
+import torch
+
+from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor, known
+from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
+from nemo_minitron.checkpoint.nemo_config import nemo_config_from_hf, shape_from_nemo
+from nemo_minitron.config.nemo_keys import MODEL
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.layout import EMBEDDING
+from tests.canonical import random_model
+from tests.llamas import GQA
+
+SHAPE = GQA.replace(num_layers=2)
+HF = hf_config_from_shape(SHAPE, torch.float32)
+CONFIG = nemo_config_from_hf(HF, SHAPE, dtype=torch.float32, divisor=64, tokenizer=None)
+TIED = SHAPE.replace(share_embeddings_and_output_weights=True)
+
+REFUSED = {
+    "qk_layernorm": (True, "must be false, found true"),
+    "softmax_scale": (0.1, "must be null, found 0.1"),
+    "no_rope_freq": (4, "must be null"),
+    "seq_len_interpolation_factor": (4.0, "must be null, found 4.0"),
+    "rotary_percentage": (0.5, "must be 1, found 0.5"),
+    "rotary_interleaved": (True, "must be false"),
+    "window_size": ([128, 0], "must be null"),
+    "num_moe_experts": (8, "must be null"),
+    "activation": ("gelu", "must be 'fast-swiglu'"),
+    "normalization": ("layernorm1p", "must be 'rmsnorm'"),
+    "bias": (True, "must be false"),
+    "drop_layers": ([1], "must be null"),
+    "mcore_customization_config": ({"final_logit_softcapping": 30.0}, "must be null"),
+    "apply_embedding_scaling": (True, "must be false"),
+    "transformer_block_type": ("post_ln", "must be 'pre_ln'"),
+    "mtp_num_layers": (1, "must be null"),
+    "name": ("megatron_falcon_gpt", "must not be 'megatron_falcon_gpt'"),
+    "share_embeddings_and_output_weights": ("no", "must be true or false"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_refused_by_name(key):
+    value, message = REFUSED[key]
+    with pytest.raises(MinitronError, match=f"model_config.yaml: {key} {message}"):
+        shape_from_nemo({**CONFIG, key: value}, SHAPE.padded_vocab_size)
+
+
+@pytest.mark.parametrize("key", ["mcore_gpt", "normalization", "activation", "position_embedding_type", "bias"])
+def test_what_is_absent_means_what_nemo_assumes(key):
+    with pytest.raises(MinitronError, match=f"model_config.yaml: {key} must be"):
+        shape_from_nemo({name: value for name, value in CONFIG.items() if name != key}, SHAPE.padded_vocab_size)
+
+
+def test_our_own_config_is_known_whole(capsys):
+    assert shape_from_nemo(CONFIG, SHAPE.padded_vocab_size, where="own") == SHAPE
+    shape_from_nemo(CONFIG | {"rope_flavour": "x"}, SHAPE.padded_vocab_size, where="other")
+    assert capsys.readouterr().err == "minitron: other: unknown and not used: 'rope_flavour'\n"
+
+
+def test_every_key_that_a_run_may_set_is_known():
+    """A trained .nemo has the run's keys in its config."""
+    begins = known.NEMO.neutral_beginnings
+    assert [key for key in MODEL if key not in known.NEMO and not key.startswith(begins)] == []
+
+
+@pytest.mark.parametrize("table", [known.HF, known.GGUF, known.NEMO])
+def test_a_name_has_one_meaning(table):
+    assert not table.applied & table.neutral and not (table.applied | table.neutral) & table.only.keys()
+    assert table.absent.keys() <= table.only.keys()
+
+
+def write(path, shape, more=None):
+    """A .nemo, and whatever else ``more`` adds to its weights."""
+    model = random_model(shape)
+    with NemoWriter(path, CONFIG, shape, torch.float32) as writer:
+        for parameter, layer in each_tensor(shape):
+            writer.write(parameter, model.tensor(parameter, layer), layer)
+        if more:
+            more(writer._weights, model.tensor(EMBEDDING).float())
+    return path
+
+
+def head(change):
+    return lambda weights, table: weights.add("model.output_layer.weight", change(table), (320, 64), (0, 0))
+
+
+def norms(weights, table):
+    for layer in range(2):
+        weights.add("model.decoder.layers.self_attention.q_layernorm.weight", table[:1, :8], (2, 8), (layer, 0))
+
+
+def test_tensors_without_a_place_are_refused(tmp_path):
+    with pytest.raises(
+        MinitronError, match=r"'model\.decoder\.layers\.self_attention\.q_layernorm\.weight' has no place"
+    ):
+        NemoReader(write(tmp_path / "a.nemo", SHAPE, norms))
+    with pytest.raises(MinitronError, match=r"'lora\.weight' has no place in this architecture, which has"):
+        NemoReader(write(tmp_path / "b.nemo", SHAPE, lambda w, t: w.add("lora.weight", t, (320, 64), (0, 0))))
+    twice = "model.module.decoder.final_layernorm.weight"
+    with pytest.raises(MinitronError, match=r"final_layernorm.weight' must be there once"):
+        NemoReader(write(tmp_path / "c.nemo", SHAPE, lambda w, t: w.add(twice, t[0], (64,), (0,))))
+
+
+def test_neutral_tensors_are_passed_over(tmp_path):
+    def state(weights, table):
+        weights.add("model.decoder.layers.mlp.linear_fc1._extra_state", table[:2, 0], (2,), (0,))
+        weights.add("model.rotary_pos_emb.inv_freq", table[0, :4], (4,), (0,))
+        weights.add("optimizer.state.exp_avg.model.x", table[0], (64,), (0,))
+
+    with NemoReader(write(tmp_path / "m.nemo", SHAPE, state)) as reader:
+        assert reader.shape == SHAPE
+
+
+def test_a_head_beside_a_tied_table(tmp_path):
+    with NemoReader(write(tmp_path / "same.nemo", TIED, head(lambda table: table))) as reader:
+        assert reader.shape == TIED
+    for name, change in (("other", lambda table: table + 0.1), ("dtype", lambda table: table.bfloat16())):
+        with pytest.raises(MinitronError, match=r"output_layer.weight' differs .* share_embeddings_and_output_weights"):
+            NemoReader(write(tmp_path / f"{name}.nemo", TIED, head(change)))
