@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_minitron.errors import MinitronError
+
 Group = dist.ProcessGroup | None
+_T = TypeVar("_T")
 
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
@@ -62,3 +68,28 @@ def barrier(group: Group = None) -> None:
     """Wait for every rank of ``group`` (None: of the job, if there is one)."""
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.barrier(group)
+
+
+def from_first(compute: Callable[[], _T]) -> _T:
+    """What rank 0 of the job computes, on every rank; must be called by all.
+
+    Raises:
+        MinitronError: on every rank, where rank 0 raised it.
+    """
+    if size(world()) == 1:
+        return compute()
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = compute()
+        except MinitronError as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def is_first() -> bool:
+    """Whether this is rank 0 of the job."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -189,9 +189,10 @@ class Records:
     def _file(self, file: Path) -> str:
         stat = file.stat()
         name = str(file.resolve())
-        known = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        if self._digests.get(name, [])[:3] == known:
-            return self._digests[name][3]
+        # the time of change, unlike that of modification, is nobody's to set
+        known = [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+        if self._digests.get(name, [])[:-1] == known:
+            return self._digests[name][-1]
         digest = hashlib.sha256()
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):

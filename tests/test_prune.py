@@ -16,8 +16,9 @@ from transformers import LlamaForCausalLM
 from nemo_minitron.checkpoint import NemoReader, each_tensor
 from nemo_minitron.cli import main
 from nemo_minitron.convert import convert
-from nemo_minitron.data.blocks import data_fingerprint, token_blocks
+from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.plan import Plan
 from nemo_minitron.planning import make_plan

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from nemo_minitron.data.index import read_index
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
+from nemo_minitron.data.tokens import check_range, data_fingerprint, open_tokens, token_files
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def token_blocks(
     for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise MinitronError(f"{name} must be at least 1, found {value}")
-    stream = _open(prefix)
+    stream = open_tokens(prefix)
     width = seq_length + 1
     available = len(stream.tokens) // width
     wanted = available if num_samples is None else num_samples
@@ -69,7 +68,7 @@ def token_blocks(
     blocks = np.empty((wanted, width), dtype=np.int64)
     for row, start in enumerate(starts):
         blocks[row] = stream.tokens[start : start + width]
-    _check_range(blocks, starts, stream, prefix, vocab_size)
+    check_range(blocks, starts, stream, prefix, vocab_size)
     return torch.from_numpy(blocks)
 
 
@@ -83,7 +82,7 @@ def document_heads(prefix: str | Path, length: int, every: int = 1, *, vocab_siz
     """
     if length < 1 or every < 1:
         raise MinitronError(f"length and every must be at least 1, found {length} and {every}")
-    stream = _open(prefix)
+    stream = open_tokens(prefix)
     begins = np.concatenate(([0], stream.ends[:-1]))[::every]
     sizes = stream.ends[::every] - begins
     if (sizes < length).any():
@@ -92,18 +91,8 @@ def document_heads(prefix: str | Path, length: int, every: int = 1, *, vocab_siz
             f"{prefix}: document {short * every} has {sizes[short]} tokens, fewer than the {length} asked for"
         )
     heads = np.stack([stream.tokens[begin : begin + length] for begin in begins]).astype(np.int64)
-    _check_range(heads, begins, stream, prefix, vocab_size)
+    check_range(heads, begins, stream, prefix, vocab_size)
     return torch.from_numpy(heads)
-
-
-def data_fingerprint(prefix: str | Path) -> str:
-    """sha256 over the bytes of ``<prefix>.bin`` and then ``<prefix>.idx``: the data itself, not its path or date."""
-    digest = hashlib.sha256()
-    for path in _pair(prefix):
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def split_lists(data_prefix: Any, key: str = "model.data.data_prefix") -> list | dict[str, list]:
@@ -143,7 +132,7 @@ def _blend(value: Any, key: str) -> list:
     else:
         blend, prefixes = _weighted(items, weights, key)
     for prefix in prefixes:
-        _pair(prefix, key)
+        token_files(prefix, key)
     return blend
 
 
@@ -168,50 +157,6 @@ def _weight(item: Any) -> float | None:
         return float(item)
     except (TypeError, ValueError):
         return None
-
-
-class _Stream(NamedTuple):
-    tokens: np.ndarray
-    """All tokens of the ``.bin`` in order, memory-mapped."""
-    ends: np.ndarray
-    """int64, one past the last token of each document."""
-
-
-def _pair(prefix: str | Path, key: str | None = None) -> tuple[Path, Path]:
-    """The two files of a prefix, which must exist."""
-    said = f"{key}: " if key else ""
-    files = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-    for file in files:
-        if not file.is_file():
-            stem = str(prefix).removesuffix(".bin").removesuffix(".idx")
-            hint = f"; give the prefix without its extension: {stem}" if stem != str(prefix) else ""
-            near = sorted(file.parent.glob(f"{Path(prefix).name}*{file.suffix}")) if not hint else []
-            hint = hint or (f"; did you mean {near[0].with_suffix('')}?" if near else "")
-            raise MinitronError(f"{said}no file {file}{hint}")
-    return files
-
-
-def _open(prefix: str | Path) -> _Stream:
-    data, index = _pair(prefix)
-    if not data.stat().st_size:
-        raise MinitronError(f"{data}: expected tokens, found an empty file")
-    found = read_index(data, index)
-    return _Stream(np.memmap(data, dtype=found.dtype, mode="r"), found.ends)
-
-
-def _check_range(
-    rows: np.ndarray, starts: np.ndarray, stream: _Stream, prefix: str | Path, vocab_size: int | None
-) -> None:
-    if vocab_size is None:
-        return
-    bad = (rows < 0) | (rows >= vocab_size)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        document = int(np.searchsorted(stream.ends, starts[row] + column, side="right"))
-        raise MinitronError(
-            f"{prefix}: document {document} has token {rows[row, column]}, out of range for the model's vocabulary of "
-            f"{vocab_size}: the data was made with another tokenizer"
-        )
 
 
 def text_blocks(

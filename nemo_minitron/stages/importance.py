@@ -288,7 +288,8 @@ def _draw(
 ) -> tuple[Tensor, str]:
     import torch
 
-    from nemo_minitron.data.blocks import data_fingerprint, token_blocks
+    from nemo_minitron.data.blocks import token_blocks
+    from nemo_minitron.data.tokens import data_fingerprint
 
     blocks: list[Tensor] = []
     facts: list[tuple[str, int]] = []

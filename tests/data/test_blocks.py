@@ -11,9 +11,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_minitron.data.blocks import data_fingerprint, document_heads, split_lists, text_blocks, token_blocks
+from nemo_minitron.data.blocks import document_heads, split_lists, text_blocks, token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokenizer import TokenizerSpec
+from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
 
 LENGTHS = [7, 12, 3, 30, 1, 19, 8]
