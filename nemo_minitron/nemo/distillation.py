@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.data.blocks import data_fingerprint
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
@@ -124,7 +123,7 @@ class MinitronDistillModel(MinitronGPTModel):
         by_split = isinstance(lists, (Mapping, DictConfig))  # then test data teach nobody
         for items in [lists[split] for split in ("train", "validation")] if by_split else [lists]:
             # weights, and what lies at the prefixes, in their order
-            parts += [data_fingerprint(item) if isinstance(item, str) else str(item) for item in items]
+            parts += [self.data_contents[item] if isinstance(item, str) else str(item) for item in items]
         return Identity(
             teacher=teacher,
             data=hashlib.sha256("\n".join(parts).encode()).hexdigest(),

@@ -8,6 +8,7 @@ are logged.
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,7 @@ from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.nemo.index_cache import with_index
 from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
 
 
@@ -100,6 +102,7 @@ class MinitronGPTModel(MegatronGPTModel):
         super().__init__(cfg, trainer=trainer)
         self._validation_terms: list[tuple[dict[str, Tensor], Tensor]] = []
         self.consumed_tokens = 0
+        self.data_contents: dict[str, str] = {}
         self._step_started: float | None = None
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -154,13 +157,21 @@ class MinitronGPTModel(MegatronGPTModel):
         )
 
     def build_train_valid_test_datasets(self) -> Any:
-        """The parent's datasets, none of whose tokens is padding."""
+        """The parent's datasets, none of whose tokens is padding, with an index of just these data."""
         tokenizer = self.tokenizer
         self.tokenizer = _Unpadded(tokenizer)
         try:
-            return super().build_train_valid_test_datasets()
+            return with_index(self, super().build_train_valid_test_datasets, self.data_contents)
         finally:
             self.tokenizer = tokenizer
+
+    def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
+        """Samples before a checkpoint that is named after its step; the parent reads a number that was rounded to a
+        float32, and takes none where it finds none."""
+        steps = re.findall(r"step=(\d+)", str(ckpt_path))
+        if not steps or self.cfg.get("rampup_batch_size") is not None:
+            return super()._extract_consumed_samples_from_ckpt(ckpt_path)
+        return int(steps[-1]) * int(self.cfg.global_batch_size)
 
     def setup_transformer_engine_cp_groups(self) -> None:
         """Context-parallel streams exist only on CUDA."""

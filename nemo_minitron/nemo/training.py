@@ -8,79 +8,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
-from nemo_minitron import runtime
+from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
 from nemo_minitron.data.blocks import split_lists
 from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
+from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.nemo import weights
+from nemo_minitron.nemo.keep_best import KeepBest
+from nemo_minitron.nemo.metrics_log import MetricsLog
 from nemo_minitron.nemo.restore import job_config, load_model
+from nemo_minitron.nemo.resume import Start, decide, name_checkpoints
+from nemo_minitron.nemo.run_record import KeepRecord, RunRecord, content_of, identity
 from nemo_minitron.nemo.trainer import build_trainer, plain
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
 
 
-class KeepBest(Callback):
-    """Save the best model so far after each validation, and the last one when training ends.
-
-    ``path`` receives the best by ``monitor`` (lower is better), ``NAME.last.nemo`` beside it the last; both in the
-    dtype of the checkpoint that the run started from. A run without validation has its last model in both.
-    """
-
-    def __init__(self, path: Path, monitor: str = "val_loss") -> None:
-        self.path, self.monitor, self.best = path, monitor, math.inf
-
-    @property
-    def last_path(self) -> Path:
-        return self.path.with_name(self.path.name.removesuffix(".nemo") + ".last.nemo")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
-
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.global_step == 0:
-            return
-        if self.monitor not in trainer.callback_metrics:
-            raise MinitronError(
-                f"distill.monitor={self.monitor!r} is not logged; known: {sorted(trainer.callback_metrics)}"
-            )
-        value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best:
-            self.best = value
-            self._save(module, self.path)
-
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._save(module, self.last_path)
-        if math.isinf(self.best):
-            self._save(module, self.path)
-
-    @staticmethod
-    def _save(module: LightningModule, path: Path) -> None:
-        weights.save(module, path, module.storage_dtype)  # type: ignore[arg-type]
-
-
-def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss") -> MinitronGPTModel:
-    """Run one training from a command's full config and return the trained model.
+def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss") -> MinitronGPTModel | None:
+    """Run one training from a command's full config and return the trained model; None where it is done already.
 
     Logs every named loss to TensorBoard and CSV under the experiment's folder. A run is resumed from its last
-    checkpoint with ``exp_manager.resume_if_exists=true`` (weights, optimizer, schedule, data position).
+    checkpoint with ``exp_manager.resume_if_exists=true`` (weights, optimizer, schedule, data position, best so far).
 
     Raises:
-        MinitronError: before any weight is read and anything is written: a key is missing or contradicts the
-            checkpoint, the grid does not fit, data are missing, the output cannot be written, a teacher has another
-            vocabulary; later: token files of another vocabulary, or a loss that is not finite.
+        MinitronError: before any weight is read: a key is missing or contradicts the checkpoint, the grid does not fit,
+            data are missing, damaged or of ids that the model does not have, the output cannot be written, a teacher
+            has another vocabulary, what is to be resumed is another training; later: token files of another
+            vocabulary, or a loss that is not finite.
     """
     runtime.prepare()
     source = required(cfg, "model.restore_from_path")
@@ -102,29 +64,100 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         if Path(name).resolve() in (path.resolve(), keep.last_path.resolve()):
             raise MinitronError(f"model.nemo_path: '{path}' would replace '{name}', which is read; choose another name")
     with NemoReader(source) as reader:
-        job_config(reader, model_cfg)
+        job, grid = job_config(reader, model_cfg)
+        vocab_size = reader.shape.vocab_size
         if teacher is not None:
             cls.check_teacher(teacher, reader, model_cfg)  # type: ignore[attr-defined]
     if runtime.rank() == 0:
         for output in (path, keep.last_path):
             ArchiveWriter(output).abort()  # proves that it can be written, and leaves nothing
+    runtime.init_distributed(*grid, seed=int(model_cfg.seed))
+    prefixes = prefixes_of(model_cfg)
+    contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
     trainer = build_trainer(cfg, [keep])
-    folder = exp_manager(trainer, cfg.get("exp_manager"))
+    manager = plain(cfg.exp_manager) if cfg.get("exp_manager") is not None else None
+    start = Start(Path(trainer.default_root_dir))
+    if manager is not None:
+        command = "distill" if hasattr(cls, "set_teacher") else "finetune"
+        start = _start(command, cfg, job, manager, trainer, keep, teacher, contents, grid)
+    if start.done:
+        return None
+    folder = exp_manager(trainer, manager)
+    if start.checkpoint is not None:
+        trainer.ckpt_path = str(start.checkpoint)
     if folder is not None:
-        trainer.loggers = [*trainer.loggers, CSVLogger(str(folder), name="", version="csv")]
+        trainer.loggers = [*trainer.loggers, MetricsLog(folder, start.step if start.checkpoint else None)]
     check_checkpoint(trainer.ckpt_path)
     model = load_model(source, trainer, model_cfg, cls)
-    lists = plain(model_cfg.data).data_prefix
-    for items in lists.values() if isinstance(lists, Mapping) else [lists]:
-        check_tokens(model, [item for item in items if isinstance(item, str)], "model.data.data_prefix")
+    model.data_contents = contents
+    check_tokens(model, prefixes, "model.data.data_prefix")
     if hasattr(model, "set_teacher"):
         model.set_teacher(teacher, cfg.get("distill", {}))
+    if start.step == trainer.max_steps:
+        _only_finish(trainer, model, keep)
     trainer.fit(model)
+    if keep.record is not None and parallel.is_first():
+        outputs = {str(output.absolute()): content_of(output) for output in (path, keep.last_path)}
+        keep.record.write(finished={"step": trainer.global_step, "outputs": outputs})
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
         spent = f"{trainer.global_step} steps, {model.consumed_tokens:,} tokens"
         print(f"\n{spent}, {best} -> {path} (last: {keep.last_path})")
     return model
+
+
+def _start(
+    command: str,
+    cfg: DictConfig,
+    job: DictConfig,
+    manager: DictConfig,
+    trainer: Trainer,
+    keep: KeepBest,
+    teacher: str | None,
+    contents: dict[str, str],
+    grid: tuple[int, int],
+) -> Start:
+    """Decide where to begin, say so, and have the record of a run with checkpoints begun or continued."""
+    name_checkpoints(manager)
+    saves = bool(manager.get("create_checkpoint_callback", True))
+    if not (saves or manager.get("resume_if_exists") or manager.get("resume_from_checkpoint")):
+        return Start(Path(trainer.default_root_dir))
+    sizes = [*grid, runtime.world_size() // (grid[0] * grid[1])]
+
+    def begin() -> tuple[Start, dict[str, Any]]:
+        asked = identity(command, cfg, job, teacher, contents)
+        start = decide(manager, trainer, asked, sizes, (keep.path, keep.last_path))
+        record = RunRecord(start.folder)
+        if saves and not start.done and not (start.checkpoint and record.read()):
+            record.write(identity=asked, grid=sizes, max_steps=trainer.max_steps)
+        if start.line:
+            print(f"{command}: {start.line}", flush=True)
+        return start, record.content
+
+    start, content = parallel.from_first(begin)
+    if saves:
+        keep.record = RunRecord(start.folder)
+        keep.record.content = content
+        trainer.callbacks.append(KeepRecord(keep.record, start.step if start.checkpoint else None))  # type: ignore[attr-defined]
+    return start
+
+
+def _only_finish(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:
+    """Have ``fit`` restore a run that took all its steps and write what is asked for; Lightning would do nothing."""
+
+    def run() -> None:
+        trainer.fit_loop.setup_data()
+        keep.on_train_start(trainer, model)
+        keep.on_train_end(trainer, model)
+
+    trainer.fit_loop.run = run  # type: ignore[method-assign]
+
+
+def prefixes_of(model_cfg: DictConfig) -> list[str]:
+    """All token files that a run's ``model.data.data_prefix`` names, each once."""
+    lists = plain(model_cfg.data).data_prefix
+    items = [item for part in lists.values() for item in part] if isinstance(lists, Mapping) else list(lists)
+    return list(dict.fromkeys(item for item in items if isinstance(item, str)))
 
 
 def check_tokens(model: MinitronGPTModel, prefixes: Sequence[str], key: str) -> None:

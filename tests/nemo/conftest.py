@@ -74,13 +74,17 @@ def models(tmp_path_factory) -> Path:
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]  # equal sizes, two tokens exchanged
     (folder / "permuted_hf" / "tokenizer.json").write_text(json.dumps(content))
     convert(folder / "permuted_hf", folder / "permuted.nemo")
-    short = GQA.replace(max_position_embeddings=16)
-    convert(make_llama(folder / "short_hf", short), folder / "short.nemo")
+    few_positions = GQA.replace(max_position_embeddings=16)
+    convert(make_llama(folder / "short_hf", few_positions), folder / "short.nemo")
     bare = convert(folder / "hf", folder / "bare")
     shutil.rmtree(bare / "model_weights")
     (folder / "cut.nemo").write_bytes((folder / "model.nemo").read_bytes()[:-20_000])
     for name, tokenizer in (("own", "hf"), ("foreign", "larger_hf"), ("permuted", "permuted_hf")):
         preprocess("pydoc_topics", folder / name, tokenizer_type=str(folder / tokenizer))
+    whole, short = folder / "own_text_document", folder / "short_text_document"
+    shutil.copy(f"{whole}.idx", f"{short}.idx")
+    content = Path(f"{whole}.bin").read_bytes()
+    Path(f"{short}.bin").write_bytes(content[: len(content) // 4 * 2])
     return folder
 
 

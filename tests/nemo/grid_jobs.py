@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import multiprocessing
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +195,46 @@ def train(
             ],
         )
     )
+
+
+def train_aloud(said: str, *args: Any) -> None:
+    """:func:`train`, whose words go to the file ``said``."""
+    with open(said, "w", buffering=1) as stream, contextlib.redirect_stdout(stream):
+        train(*args)
+
+
+def train_killed(step: int, writing: bool, delay: float, said: str, *args: Any) -> None:
+    """:func:`train_aloud`, ended by SIGKILL with all its processes ``delay`` seconds after it begins a step, or, with
+    ``writing``, after it begins to write a checkpoint of that step or a later one."""
+    from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+    def die() -> None:
+        time.sleep(delay)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def arm() -> None:
+        if not armed:
+            armed.append(threading.Thread(target=die, daemon=True))
+            armed[0].start()
+
+    def on_train_batch_start(self: Any, *_: Any) -> None:
+        if not writing and self.trainer.global_step >= step:
+            arm()
+
+    def mark(path: Any, **options: Any) -> None:
+        before(path, **options)
+        if writing and int(str(path).split("step=")[1].split("-")[0]) >= step:
+            arm()
+
+    armed: list[threading.Thread] = []
+    before = NeMoModelCheckpoint.set_checkpoint_unfinished_marker
+    NeMoModelCheckpoint.set_checkpoint_unfinished_marker = staticmethod(mark)
+    MinitronGPTModel.on_train_batch_start = on_train_batch_start
+    train_aloud(said, *args)
 
 
 def curve(folder: Path, column: str = "train_lm_loss") -> dict[int, float]:

@@ -59,7 +59,16 @@ CASES = {
     "no model_weights": (["model.restore_from_path=DIR/bare"], "expected the member model_weights/"),
     "truncated": (["model.restore_from_path=DIR/cut.nemo"], "unexpected end of data"),
     "missing tokens": (["PREFIX=DIR/absent"], "absent"),
-    "tokens of another vocabulary": (["PREFIX=DIR/foreign_text_document"], "another vocabulary"),
+    "tokens of another vocabulary": (["PREFIX=DIR/permuted_text_document"], "another vocabulary"),
+    "ids beyond the vocabulary": (
+        ["PREFIX=DIR/foreign_text_document"],
+        "out of range for the model's vocabulary of 320",
+    ),
+    "tokens cut short": (["PREFIX=DIR/short_text_document"], "its index says"),
+    "checkpoints without a step": (
+        ["exp_manager.checkpoint_callback_params.filename='model-{val_loss}'"],
+        "expected '{step}' in it",
+    ),
     "sequence too long": (["model.data.seq_length=1000"], "max_position_embeddings=128"),
     "batch does not divide": (["model.global_batch_size=3", "model.micro_batch_size=2"], "model.global_batch_size (3)"),
     "unwritable": (["model.nemo_path=OUT/file/out.nemo"], "expected a writable destination"),
@@ -102,8 +111,8 @@ def test_bad_input_leaves_the_destination_untouched(name, case, models, tmp_path
     ]
     before = (models / "model.nemo").read_bytes()
     assert main([name, *keys]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minitron:")]
-    assert message in line
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("minitron:")]
+    assert message in lines[-1], lines
     assert {p.name: p.read_text() for p in out.iterdir()} == {"out.nemo": "an earlier model", "file": "in the way"}
     assert (models / "model.nemo").read_bytes() == before
     assert (tmp_path / "exp").exists() == (case in LATE)
