@@ -32,6 +32,7 @@ from nemo_minitron import __version__, lifeline
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.report.measures import ROLES, duration, gap_closed
 from nemo_minitron.staging import write_file
+from nemo_minitron.text import read_json
 
 Compose = Callable[..., DictConfig]
 """``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""
@@ -358,8 +359,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        return read_json(path)
+    except MinitronError:
         return {}  # a record cut short is no record
 
 

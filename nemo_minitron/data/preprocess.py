@@ -19,12 +19,13 @@ from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.text import one_line
+from nemo_minitron.text import one_line, read_json
 
 ON_BAD_RECORD = ("stop", "skip")
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_DOCUMENTS = 256
+_MOST_FACTS = 1 << 20
 
 
 def preprocess(
@@ -125,13 +126,17 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
         MinitronError: no record (the data was made by another tool), or one that does not belong to the ``.bin``.
     """
     path, data = Path(f"{prefix}.json"), Path(f"{prefix}.bin")
+    for file in (path, data):
+        if not file.is_file():
+            raise MinitronError(f"{file}: not found; `minitron preprocess` writes it with the tokens")
+    facts = read_json(path, _MOST_FACTS)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
         expected, found = facts["tokens"] * np.dtype(facts["dtype"]).itemsize, data.stat().st_size
-    except FileNotFoundError as error:
-        raise MinitronError(f"{error.filename}: not found; `minitron preprocess` writes it with the tokens") from None
+        for name, kind in (("fingerprint", str), ("vocab_size", int)):
+            if type(facts["tokenizer"][name]) is not kind:
+                raise TypeError(f"tokenizer.{name} is no {kind.__name__}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MinitronError(f"{path}: expected the record of `minitron preprocess`: {error!r}") from None
+        raise MinitronError(f"{path}: expected the record of `minitron preprocess`: {error!r:.200}") from None
     if expected != found:
         raise MinitronError(f"{path}: records {expected} bytes of tokens, but {data.name} has {found}: not its record")
     return facts

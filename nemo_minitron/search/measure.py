@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from nemo_minitron.report.measures import duration
 from nemo_minitron.scores import Scores
 from nemo_minitron.search.space import count, key_of
 from nemo_minitron.shape import ModelShape
+from nemo_minitron.text import read_json
 
 RUNNING = ("devices", "num_nodes", "accelerator", "precision")
 """Of the trainer, what every stage takes; the rest is about training."""
@@ -113,7 +113,11 @@ class Bench:
         known = settled(stages, self.records)
         for stage in () if known else stages:
             run_stage(stage, self.records, stage.name, quiet=True)
-        return float(json.loads(Path(stages[-1].outputs[0]).read_text())["val_loss"]), known
+        path = Path(stages[-1].outputs[0])
+        loss = read_json(path).get("val_loss")
+        if not isinstance(loss, int | float):
+            raise MinitronError(f"{path}: expected a val_loss, found {loss!s:.80}")
+        return float(loss), known
 
     def _zero_shot(self, shape: ModelShape) -> list[Stage]:
         key, student = key_of(shape), self._student(shape)

@@ -270,7 +270,7 @@ def test_facts_that_do_not_belong(hf, tmp_path):
     with pytest.raises(MinitronError, match="not its record"):
         read_facts(prefix)
     Path(f"{prefix}.json").write_text("[]")
-    with pytest.raises(MinitronError, match="expected the record"):
+    with pytest.raises(MinitronError, match="expected a JSON object"):
         read_facts(prefix)
     Path(f"{prefix}.json").unlink()
     with pytest.raises(MinitronError, match="not found"):
@@ -308,3 +308,25 @@ def test_stage(hf, tmp_path, capsys):
     assert "100%" in out.err
     with pytest.raises(MinitronError, match="output_prefix is required"):
         run(OmegaConf.create(cfg | {"output_prefix": "???"}))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"tokens": 3, "dtype": "uint16"}', "expected the record of `minitron preprocess`: KeyError"),
+        ('{"tokens": 3, "dtype": "uint16", "tokenizer": 7}', "TypeError"),
+        ('{"tokens": 3, "dtype": "uint16", "tokenizer": {"fingerprint": 7, "vocab_size": 8}}', "fingerprint is no str"),
+        ('{"tokens": 3, "dtype": "magic", "tokenizer": {}}', "TypeError"),
+        ('{"tokens": 4, "dtype": "uint16", "tokenizer": {"fingerprint": "f", "vocab_size": 8}}', "records 8 bytes"),
+        ('{"tokens": 3, "tokens": 3}', "'tokens' given twice"),
+        ('{"tokens": ' + "[" * 99_999, "expected JSON"),
+        ('{"tokens": "' + "x" * (1 << 20) + '"}', "expected at most 1048576 bytes"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_hostile_facts_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "d.bin").write_bytes(bytes(6))
+    (tmp_path / "d.json").write_text(content)
+    with pytest.raises(MinitronError, match=message) as caught:
+        read_facts(tmp_path / "d")
+    assert "d.json" in str(caught.value) and len(str(caught.value)) < 500
