@@ -14,7 +14,7 @@ from nemo_minitron.errors import MinitronError
 YAML_LIMIT = 1 << 20
 JSON_LIMIT = 32 << 20
 _MAX_EVENTS, _MAX_DEPTH, _MAX_NUMBER = 20_000, 64, 400
-_MAX_VALUES = 4_000_000
+_MAX_VALUES, _MAX_EXPANDED = 4_000_000, 100_000
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq")}
 
 
@@ -159,6 +159,34 @@ def _check_events(text: str) -> None:
                 raise ValueError("the key '_target_', which would run code")
             if len(event.value) > _MAX_NUMBER and event.value[0] in "+-.0123456789" and " " not in event.value:
                 raise ValueError(f"a number of {len(event.value)} characters")
+
+
+def check_aliases(data: bytes, where: str) -> None:
+    """Refuse YAML of a user's own whose aliases, written out, are more values than any config has.
+
+    Raises:
+        MinitronError: more than that.
+    """
+    import yaml
+
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and values before it began
+    sizes: dict[str | None, int] = {}
+    total = 0
+    try:
+        for event in yaml.parse(data.decode("utf-8"), Loader=_plain_loader()):
+            if isinstance(event, yaml.AliasEvent):
+                total += sizes.get(event.anchor, 0)
+            elif isinstance(event, yaml.NodeEvent):
+                total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, total))
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = open_nodes.pop()
+                sizes |= {anchor: 1 + total - before} if anchor else {}
+            if total > _MAX_EXPANDED:
+                raise MinitronError(f"{where}: expected at most {_MAX_EXPANDED} values, found aliases for more")
+    except (yaml.YAMLError, ValueError):
+        return  # whoever reads it says so
 
 
 def one_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from nemo_minitron import text
+from nemo_minitron.cli import main
 from nemo_minitron.errors import MinitronError
 
 MANY = 200_000
@@ -83,3 +84,17 @@ def test_read_file(tmp_path):
         text.read_json(tmp_path / "sparse", 1024)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+def bomb(levels):
+    return "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels))])
+
+
+def test_aliases_of_a_users_own_file_are_counted_before_they_are_written_out(tmp_path, capsys):
+    text.check_aliases(bomb(4).encode(), "f")
+    text.check_aliases(b"a: &a 1\nb: [*a, *a, *none]\nc: [", "f")  # what else is wrong others say
+    with pytest.raises(MinitronError, match="f: expected at most 100000 values, found aliases for more"):
+        text.check_aliases(bomb(12).encode(), "f")
+    (tmp_path / "mine.yaml").write_text(bomb(12))
+    assert main(["prune", f"--config-path={tmp_path}", "--config-name=mine.yaml"]) == 2
+    assert "mine.yaml: expected at most 100000 values, found aliases for more" in capsys.readouterr().err

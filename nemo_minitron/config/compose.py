@@ -23,6 +23,7 @@ from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.text import check_aliases
 
 CONF = "nemo_minitron.conf"
 CONF_DIR = Path(__file__).parents[1] / "conf"
@@ -158,6 +159,8 @@ def _load(name: str, source: Source) -> DictConfig:
         GlobalHydra.instance().clear()
     # Hydra looks for the file itself in one place only, and for what its defaults list names in all of them.
     home = next((folder for folder in source.folders if _yaml(folder, name).is_file()), None)
+    if home is not None:
+        check_aliases(_yaml(home, name).read_bytes(), str(_yaml(home, name)))
     others = [f"file://{folder}" for folder in source.folders if folder != home]
     start: Any
     if home is not None:
