@@ -437,7 +437,7 @@ def test_markdown_shows_text_as_it_is(text):
     html = MarkdownIt("commonmark", {"html": True}).render(markdown_escape(text))
     page = Page(html)
     assert page.text.strip() == text and [tag for tag, _ in page.tags] == ["p"]
-    assert "://" not in markdown_escape(text) and "www." not in markdown_escape(text), "some readers link these"
+    assert not re.search(r"\w://|www\.", markdown_escape(text)), "some readers link these"
 
 
 def test_a_code_block_cannot_be_closed_from_inside():
