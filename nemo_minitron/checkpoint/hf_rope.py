@@ -59,16 +59,19 @@ def write_rope(config: dict[str, Any], rope: Rope, fresh: bool) -> None:
         fresh: whether to write the older keys also where transformers would assume as much.
     """
     base, scaling = rope
-    older = {key: config.get(key) for key in ("rope_theta", "rope_scaling")}
-    # transformers 4 passes over a base inside
-    inner = {key: value for key, value in (older["rope_scaling"] or {}).items() if key != "rope_theta"}
-    if fresh or read_rope(older | {"rope_scaling": inner}, "config.json") != rope:
+    if fresh or not older_reads(config, rope):
         config["rope_theta"] = base
         config["rope_scaling"] = None if scaling is None else {"rope_type": "llama3", **_numbers(scaling)}
     newer = config.get("rope_parameters")
     if newer and read_rope({"rope_parameters": {"rope_theta": base, **newer}}, "config.json") != rope:
         config["rope_parameters"] = {"rope_type": "default" if scaling is None else "llama3", "rope_theta": base}
         config["rope_parameters"] |= {} if scaling is None else _numbers(scaling)
+
+
+def older_reads(config: Mapping[str, Any], rope: Rope) -> bool:
+    """Whether transformers 4, which knows the older keys alone and passes over a base inside, reads ``rope``."""
+    inner = {key: value for key, value in (config.get("rope_scaling") or {}).items() if key != "rope_theta"}
+    return read_rope({"rope_theta": config.get("rope_theta"), "rope_scaling": inner}, "config.json") == rope
 
 
 def _agree(found: Mapping[str, Any], where: str) -> None:

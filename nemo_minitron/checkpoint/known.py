@@ -49,14 +49,20 @@ class Keys:
             MinitronError: a key of ``only`` with another value.
         """
         for key, allowed in self.only.items():
-            value = found.get(key, self.absent.get(key, allowed[0]))
-            if not any(value == one and isinstance(value, str) == isinstance(one, str) for one in allowed):
-                raise MinitronError(f"{where}: {key} must be {_plain(allowed[0])}, found {_plain(value)}")
+            if problem := self.problem(key, found.get(key, self.absent.get(key, allowed[0]))):
+                raise MinitronError(f"{where}: {key} {problem}")
         unknown = [key for key in found if key not in self and not key.startswith(self.neutral_beginnings)]
         if unknown:
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             names = ", ".join(f"'{key:.60}'" if key.isprintable() else repr(key)[:60] for key in unknown[:8])
             notice(f"{where}: unknown and not used: {names}{more}")
+
+    def problem(self, key: str, value: Any) -> str | None:
+        """What is wrong with the value of a key: "must be X, found Y"; None where nothing is."""
+        allowed = self.only.get(key, (value,))
+        if any(value == one and isinstance(value, str) == isinstance(one, str) for one in allowed):
+            return None
+        return f"must be {_plain(allowed[0])}, found {_plain(value)}"
 
     def __contains__(self, key: str) -> bool:
         return key in self.applied or key in self.neutral or key in self.only

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import runtime
-from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint import NemoReader, known
 from nemo_minitron.checkpoint.nemo_gate import for_model_class
 from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, library_of
 from nemo_minitron.errors import MinitronError
@@ -76,6 +76,8 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
                     f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "
                     "the architecture always comes from the checkpoint: leave the key out"
                 )
+        elif value is not None and (problem := known.NEMO.problem(key, value)):
+            raise MinitronError(f"model.{key} {problem}; the architecture always comes from the checkpoint")
         elif key not in (*ARCHITECTURE, "encoder_seq_length", "tokenizer"):
             merged[key] = value
     cfg = OmegaConf.create(merged)

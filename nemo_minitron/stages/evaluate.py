@@ -51,6 +51,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def _shape(source: Path, on_grid: bool) -> ModelShape:
     """Sizes of the model; an HF folder, which only the harness reads, is refused where NeMo's model is wanted."""
     from nemo_minitron.checkpoint import HfReader, NemoReader
+    from nemo_minitron.checkpoint.hf_rope import older_reads
 
     if (source / "config.json").is_file():
         if on_grid:
@@ -59,7 +60,13 @@ def _shape(source: Path, on_grid: bool) -> ModelShape:
                 "convert`, or ask for evaluate.lm_eval.tasks alone (evaluate.perplexity=false)"
             )
         with HfReader(source) as reader:
-            return reader.shape
+            shape = reader.shape
+            if not older_reads(reader.hf_config, (shape.rotary_base, shape.rope_scaling)):  # the harness reads by them
+                raise MinitronError(
+                    f"{source}: config.json: expected RoPE in rope_theta and rope_scaling, which the harness's "
+                    "transformers reads, found it in rope_parameters alone; convert it to a .nemo and evaluate that"
+                )
+            return shape
     with NemoReader(source) as reader:
         return reader.shape
 

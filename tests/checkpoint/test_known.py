@@ -52,6 +52,13 @@ def test_what_is_absent_means_what_nemo_assumes(key):
         shape_from_nemo({name: value for name, value in CONFIG.items() if name != key}, SHAPE.padded_vocab_size)
 
 
+@pytest.mark.parametrize(("key", "value"), [("window_size", [64, 0]), ("drop_layers", [0])])
+def test_a_run_does_not_change_the_network(key, value):
+    restore = pytest.importorskip("nemo_minitron.nemo.restore")
+    with pytest.raises(MinitronError, match=rf"^model\.{key} must be"):
+        restore.merge_config(CONFIG, {key: value}, "m.nemo")
+
+
 def test_our_own_config_is_known_whole(capsys):
     assert shape_from_nemo(CONFIG, SHAPE.padded_vocab_size, where="own") == SHAPE
     shape_from_nemo(CONFIG | {"rope_flavour": "x"}, SHAPE.padded_vocab_size, where="other")
