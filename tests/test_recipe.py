@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -119,6 +120,18 @@ def test_dates_do_not_matter_but_content_does(demo):
     weights.write_text("2")
     assert demo() == ALL
     assert (demo.run_dir / "c.nemo").read_text().startswith("2")
+
+
+def test_content_under_the_same_size_and_dates_counts(demo):
+    """As ``cp -p`` or ``rsync -t`` may leave it."""
+    demo()
+    weights = demo.folder / "source" / "weights"
+    before = weights.stat()
+    text = weights.read_text()
+    weights.write_text("2" if text != "2" else "3")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size and weights.stat().st_ino == before.st_ino
+    assert demo() == ALL
 
 
 def test_a_new_file_in_an_input_folder_counts(demo):
