@@ -14,7 +14,7 @@ import pytest
 
 from nemo_minitron import cli
 from nemo_minitron.interruption import Interrupted, how_to_go_on, last_checkpoint, orderly_end
-from tests.test_lifeline import MINITRON, Marked, commands  # noqa: F401  a fixture
+from tests.test_lifeline import Marked, commands  # noqa: F401  a fixture
 
 CONVERT = ["convert", "input_name_or_path=a", "output_path=b"]
 
@@ -102,7 +102,7 @@ def test_how_to_go_on(tmp_path):
 def test_a_command_is_interrupted(commands, tmp_path, name, terminal):  # noqa: F811
     """By a signal to the first process, or to its whole group, as a terminal sends it."""
     own = [f"run_dir={tmp_path}/run"] if "recipe" in name else [f"exp_manager.exp_dir={tmp_path}/exp"]
-    job = Marked([*MINITRON, *commands[name], *(own if name != "preprocess" else [])], start_new_session=True)
+    job = Marked([*commands[name], *(own if name != "preprocess" else [])], start_new_session=True)
     while job.process.poll() is None and not begun(name, job, tmp_path):
         time.sleep(0.2)
     (os.killpg if terminal else os.kill)(job.process.pid, signal.SIGINT)

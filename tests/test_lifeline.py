@@ -107,7 +107,7 @@ def test_a_command_outlives_the_shell_that_started_it(tmp_path):
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory) -> dict[str, list[str]]:
-    """Long commands on a random model, by name."""
+    """Command lines of long work on a random model, by name."""
     folder = tmp_path_factory.mktemp("commands")
     convert(make_llama(folder / "hf", GQA), folder / "model.nemo")
     convert(make_llama(folder / "hf7", GQA, seed=7), folder / "student.nemo")
@@ -122,17 +122,19 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
         "trainer.val_check_interval=5", "trainer.limit_val_batches=1", f"exp_manager.exp_dir={folder}/exp",
         f"model.nemo_path={folder}/out.nemo",
     ]  # fmt: skip
-    distil = ["distill", *training, f"model.kd_teacher_restore_from_path={folder}/model.nemo"]
+    distil = [*MINITRON, "distill", *training, f"model.kd_teacher_restore_from_path={folder}/model.nemo"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     return {
         "checkpoints": distil,
         "two ranks": [*distil, "trainer.devices=2", f"exp_manager.exp_dir={folder}/exp2"],
-        "recipe": ["run", "recipe=tiny", f"run_dir={folder}/run"],
+        "torchrun": [*torchrun, "nemo_minitron", *distil[len(MINITRON) :], f"exp_manager.exp_dir={folder}/exp3"],
+        "recipe": [*MINITRON, "run", "recipe=tiny", f"run_dir={folder}/run"],
         "recipe on two ranks": [
-            "run", "recipe=tiny", f"run_dir={folder}/run2", "recipe.settings.devices=2",
+            *MINITRON, "run", "recipe=tiny", f"run_dir={folder}/run2", "recipe.settings.devices=2",
             "recipe.settings.global_batch_size=32",
         ],
         "preprocess": [
-            "preprocess", f"input={folder}/long.txt", f"tokenizer.type={folder}/model.nemo",
+            *MINITRON, "preprocess", f"input={folder}/long.txt", f"tokenizer.type={folder}/model.nemo",
             f"output_prefix={folder}/long", "workers=2",
         ],
     }  # fmt: skip
@@ -143,7 +145,7 @@ def test_twenty_kills(commands, capsys):
     dice, left, counts = random.Random(20), {}, []
     for number in range(20):
         name = list(commands)[number % len(commands)]
-        job = Marked([*MINITRON, *commands[name]])
+        job = Marked(commands[name])
         moment = dice.uniform(2, 50)
         time.sleep(moment)
         counts.append(len(job.alive()))

@@ -1,0 +1,458 @@
+"""Faults that a test must see: one change of one file each, and the test that is to fail by it.
+
+As a script it copies the package and the tests, and runs each test in a fork of one process that has imported torch:
+once as the code is, where all must pass, and once with each of its faults. ``python tests/mutants.py [WORDS …]`` takes
+the faults whose file or change has one of the words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 300
+
+
+class Mutant(NamedTuple):
+    """``old``, which occurs once in ``nemo_minitron/FILE``, becomes ``new``; then ``tests/TEST`` fails."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+_CONVERT, _FUSED = "test_convert.py::", "distill/test_fused.py::"
+_GATE = _CONVERT + "test_gate_and_up_are_what_transformers_makes_of_them"
+_TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
+_DECODER = "test_decoder.py::test_streams_and_logits_are_those_of_transformers"
+_REDUCED = "importance/test_reductions.py::"
+_DROPPED = "test_compensation.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
+
+MUTANTS = [
+    # layout and fusing
+    Mutant(
+        "layout.py",
+        '(_HM + "gate_proj.weight", _HM + "up_proj.weight")',
+        '(_HM + "up_proj.weight", _HM + "gate_proj.weight")',
+        _GATE,
+    ),
+    Mutant(
+        "layout.py",
+        '(_HA + "q_proj.weight", _HA + "k_proj.weight", _HA + "v_proj.weight")',
+        '(_HA + "q_proj.weight", _HA + "v_proj.weight", _HA + "k_proj.weight")',
+        _CONVERT + "test_fused_qkv_is_group_major",
+    ),
+    Mutant(
+        "checkpoint/fuse.py",
+        "return torch.cat(cells, dim=1).reshape(-1, *rest)",
+        "return torch.cat([c.flatten(0, 1) for c in cells]).reshape(-1, *rest)",
+        _CONVERT + "test_fused_qkv_is_group_major",
+    ),
+    Mutant(
+        "checkpoint/fuse.py",
+        "cells[:, per_group : per_group + 1], cells[:, per_group + 1 :])",
+        "cells[:, per_group + 1 :], cells[:, per_group : per_group + 1])",
+        _CONVERT + "test_round_trip_is_bit_identical",
+    ),
+    # the decoder
+    Mutant("decoder.py", "return F.silu(left) * right", "return left * F.silu(right)", _DECODER),
+    Mutant(
+        "decoder.py",
+        "(1 - alpha) * frequencies / scaling.factor + alpha * frequencies",
+        "alpha * frequencies / scaling.factor + (1 - alpha) * frequencies",
+        _DECODER,
+    ),
+    Mutant("decoder.py", "torch.cat((-high, low), dim=-1)", "torch.cat((high, -low), dim=-1)", _DECODER),
+    Mutant(
+        "decoder.py",
+        "keepdim=True) + epsilon)",
+        "keepdim=True))",
+        "test_decoder.py::test_norm_in_bfloat16_is_computed_in_float32",
+    ),
+    Mutant("decoder.py", "y = x.float()\n", "y = x\n", "test_decoder.py::test_norm_in_bfloat16_is_computed_in_float32"),
+    # losses
+    Mutant(
+        "distill/losses.py",
+        "return BlockLosses(tau**2 * kd,",
+        "return BlockLosses(kd,",
+        _FUSED + "test_one_rank_equals_dense",
+    ),
+    Mutant(
+        "distill/losses.py",
+        "(mix.kd_weight * tau * weights)",
+        "(mix.kd_weight * weights)",
+        _FUSED + "test_one_rank_equals_dense",
+    ),
+    Mutant(
+        "distill/losses.py",
+        "return max(0, min(rows, self.vocab_size - self.start))",
+        "return rows",
+        _FUSED + "test_padding_receives_no_gradient",
+    ),
+    Mutant("distill/losses.py", "local = index - self.start", "local = index", _TENSOR_PARALLEL),
+    Mutant(
+        "distill/losses.py",
+        "list(parallel.all_reduce(torch.stack(rows), self.group).double().unbind())",
+        "list(torch.stack(rows).double().unbind())",
+        _TENSOR_PARALLEL,
+    ),
+    Mutant(
+        "distill/losses.py",
+        "_scatter_add(z, column, ours, -mix.lm_weight * weights)\n    return",
+        "_scatter_add(z, column, ours, -weights)\n    return",
+        _FUSED + "test_one_rank_equals_dense",
+    ),
+    Mutant(
+        "distill/losses.py",
+        "return beta * of_q + (1.0 - beta) * of_p",
+        "return (1.0 - beta) * of_q + beta * of_p",
+        _FUSED + "test_one_rank_equals_dense",
+    ),
+    Mutant(
+        "distill/losses.py",
+        "kl = (log_q.exp() * (log_q - log_p)).sum(-1) + in_tail",
+        "kl = (log_q.exp() * (log_q - log_p)).sum(-1)",
+        _FUSED + "test_one_rank_equals_dense",
+    ),
+    # importance
+    Mutant(
+        "importance/reductions.py", "return absolute / count", "return plain.abs() / count", _REDUCED + "test_sequence"
+    ),
+    Mutant(
+        "importance/reductions.py",
+        "if mask is not None:",
+        "if mask is None:",
+        _REDUCED + "test_masked_tokens_do_not_count_whatever_they_hold",
+    ),
+    Mutant(
+        "importance/reductions.py",
+        "(square / samples - (plain / samples).square())",
+        "(square / samples)",
+        _REDUCED + "test_batch",
+    ),
+    Mutant(
+        "importance/reductions.py",
+        "runs = channels.unflatten(-1, (-1, width))",
+        "runs = channels.unflatten(-1, (width, -1)).transpose(-1, -2)",
+        _REDUCED + "test_heads_are_group_major_where_model_optimizer_reads_them_crosswise",
+    ),
+    Mutant(
+        "importance/depth.py",
+        "torch.diagonal(cosine, offset=1)",
+        "torch.diagonal(cosine, offset=2)",
+        "importance/test_stream.py::test_definitions",
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "for row, slope in enumerate((at_middle, at_leaving))",
+        "for row, slope in enumerate((at_leaving, at_middle))",
+        "importance/test_reconstruction.py::test_sensitivity_is_the_gradient_of_the_loss",
+    ),
+    Mutant(
+        "importance/layer_loss.py",
+        "zip(x, tokens[:, 1:], strict=True)",
+        "zip(x, tokens[:, :-1], strict=True)",
+        "importance/test_layer_loss.py::test_loss_is_that_of_the_model_without_the_layers",
+    ),
+    Mutant(
+        "importance/layer_loss.py",
+        "chosen = Removed(order[:count])",
+        "chosen = Removed(order[-count:])",
+        "importance/test_layer_loss.py::test_leave_one_out_and_contiguous",
+    ),
+    # plans
+    Mutant(
+        "planning.py",
+        'np.argsort(-worth, kind="stable")',
+        'np.argsort(worth, kind="stable")',
+        "test_planning.py::test_each_axis_keeps_its_best",
+    ),
+    Mutant(
+        "planning.py",
+        "tied = np.sort(order[at_cut])",
+        "tied = np.sort(order[at_cut])[::-1]",
+        "test_planning.py::test_ties_keep_the_lower_index",
+    ),
+    Mutant(
+        "planning.py",
+        "> TIE * np.maximum",
+        "> 0 * np.maximum",
+        "test_planning.py::test_noise_between_equals_never_changes_the_choice",
+    ),
+    Mutant(
+        "planning.py",
+        "if layer + 1 not in drop_layers",
+        "if layer not in drop_layers",
+        "test_planning.py::test_drop_layers_counts_from_one_and_may_drop_the_last",
+    ),
+    Mutant(
+        "planning.py",
+        "ffn = tuple(keep_top(worth[layer], new.ffn_hidden_size) for layer in layers)",
+        "ffn = tuple(keep_top(worth[at], new.ffn_hidden_size) for at, layer in enumerate(layers))",
+        "test_planning.py::test_width_indices_follow_the_kept_layers",
+    ),
+    Mutant(
+        "planning.py",
+        "(first,) = keep_top(-distance, 1)",
+        "(first,) = keep_top(distance, 1)",
+        "test_planning.py::test_layers_as_one_block",
+    ),
+    Mutant(
+        "plan.py",
+        "owners != [group for group in groups for _ in range(target.heads_per_group)]",
+        "sorted(set(owners)) != list(groups)",
+        "test_plan.py::test_heads_must_belong_to_kept_groups",
+    ),
+    # cutting
+    Mutant(
+        "rewrite.py",
+        "(first + heads % r, first + r, first + r + 1)",
+        "(first + heads % r, first + r + 1, first + r)",
+        "test_rewrite.py::test_zeroed_heads_leave_logits",
+    ),
+    Mutant(
+        "rewrite.py",
+        "return torch.cat((neurons, neurons + source.ffn_hidden_size))",
+        "return torch.cat((neurons, neurons + len(neurons)))",
+        "test_rewrite.py::test_zeroed_neurons_leave_logits",
+    ),
+    Mutant(
+        "rewrite.py",
+        "at = None if layer is None else plan.position(layer)",
+        "at = layer",
+        "test_rewrite.py::test_dropped_layers_leave_the_others",
+    ),
+    # compensation
+    Mutant("compensation.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * number + 1, self.ridge.ffn)", _DROPPED),
+    Mutant(
+        "compensation.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * dropped.stop - 2, self.ridge.ffn)", _DROPPED
+    ),
+    Mutant(
+        "compensation.py",
+        "2 * dropped.stop - 1, self.ridge.ffn)",
+        "2 * dropped.stop - 1, self.ridge.attention)",
+        _DROPPED,
+    ),
+    Mutant(
+        "compensation.py",
+        "gain = gain * self._scale(gain, output)",
+        "gain = gain / self._scale(gain, output)",
+        "test_compensation.py::test_the_final_norm_is_scaled_to_the_least_cross_entropy",
+    ),
+    Mutant(
+        "moments.py",
+        "torch.cholesky_solve(cross + lam * prior.T.to(cross), factor)",
+        "torch.cholesky_solve(cross, factor)",
+        "test_moments.py::test_ridge_solution_is_that_of_the_stacked_least_squares",
+    ),
+    Mutant(
+        "moments.py",
+        "lam = ridge * moment.diagonal().mean()\n    regularised",
+        "lam = ridge * moment.diagonal().sum()\n    regularised",
+        "test_moments.py::test_ridge_solution_is_that_of_the_stacked_least_squares",
+    ),
+    Mutant(
+        "rotation.py",
+        ".eigenvectors.flip(1)",
+        ".eigenvectors",
+        "test_rotation.py::test_untied_basis_is_orthonormal_and_keeps_the_most_energy",
+    ),
+    # files
+    Mutant(
+        "staging.py",
+        "            if path.is_file() or path.is_dir():\n                _sync(path)\n",
+        "            pass\n",
+        "test_flushed.py::test_flushed",
+    ),
+    Mutant(
+        "staging.py",
+        "            os.replace(self.path, self.destination)\n",
+        "            shutil.copy(self.path, self.destination)\n",
+        "test_staging.py::test_leftovers_go_and_the_living_stay",
+    ),
+    Mutant(
+        "staging.py",
+        "if old_enough and _is_free(lock, unknown=False):",
+        "if old_enough:",
+        "test_staging.py::test_leftovers_go_and_the_living_stay",
+    ),
+    Mutant(
+        "checkpoint/tar.py",
+        '".." in pure.parts',
+        "False",
+        "checkpoint/test_nemo_file.py::test_hostile_members_are_refused",
+    ),
+    Mutant(
+        "checkpoint/tar.py",
+        "if info.type not in _PLAIN or sparse:",
+        "if sparse:",
+        "checkpoint/test_nemo_file.py::test_hostile_members_are_refused",
+    ),
+    Mutant(
+        "checkpoint/pickles.py",
+        "if found is None:\n            raise pickle.UnpicklingError",
+        "if found is None:\n            return super().find_class(module, name)\n"
+        "        if found == ():\n            raise pickle.UnpicklingError",
+        "checkpoint/test_nemo_file.py::test_code_in_metadata_never_runs",
+    ),
+    # data
+    Mutant(
+        "data/blocks.py",
+        "width = seq_length + 1",
+        "width = seq_length",
+        "data/test_blocks.py::test_blocks_cut_the_stream_without_overlap_or_padding",
+    ),
+    Mutant(
+        "data/blocks.py",
+        "generator=torch.Generator().manual_seed(seed)",
+        "generator=None",
+        "data/test_blocks.py::test_blocks_are_shuffled_by_seed_alone",
+    ),
+    Mutant(
+        "data/index.py",
+        "if tokens != data.stat().st_size:",
+        "if tokens > data.stat().st_size:",
+        "data/test_index.py::test_truncated",
+    ),
+    # shapes and search
+    Mutant(
+        "shape.py",
+        "(self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels",
+        "(self.num_attention_heads + self.num_query_groups) * self.kv_channels",
+        "test_shape.py::test_parameter_counts",
+    ),
+    Mutant(
+        "search/space.py",
+        "return int(np.prod([len(sizes) for sizes in self.axes.values()]))",
+        "return int(np.sum([len(sizes) for sizes in self.axes.values()]))",
+        "search/test_space.py::test_blocks_hold_every_shape_once",
+    ),
+    Mutant(
+        "search/space.py",
+        'self.costs["num_parameters"], self.loss))',
+        'self.loss, self.costs["num_parameters"]))',
+        "search/test_space.py::test_scan_agrees_with_one_shape_at_a_time",
+    ),
+    Mutant(
+        "search/predict.py",
+        "return self.source_loss * np.exp(damage)",
+        "return self.source_loss * damage",
+        "search/test_predict.py::test_a_fit_on_enough_shapes_finds_the_coefficients_and_predicts_others",
+    ),
+    # the command line and its processes
+    Mutant(
+        "cli.py",
+        'print(f"minitron: {rank}{error}", file=sys.stderr)\n        return 2',
+        'print(f"minitron: {rank}{error}", file=sys.stderr)\n        return 1',
+        "test_cli.py::test_user_errors_are_one_line_and_status_2",
+    ),
+    Mutant(
+        "interruption.py",
+        "class Interrupted(SystemExit)",
+        "class Interrupted(KeyboardInterrupt)",
+        "test_interruption.py::test_ctrl_c_unwinds_a_command_and_says_how_to_go_on",
+    ),
+    Mutant("interruption.py", "path.stat().st_mtime >= since", "True", "test_interruption.py::test_how_to_go_on"),
+    Mutant(
+        "launch.py",
+        "failure.exitcode == 2 and isinstance(message, dict)",
+        "isinstance(message, dict)",
+        "test_launch.py::test_explanations",
+    ),
+    Mutant(
+        "lifeline.py",
+        "        os.register_at_fork(after_in_child=_hold_fork)\n",
+        "        pass\n",
+        "test_lifeline.py::test_a_family_ends_with_its_head",
+    ),
+]
+
+
+def main(words: list[str]) -> int:
+    """Print each fault that no test sees, and how many; the exit status says whether there are any."""
+    chosen = [m for m in MUTANTS if not words or any(word in m.file + m.old + m.new for word in words)]
+    if "SHARD" in os.environ:  # 0/3 is every third, from the first
+        first, step = map(int, os.environ["SHARD"].split("/"))
+        chosen = chosen[first::step]
+    started, troubles, survivors = time.monotonic(), [], []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Path(folder)
+        for name in ("nemo_minitron", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "setup.py", "README.md", "docs", "conf", "tutorials"):
+            (copy / name).symlink_to(ROOT / name)
+        import numpy  # noqa: F401
+        import pytest  # noqa: F401
+        import torch
+        import transformers  # noqa: F401
+
+        torch.set_num_threads(1)
+        if (code := _run(copy, *sorted({m.test for m in chosen}))) != 0:
+            troubles.append(f"where nothing is changed, the tests end with {code}")
+        for number, mutant in enumerate(chosen):
+            path = copy / "nemo_minitron" / mutant.file
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                troubles.append(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
+                continue
+            path.write_text(text.replace(mutant.old, mutant.new))
+            code = _run(copy, mutant.test)
+            path.write_text(text)
+            print(f"{number + 1}/{len(chosen)} {mutant.file}: {_VERDICTS.get(code, f'ends with {code}')}", flush=True)
+            if code == 0:
+                survivors.append(mutant)
+            elif code not in _VERDICTS:
+                troubles.append(f"{mutant} ends with {code}")
+    for line in (*troubles, *(f"survived: {mutant}" for mutant in survivors)):
+        print(line)
+    print(f"{len(chosen)} mutants in {time.monotonic() - started:.0f} s, troubles: {len(troubles)}")
+    print(f"survivors: {len(survivors)}")
+    return 1 if survivors or troubles else 0
+
+
+_VERDICTS = {0: "survives", 1: "is seen", -signal.SIGKILL: "is seen: it hangs"}
+
+
+def _run(copy: Path, *tests: str) -> int:
+    """Exit status of pytest, from a fork that has not imported the package yet."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.setsid()
+            os.chdir(copy)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            sys.path[:0] = [str(copy)]
+            os.environ["PYTHONPATH"] = str(copy)
+            sys.dont_write_bytecode = True
+            import pytest
+
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + TIMEOUT_S
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            ended = os.waitpid(pid, 0)
+            break
+        time.sleep(0.05)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+if __name__ == "__main__":
+    sys.path = [place for place in sys.path if Path(place or ".").resolve() not in (ROOT, ROOT / "tests")]
+    sys.exit(main(sys.argv[1:]))
