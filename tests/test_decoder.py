@@ -39,3 +39,12 @@ def test_norm_in_bfloat16_is_computed_in_float32():
     found = rms_norm(x, weight, 1e-5)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)
+
+
+def test_norm_of_a_small_stream_is_that_of_transformers():
+    """Where the mean square is as small as epsilon, which else changes nothing that a tolerance sees."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x = 1e-3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    norm = LlamaRMSNorm(32, eps=1e-5)
+    torch.testing.assert_close(rms_norm(x, norm.weight, 1e-5), norm(x), rtol=1e-5, atol=1e-8)

@@ -75,6 +75,15 @@ def test_heads_must_belong_to_kept_groups():
         )
 
 
+def test_every_kept_group_keeps_equally_many_heads():
+    shape = SHAPE.replace(num_attention_heads=6, num_query_groups=2)
+    whole = Plan.identity(shape, "f" * 64)
+    four = {"target": shape.replace(num_attention_heads=4), "heads": ((0, 2, 3, 4),) * shape.num_layers}
+    assert dataclasses.replace(whole, **four).heads[0] == (0, 2, 3, 4)
+    with pytest.raises(MinitronError, match="must keep 2 heads of each kept group"):
+        dataclasses.replace(whole, **four | {"heads": ((0, 1, 2, 3),) * shape.num_layers})
+
+
 def test_missing_plan_and_unwritable_output(tmp_path):
     with pytest.raises(MinitronError, match=r"none.yaml: expected a readable file, found: No such file"):
         Plan.load(tmp_path / "none.yaml")
