@@ -321,7 +321,7 @@ MUTANTS = [
         "data/index.py",
         "if tokens != data.stat().st_size:",
         "if tokens > data.stat().st_size:",
-        "data/test_index.py::test_truncated",
+        "data/test_index.py::test_hostile_indices",
     ),
     # shapes and search
     Mutant(
@@ -351,8 +351,8 @@ MUTANTS = [
     # the command line and its processes
     Mutant(
         "cli.py",
-        'print(f"minitron: {rank}{error}", file=sys.stderr)\n        return 2',
-        'print(f"minitron: {rank}{error}", file=sys.stderr)\n        return 1',
+        'print(f"minitron: {rank}{message}", file=sys.stderr)\n        return 2',
+        'print(f"minitron: {rank}{message}", file=sys.stderr)\n        return 1',
         "test_cli.py::test_user_errors_are_one_line_and_status_2",
     ),
     Mutant(

@@ -90,6 +90,8 @@ def test_explanations(tmp_path):
     failed, status = explain(r0=failure(1), r1=ended)
     assert failed.startswith("rank 0 (pid 77) failed with exit status 1") and status == 1
     assert explain(r1=failure(2, "key: expected 1, found 2", tmp_path), r0=ended) == ("key: expected 1, found 2", 2)
+    failed, status = explain(r1=failure(1, "a message beside another status", tmp_path), r0=ended)
+    assert failed.startswith("rank 1 (pid 77) failed with exit status 1") and status == 1
 
 
 def test_only_a_rank_whose_agent_reports_hands_its_error_over(tmp_path, monkeypatch):

@@ -60,6 +60,7 @@ def test_as_megatron_reads_it(files):
         ({"rest": b"\0"}, "found 115 bytes"),
         ({"sequences": (3, 2, 4, -1)}, "a sequence of -1 tokens"),
         ({"sequences": (3, 2, 4, 2)}, "its index says 22 bytes, found 20"),
+        ({"sequences": (3, 2, 4, 0)}, "its index says 18 bytes, found 20"),
         ({"sequences": (2**31 - 1,) * 4}, "found 20"),
         ({"pointers": (0, 6, 10, 19)}, "do not follow one another in d.bin"),
         ({"pointers": (0, 6, 6, 18)}, "do not follow one another in d.bin"),
