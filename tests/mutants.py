@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300
+"""Of one test."""
 
 
 class Mutant(NamedTuple):
@@ -442,7 +443,7 @@ def _run(copy: Path, *tests: str) -> int:
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
         finally:
             os._exit(code)
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + TIMEOUT_S * len(tests)
     while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
