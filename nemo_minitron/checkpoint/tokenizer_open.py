@@ -119,15 +119,15 @@ def _from_hub(name: str, key: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
 
 
-def asked_folder(asked: Mapping[str, Any] | None, key: str) -> Path | None:
-    """Folder of the tokenizer that a run's own section asks for; None where it asks for none.
+def asked_for(asked: Mapping[str, Any] | None, key: str) -> dict[str, str]:
+    """What a run's own tokenizer section asks for: ``type`` or ``model``, or nothing.
 
     Args:
         asked: ``library``, ``type`` and ``model``, as NeMo names them.
         key: the section's name in messages.
 
     Raises:
-        MinitronError: another key that has a value, another library, both ``type`` and ``model``, or nothing there.
+        MinitronError: another key that has a value, another library, or both ``type`` and ``model``.
     """
     if asked is not None and not isinstance(asked, Mapping):
         raise MinitronError(f"{key} must be a section with type or model, found {asked!r:.80}")
@@ -140,13 +140,24 @@ def asked_folder(asked: Mapping[str, Any] | None, key: str) -> Path | None:
             f"{key}.{name} must be absent: a tokenizer is used as its files have it, and code of theirs is never run; "
             f"found {given[name]!r:.80}"
         )
-    if "type" in given and "model" in given:
+    wanted = {name: str(given[name]) for name in ("type", "model") if name in given}
+    if len(wanted) == 2:
         raise MinitronError(f"{key}: expected one of {key}.type and {key}.model, found both")
-    if "type" in given:
-        return find_folder(str(given["type"]), f"{key}.type")
-    if "model" not in given:
+    return wanted
+
+
+def asked_folder(asked: Mapping[str, Any] | None, key: str) -> Path | None:
+    """Local folder of the tokenizer that :func:`asked_for` finds; None where nothing is asked for.
+
+    Raises:
+        MinitronError: as there; nothing where it says, or no sentencepiece model.
+    """
+    wanted = asked_for(asked, key)
+    if "type" in wanted:
+        return find_folder(wanted["type"], f"{key}.type")
+    if "model" not in wanted:
         return None
-    file = Path(str(given["model"])).expanduser()
+    file = Path(wanted["model"]).expanduser()
     if not file.is_file():
         raise MinitronError(f"{key}.model: no sentencepiece file at '{file}'")
     load_sentencepiece(file, f"{key}.model: '{file}'")
@@ -164,8 +175,10 @@ class Carrier(Protocol):
 
 def choose(reader: Carrier, asked: Mapping[str, Any] | None, key: str) -> Path | None:
     """Folder of the tokenizer that a checkpoint carries, else of the one that a run asks for, see :func:`asked_folder`;
-    None without either. A tokenizer that is asked for in vain is said."""
-    packed, given = reader.tokenizer_folder(), asked_folder(asked, key)
-    if packed is not None and given is not None and given.resolve() != packed.resolve():
+    None without either. What is asked for in vain is not opened, and that is said."""
+    packed = reader.tokenizer_folder()
+    if packed is None:
+        return asked_folder(asked, key)
+    if asked_for(asked, key):
         notice(f"{reader.path} carries its own tokenizer, which is used; {key} is not")
-    return packed or given
+    return packed

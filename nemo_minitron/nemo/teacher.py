@@ -35,7 +35,6 @@ SHARED_WITH_STUDENT = (
     "transformer_engine",
     "seed",
     "optim",
-    "tokenizer",  # for a checkpoint that carries none
 )
 
 
@@ -55,9 +54,10 @@ class Teacher:
         self._student = student
         self._grid: Callable[[], AbstractContextManager[None]] = nullcontext
         run = {key: student.cfg[key] for key in SHARED_WITH_STUDENT if key in student.cfg} | {"global_batch_size": 0}
-        run["tokenizer"] = {"type": str(student.tokenizer_folder)}
         with NemoReader(path) as reader:
             shape = reader.shape
+            if reader.tokenizer_folder() is None:
+                run["tokenizer"] = {"type": str(student.tokenizer_folder)}
         if not shape.splits_over(student.cfg.get("tensor_model_parallel_size", 1) or 1):
             # its heads or groups do not divide over the student's ranks
             self._grid = runtime.whole_on_each_rank

@@ -59,6 +59,8 @@ class Bench:
         trainer = OmegaConf.to_container(cfg.trainer)
         self._running = {name: trainer[name] for name in RUNNING if name in trainer}  # type: ignore[operator,call-overload,index]
         self._grid = {name: cfg.model.get(name) for name in GRID}
+        if cfg.model.get("tokenizer") is not None:  # of a teacher that carries none
+            self._grid["tokenizer"] = OmegaConf.to_container(cfg.model.tokenizer, resolve=True)
         self._stages: dict[str, Stage] = {}
         self._plans: dict[str, Plan] = {}
 
