@@ -140,7 +140,7 @@ def asked_for(asked: Mapping[str, Any] | None, key: str) -> dict[str, str]:
             f"{key}.{name} must be absent: a tokenizer is used as its files have it, and code of theirs is never run; "
             f"found {given[name]!r:.80}"
         )
-    wanted = {name: str(given[name]) for name in ("type", "model") if name in given}
+    wanted: dict[str, str] = {name: str(given[name]) for name in ("type", "model") if name in given}
     if len(wanted) == 2:
         raise MinitronError(f"{key}: expected one of {key}.type and {key}.model, found both")
     return wanted

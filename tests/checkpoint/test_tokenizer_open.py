@@ -24,15 +24,16 @@ def pair(tmp_path_factory):
     return hf, convert(hf, folder / "m.nemo")
 
 
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    """A sentencepiece model of fewer pieces than the table has rows."""
+def pieces(count):
+    """A sentencepiece model of so many pieces."""
+    from pydoc_data.topics import topics
+
     from sentencepiece import SentencePieceTrainer
 
     made = io.BytesIO()
-    lines = [f"a few words, number {n}, and others" for n in range(200)]
+    lines = [line for text in list(topics.values())[:8] for line in text.splitlines() if line.strip()]
     SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=made, vocab_size=48, minloglevel=2, bos_id=1, eos_id=2, unk_id=0
+        sentence_iterator=iter(lines), model_writer=made, vocab_size=count, minloglevel=2, bos_id=1, eos_id=2, unk_id=0
     )
     return made.getvalue()
 
@@ -128,21 +129,22 @@ def test_a_tokenizer_that_does_not_fit_is_not_taken(pair, tmp_path):
         convert(file, tmp_path / "again", tokenizer={"type": str(larger)})
 
 
-def test_a_sentencepiece_member_comes_along(pair, pieces, tmp_path):
+def test_a_sentencepiece_member_comes_along(pair, tmp_path):
+    model = pieces(300)
     section = {"library": "sentencepiece", "type": None, "model": "nemo:abc_tokenizer.model"}
-    file = of_nemos_own(pair[1], tmp_path / "sp.nemo", section, abc_tokenizer__model=pieces)
+    file = of_nemos_own(pair[1], tmp_path / "sp.nemo", section, abc_tokenizer__model=model)
     out = convert(file, tmp_path / "out")
-    assert (out / "tokenizer.model").read_bytes() == pieces
+    assert (out / "tokenizer.model").read_bytes() == model
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
     with NemoReader(file) as reader:
         folder = reader.tokenizer_folder()
-        assert library_of(folder) == "sentencepiece" and facts(folder)[0] == 48
+        assert library_of(folder) == "sentencepiece" and facts(folder)[0] == 300
         with NemoWriter(tmp_path / "copy.nemo", reader.config, reader.shape, reader.dtype, tokenizer=folder) as writer:
             for parameter, layer in each_tensor(reader.shape):
                 writer.write(parameter, reader.tensor(parameter, layer), layer)
     with tarfile.open(tmp_path / "copy.nemo") as copy:  # as NeMo itself finds it
-        assert copy.extractfile("./abc_tokenizer.model").read() == pieces
+        assert copy.extractfile("./abc_tokenizer.model").read() == model
     with NemoReader(tmp_path / "copy.nemo") as reader:
         assert reader.tokenizer_folder() == folder
 
