@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import socket
 import sys
 import tarfile
 from pathlib import Path
@@ -31,6 +32,8 @@ _watched: list[tuple[str, object]] | None = None
 def _audit(event: str, args: tuple) -> None:
     if _watched is None:
         return
+    if event == "socket.connect" and args[0].family == socket.AF_UNIX:
+        return  # the C library asks the machine's own name service
     if event in ("os.system", "socket.connect", "pty.spawn") or (
         event in ("open", "os.listdir", "os.scandir", "import") and str(TRAP) in repr(args[:1])
     ):
@@ -226,7 +229,8 @@ def test_a_config_full_of_names_does_what_a_clean_one_does(name, good, tmp_path,
     finally:
         seen, _watched = _watched, None
     assert status == 0, capsys.readouterr().err
-    assert [event for event in seen if event[0] != "socket.connect"] == [] and not (TRAP / "ran").exists()
+    remote = [event for event in seen if event[0] != "socket.connect"]  # ranks of one machine meet over a socket
+    assert remote == [] and not (TRAP / "ran").exists()
     if name == "evaluate":
         (tmp_path / "clean").mkdir()
         assert main([name, *commands(good, good / "m.nemo", tmp_path / "clean")[name]]) == 0
