@@ -117,5 +117,5 @@ def begun(name: str, job: Marked, folder: Path) -> bool:
     if "recipe" in name:
         return (folder / "run/corrected.nemo").exists()
     if name == "preprocess":
-        return len(job.alive()) >= 5
+        return len(job.alive()) >= 3  # multiprocessing has begun its servers
     return any(folder.glob("exp/**/*-last"))
