@@ -22,6 +22,7 @@ from yaml import YAMLError
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
+from nemo_minitron.config.values import check as check_values
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.text import check_aliases
 
@@ -121,6 +122,7 @@ def compose(
             options = "".join(f"; {name} is one of {', '.join(o)}" for name in missing if (o := group_options(name)))
             raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
         check.resolve(plain)
+        check_values(command, cast(dict, OmegaConf.to_container(plain)))
     return plain
 
 
