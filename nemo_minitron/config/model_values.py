@@ -221,4 +221,3 @@ MODEL: Rules = {
     "data": DATA,
     "optim": OPTIM,
 }
-

@@ -49,7 +49,7 @@ TRAINER: Rules = FORWARD | {
         either(whole(0), number(above=0.0, below=1.0000001)),
         "global batches of each validation, or the share of all that there are; 0 for no validation",
     ),
-    **each("limit_test_batches limit_predict_batches", neutral("there is no test loop here; minitron evaluate measures")),
+    **each("limit_test_batches limit_predict_batches", neutral("nothing is tested here; minitron evaluate measures")),
     "overfit_batches": fixed((0, 0.0), "give a small data set by model.data.data_prefix"),
     "val_check_interval": applied(
         either(whole(1), number(above=0.0, below=1.0000001)),
@@ -172,7 +172,7 @@ EXP_MANAGER: Rules = {
     "create_preemption_callback": applied(boolean, "on GPUs, write a checkpoint at SIGTERM"),
     "files_to_copy": applied(list_of(text), "files copied to the run's folder"),
     "log_step_timing": applied(boolean, "log the seconds of a step"),
-    "log_delta_step_timing": fixed((False,), "it prints to a log that is not shown; log_step_timing logs to all loggers"),
+    "log_delta_step_timing": fixed((False,), "it prints to a log that is not shown; take log_step_timing"),
     "step_timing_kwargs": {
         "reduction": applied(choice("mean", "sum", "min", "max", "none"), "over buffer_size steps"),
         "sync_cuda": applied(boolean, "wait for the GPU first"),

@@ -34,7 +34,9 @@ def check(command: str, cfg: Mapping[str, Any]) -> None:
         _walk({name: rule for name, rule in FORWARD.items()}, cfg.get("trainer") or {}, "trainer", known_only=False)
         precision = (cfg.get("trainer") or {}).get("precision")
         if str(precision) in ("16", "16-mixed"):
-            raise MinitronError(f"trainer.precision: expected 32 or bf16, found {shown(precision)}: only trainings scale")
+            raise MinitronError(
+                f"trainer.precision: expected 32 or bf16, found {shown(precision)}: only trainings scale"
+            )
         return
     if command not in TRAININGS or (command == "search" and not (cfg.get("model") or {}).get("restore_from_path")):
         return
@@ -143,6 +145,9 @@ def schedule_arguments(sched: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": sched["name"]} | {k: v for k, v in sched.items() if k in heeded and v is not None}
 
 
+_PARTS = ("warmup", "constant", "hold")
+
+
 def _check_schedule(sched: Mapping[str, Any], lr: float, max_steps: int) -> None:
     name, key = sched["name"], "model.optim.sched"
     taken = schedule_arguments(sched)
@@ -150,9 +155,13 @@ def _check_schedule(sched: Mapping[str, Any], lr: float, max_steps: int) -> None
         silent = other in ("name", "max_steps", "last_epoch", "monitor", "reduce_on_plateau", "min_lr")
         if value and not silent and other not in taken:
             raise MinitronError(f"{key}.{other}={shown(value)}: {name} has no such part; leave it out")
-    for part in ("warmup", "constant", "hold"):
+    for part in _PARTS:
         if taken.get(f"{part}_steps") and taken.get(f"{part}_ratio"):
             raise MinitronError(f"{key}.{part}_steps and {key}.{part}_ratio: give one of them")
+    parts = {part: taken.get(f"{part}_steps") or int((taken.get(f"{part}_ratio") or 0) * max_steps) for part in _PARTS}
+    if (parts["constant"] or parts["hold"]) and sum(parts.values()) > max_steps:
+        told = " + ".join(f"{key}.{part}_steps={steps}" for part, steps in parts.items() if steps)
+        raise MinitronError(f"{told}: more than trainer.max_steps={max_steps}; set them for a run of that length")
     if sched.get("max_steps") not in (None, -1, max_steps):
         raise MinitronError(
             f"{key}.max_steps={sched['max_steps']} disagrees with trainer.max_steps={max_steps}, which is used: leave "
@@ -160,9 +169,7 @@ def _check_schedule(sched: Mapping[str, Any], lr: float, max_steps: int) -> None
         )
     low = sched.get("min_lr") or 0
     if lr < low:
-        raise MinitronError(
-            f"model.optim.lr={lr} is below {key}.min_lr={low}, which the schedule ends with; set both"
-        )
+        raise MinitronError(f"model.optim.lr={lr} is below {key}.min_lr={low}, which the schedule ends with; set both")
 
 
 def _check_logging(manager: Mapping[str, Any]) -> None:
@@ -173,7 +180,9 @@ def _check_logging(manager: Mapping[str, Any]) -> None:
                     f"exp_manager.explicit_log_dir and exp_manager.{other}={manager[other]}: give one of them"
                 )
     if manager.get("log_local_rank_0_only") and manager.get("log_global_rank_0_only"):
-        raise MinitronError("exp_manager.log_local_rank_0_only and exp_manager.log_global_rank_0_only: give one of them")
+        raise MinitronError(
+            "exp_manager.log_local_rank_0_only and exp_manager.log_global_rank_0_only: give one of them"
+        )
     if manager.get("create_wandb_logger") and not (manager.get("wandb_logger_kwargs") or {}).get("project"):
         raise MinitronError(
             "exp_manager.wandb_logger_kwargs.project: exp_manager.create_wandb_logger=true needs a project, found none"
@@ -233,6 +242,4 @@ def _check_checkpoints(params: Mapping[str, Any], validated: set[str], logged: s
 def _known_value(key: str, value: Any, known: set[str]) -> None:
     if value not in known:
         listed = ", ".join(sorted(known)) or "nothing, as trainer.limit_val_batches is 0"
-        raise MinitronError(
-            f"{key}={value}: not logged in time; known: {listed}.{did_you_mean(str(value), known)}"
-        )
+        raise MinitronError(f"{key}={value}: not logged in time; known: {listed}.{did_you_mean(str(value), known)}")

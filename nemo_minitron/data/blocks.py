@@ -143,8 +143,10 @@ def _weighted(items: list, weights: list[float | None], key: str) -> tuple[list,
             f"{key} must alternate weights and prefixes ([0.7, a_text_document, 0.3, b_text_document]), found {items}"
         )
     values = [float(weight) for weight in weights[::2] if weight is not None]
-    if not all(0 <= weight < float("inf") for weight in values) or not sum(values):
-        raise MinitronError(f"{key}: weights must be finite, not negative and not all zero, found {values}")
+    if not all(0 < weight < float("inf") for weight in values):
+        raise MinitronError(
+            f"{key}: weights must be finite and above 0, found {values}; leave out a prefix that is not to be used"
+        )
     prefixes = [str(item) for item in items[1::2]]
     blend: list = []
     for weight, prefix in zip(values, prefixes, strict=True):

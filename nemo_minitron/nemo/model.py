@@ -158,12 +158,34 @@ class MinitronGPTModel(MegatronGPTModel):
 
     def build_train_valid_test_datasets(self) -> Any:
         """The parent's datasets, none of whose tokens is padding, with an index of just these data."""
-        tokenizer = self.tokenizer
+        tokenizer, limit = self.tokenizer, self.trainer.limit_val_batches
         self.tokenizer = _Unpadded(tokenizer)
+        self.trainer.limit_val_batches = limit or 1  # Megatron has no blend of no samples
+        self.trainer.limit_test_batches = 1
         try:
             return with_index(self, super().build_train_valid_test_datasets, self.data_contents)
         finally:
-            self.tokenizer = tokenizer
+            self.tokenizer, self.trainer.limit_val_batches = tokenizer, limit
+            self.trainer.limit_test_batches = 0
+
+    def setup_test_data(self, cfg: DictConfig) -> None:
+        """Nothing is tested here: ``minitron evaluate`` does."""
+        self._test_dl = None
+
+    def _reconfigure_limit_batches(self, limit_batches: int | float, dataloader: Any, mode: str) -> None:
+        """The trainer's limits in micro-batches.
+
+        The parent takes the remainder of a share where that of its batches is meant, so that half of them is none, and
+        multiplies the batches of the sanity check twice, once per mode.
+        """
+        micro = get_num_microbatches()
+        if isinstance(limit_batches, float) and dataloader is not None:
+            limit_batches = int(limit_batches * (len(dataloader) // micro))
+        if mode == "train":
+            self.trainer.limit_train_batches = limit_batches * micro
+        else:
+            self.trainer.limit_val_batches = limit_batches * micro
+            self.trainer.num_sanity_val_steps *= micro
 
     def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
         """Samples before a checkpoint that is named after its step; the parent reads a number that was rounded to a

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
-from nemo_minitron.data.blocks import split_lists
 from nemo_minitron.data.preprocess import read_facts
+from nemo_minitron.data.splits import check_splits
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
+from nemo_minitron.nemo import experiment
 from nemo_minitron.nemo.keep_best import KeepBest
-from nemo_minitron.nemo.metrics_log import MetricsLog
 from nemo_minitron.nemo.restore import job_config, load_model
 from nemo_minitron.nemo.resume import Start, decide, name_checkpoints
 from nemo_minitron.nemo.run_record import KeepRecord, RunRecord, content_of, identity
+from nemo_minitron.nemo.settings import settle
 from nemo_minitron.nemo.trainer import build_trainer, plain
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
             vocabulary, or a loss that is not finite.
     """
     runtime.prepare()
+    cfg = settle(cfg)
     source = required(cfg, "model.restore_from_path")
     path = Path(required(cfg, "model.nemo_path"))
     model_cfg = plain(cfg.model)
     with open_dict(model_cfg):
         model_cfg.seed = cfg.get("seed", 1234)
-        model_cfg.data.data_prefix = split_data(model_cfg.data.get("data_prefix"))
         model_cfg.precision = cfg.trainer.get("precision", 32)
     if model_cfg.seed < 1:
         raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")
@@ -68,6 +68,15 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
         vocab_size = reader.shape.vocab_size
         if teacher is not None:
             cls.check_teacher(teacher, reader, model_cfg)  # type: ignore[attr-defined]
+    with open_dict(model_cfg):
+        data = model_cfg.data
+        data.data_prefix, data.splits_string = check_splits(
+            data.get("data_prefix"),
+            data.get("splits_string"),
+            int(data.seq_length),
+            int(model_cfg.global_batch_size),
+            cfg.trainer.get("limit_val_batches", 1.0),
+        )
     if runtime.rank() == 0:
         for output in (path, keep.last_path):
             ArchiveWriter(output).abort()  # proves that it can be written, and leaves nothing
@@ -75,18 +84,14 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     prefixes = prefixes_of(model_cfg)
     contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
     trainer = build_trainer(cfg, [keep])
-    manager = plain(cfg.exp_manager) if cfg.get("exp_manager") is not None else None
-    start = Start(Path(trainer.default_root_dir))
-    if manager is not None:
-        command = "distill" if hasattr(cls, "set_teacher") else "finetune"
-        start = _start(command, cfg, job, manager, trainer, keep, teacher, contents, grid)
+    manager = plain(cfg.exp_manager)
+    command = "distill" if hasattr(cls, "set_teacher") else "finetune"
+    start = _start(command, cfg, job, manager, trainer, keep, teacher, contents, grid)
     if start.done:
         return None
-    folder = exp_manager(trainer, manager)
+    experiment.start(trainer, manager, start.step if start.checkpoint else None)
     if start.checkpoint is not None:
         trainer.ckpt_path = str(start.checkpoint)
-    if folder is not None:
-        trainer.loggers = [*trainer.loggers, MetricsLog(folder, start.step if start.checkpoint else None)]
     check_checkpoint(trainer.ckpt_path)
     model = load_model(source, trainer, model_cfg, cls)
     model.data_contents = contents
@@ -156,7 +161,7 @@ def _only_finish(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> N
 def prefixes_of(model_cfg: DictConfig) -> list[str]:
     """All token files that a run's ``model.data.data_prefix`` names, each once."""
     lists = plain(model_cfg.data).data_prefix
-    items = [item for part in lists.values() for item in part] if isinstance(lists, Mapping) else list(lists)
+    items = [item for part in lists.values() for item in part or []] if isinstance(lists, Mapping) else list(lists)
     return list(dict.fromkeys(item for item in items if isinstance(item, str)))
 
 
@@ -181,11 +186,3 @@ def check_tokens(model: MinitronGPTModel, prefixes: Sequence[str], key: str) -> 
                 f"{key}: '{prefix}' was tokenized with another vocabulary ({theirs['vocab_size']} tokens) than the "
                 f"checkpoint's ({len(tokenizer)}); run minitron preprocess with tokenizer.type=CHECKPOINT.nemo"
             )
-
-
-def split_data(data_prefix: Any) -> Any:
-    """Check ``model.data.data_prefix`` and complete it: without a test split NeMo asks for one, validation serves."""
-    lists = split_lists(data_prefix)
-    if isinstance(lists, dict) and not lists.get("test"):
-        lists = {**lists, "test": lists["validation"]}
-    return lists

@@ -168,7 +168,7 @@ def test_split_lists_refuses(data):
         ([p, 0.5], "must alternate weights and prefixes"),
         ([-1, p], "weights must be finite"),
         ([float("nan"), p], "weights must be finite"),
-        ([0, p, 0.0, p], "not all zero"),
+        ([0, p, 1, p], "above 0"),
         ([f"{p}x"], r"no file .*documentx\.bin"),
         ({"train": [p], "valid": [p]}, "unknown split 'valid'.*Did you mean 'validation'"),
         ({"train": [p]}, "split 'validation' is missing"),
