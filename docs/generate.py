@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
+from nemo_minitron.config.rules import shown  # noqa: E402
 from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, description, keys, summary  # noqa: E402
+from nemo_minitron.config.values import rules  # noqa: E402
 
 CONF = ROOT / "nemo_minitron" / "conf"
 FOLDER = ROOT / "docs" / "commands"
@@ -98,7 +100,12 @@ def nemo_page() -> str:
         "",
         "What may stand below these sections, beside the keys that a command's own page lists with their defaults.",
         "They keep the meaning that NeMo 2.4 and Lightning 2.4 give them; any other name is refused.",
+        "",
+        "In a training every value of theirs is applied, or has no effect and may be given all the same, or is refused",
+        "by name before a weight is read:",
     ]
+    lines += values_tables()
+    lines += ["", "# All names"]
     for section, tree in (
         ("model", nemo_keys.MODEL),
         ("trainer", nemo_keys.TRAINER),
@@ -108,6 +115,20 @@ def nemo_page() -> str:
         for prefix, names in names_below(section, tree):
             lines += ["", f"## {prefix}", "", ", ".join(f"`{name}`" for name in sorted(names))]
     return page(lines)
+
+
+def values_tables() -> list[str]:
+    """What is done with each key's values, in a table per section."""
+    lines: list[str] = []
+    section = ""
+    for key, rule in rules():
+        if key.rpartition(".")[0] != section:
+            section = key.rpartition(".")[0]
+            lines += ["", f"## Values of {section}", "", "| key | |", "|---|---|"]
+        only = " or ".join(f"`{shown(value)}`" for value in rule.values) or "`null`"
+        said = {"applied": rule.note, "neutral": f"no effect: {rule.note}", "fixed": f"only {only}: {rule.note}"}
+        lines.append(f"| `{key.rpartition('.')[2]}` | {cell(said[rule.kind])} |")
+    return lines
 
 
 def index() -> str:
