@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
-from nemo_minitron.config.rules import shown  # noqa: E402
 from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, description, keys, summary  # noqa: E402
-from nemo_minitron.config.values import rules  # noqa: E402
+from nemo_minitron.values.check import rules  # noqa: E402
+from nemo_minitron.values.rules import shown  # noqa: E402
 
 CONF = ROOT / "nemo_minitron" / "conf"
 FOLDER = ROOT / "docs" / "commands"

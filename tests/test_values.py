@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 
 from nemo_minitron.config import nemo_keys
 from nemo_minitron.config.compose import Source, compose
-from nemo_minitron.config.model_values import MODEL
-from nemo_minitron.config.rules import Rule
-from nemo_minitron.config.values import TABLE, check, rules
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.values.check import TABLE, check, rules
+from nemo_minitron.values.model import MODEL
+from nemo_minitron.values.rules import Rule
 
 VALUES = yaml.safe_load((Path(__file__).parent / "values.yaml").read_text())
 BASE = [

@@ -16,8 +16,8 @@ from nemo.core.optim.lr_scheduler import (
     register_scheduler,
 )
 
-from nemo_minitron.config.rules import shown
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.values.rules import shown
 
 MOST_STEPS = 100_000
 """Steps that are looked at; of a longer run every n-th."""

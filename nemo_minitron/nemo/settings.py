@@ -11,11 +11,11 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron import runtime
-from nemo_minitron.config.rules import Rule
-from nemo_minitron.config.trainer_values import EXP_MANAGER, TRAINER
-from nemo_minitron.config.values import schedule_arguments
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo import schedule
+from nemo_minitron.values.check import schedule_arguments
+from nemo_minitron.values.rules import Rule
+from nemo_minitron.values.trainer import EXP_MANAGER, TRAINER
 
 APEX = {"fused_adam": None, "megatron_fused_adam": "fused_adam", "distributed_fused_adam": "mcore_distributed_optim"}
 """Optimizers of Apex, and what to take instead where it is missing; ``fused_adam`` has torch's as its equal."""

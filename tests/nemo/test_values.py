@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.config.model_values import SCHEDULES
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.values.model import SCHEDULES
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_minitron.config.model_values import DISTRIBUTED, MODEL, SCHEDULES
-from nemo_minitron.config.rules import Rule, Rules, shown
-from nemo_minitron.config.trainer_values import EXP_MANAGER, FORWARD, TRAINER
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.values.model import DISTRIBUTED, MODEL, SCHEDULES
+from nemo_minitron.values.rules import Rule, Rules, shown
+from nemo_minitron.values.trainer import EXP_MANAGER, FORWARD, TRAINER
 
 TABLE: Rules = {"trainer": TRAINER, "exp_manager": EXP_MANAGER, "model": MODEL}
 TRAININGS = ("finetune", "distill", "search")

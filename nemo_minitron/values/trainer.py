@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nemo_minitron.config.rules import (
+from nemo_minitron.values.rules import (
     Rules,
     applied,
     boolean,
