@@ -225,6 +225,7 @@ OTHER = {
     r"a dense float64 reference to 1e-5": "what tests/nemo/test_grids.py asks for",
     r"its 95% confidence interval|2\.5 times the spread": "Student's t",
     r"with 11\.6M parameters, 1\.45 times the budget": "counted from shapes",
+    r"val_loss=2\.91-step=40-consumed_samples=320\.0": "a name that shows what names are like",
     r"\(0\.5%\)": "the default of budget.tolerance",
     r"after 30 s SIGKILL": "launch.py",
     r"1\.2 million items in all arrays": "a limit of checkpoint/gguf_header.py",

@@ -192,6 +192,8 @@ INSIDE_A_STAGING = {
 NO_OUTPUT = {
     "launch.py",  # a rank's error, for the agent that started it
     "recipe.py",  # what a stage says, as it says it
+    "nemo/metrics_log.py",  # a log, row by row, flushed before a checkpoint counts as finished
+    "nemo/resume.py",  # earlier checkpoints are set aside
     "importance/stream_file.py",  # temporary files of one process
     "distill/cache.py",  # into memory
 }

@@ -19,6 +19,14 @@ from tests.test_lifeline import Marked, commands  # noqa: F401  a fixture
 CONVERT = ["convert", "input_name_or_path=a", "output_path=b"]
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """A shell has what it starts in the background, these tests too, ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_ctrl_c_unwinds_a_command_and_says_how_to_go_on(monkeypatch, capsys):
     """Not as KeyboardInterrupt, which Lightning makes an exit of its own."""
     left = []

@@ -283,11 +283,11 @@ def test_calibration_draws_the_same_from_text_as_from_its_tokens(teacher):
 
     prefix = f"{teacher}/tokens_text_document"
     with NemoReader(teacher / "teacher.nemo") as reader:
-        tokens, data = _blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader)
-        from_text = _blocks(Calibration(path=f"{teacher}/text.txt", num_samples=5), 32, reader)
-        mixed, both = _blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
+        tokens, data = _blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader, {})
+        from_text = _blocks(Calibration(path=f"{teacher}/text.txt", num_samples=5), 32, reader, {})
+        mixed, both = _blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader, {})
         with pytest.raises(MinitronError, match="several prefixes need weights"):
-            _blocks(Calibration(data_prefix=[prefix, prefix]), 32, reader)
+            _blocks(Calibration(data_prefix=[prefix, prefix]), 32, reader, {})
     assert tuple(tokens.shape) == (5, 32)
     assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
     assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data

@@ -340,8 +340,8 @@ def test_sigterm_is_passed_on_to_the_stage(monkeypatch):
 
     for name in ("start", "terminate"):
         setattr(Forked, name, lambda _, name=name: done.append(name))
-    context = SimpleNamespace(set_forkserver_preload=lambda names: None, Process=lambda **_: Forked())
-    monkeypatch.setattr(recipe.multiprocessing, "get_context", lambda kind: context)
+    context = SimpleNamespace(Process=lambda **_: Forked())
+    monkeypatch.setattr(recipe.lifeline, "fork_server", lambda preload: context)
     monkeypatch.setattr(recipe.Path, "exists", lambda self: False)
     with pytest.raises(SystemExit):
         recipe._launch(["convert"])
