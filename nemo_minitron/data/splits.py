@@ -48,12 +48,9 @@ def check_splits(
         train = _samples(lists["train"], (0.0, 1.0), seq_length, f"{KEY}.train")
         val = _samples(lists["validation"], (0.0, 1.0), seq_length, f"{KEY}.validation")
         _check_share(share, sum(val), global_batch_size)
-        lists = {
-            "train": _weighted(lists["train"], train),
-            "validation": _unweighted(lists["validation"]) if share else _weighted(lists["validation"], val),
-            "test": None,
-        }
-        return Splits(lists, splits_string)
+        validation = _unweighted(lists["validation"]) if share else _weighted(lists["validation"], val)
+        by_split = {"train": _weighted(lists["train"], train), "validation": validation, "test": None}
+        return Splits(by_split, splits_string)
     parts = _parse(splits_string)
     total = sum(parts)
     train_end, val_end = parts[0] / total, (parts[0] + parts[1]) / total

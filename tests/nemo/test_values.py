@@ -3,18 +3,32 @@ and what is refused before a weight is read."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.values.model import SCHEDULES
 
 
+@pytest.fixture(scope="module")
+def brief(models, tmp_path_factory) -> str:
+    """Prefix of many short documents: an end-of-text token in every sample, and few validation batches."""
+    from nemo_minitron.data.preprocess import preprocess
+
+    folder = tmp_path_factory.mktemp("brief")
+    lines = [json.dumps({"text": f"document number {number}"}) for number in range(60)]
+    (folder / "brief.jsonl").write_text("\n".join(lines))
+    (prefix,) = preprocess(folder / "brief.jsonl", folder / "brief", tokenizer_type=str(models / "hf"))
+    return str(prefix)
+
+
 @pytest.fixture
-def run(models, zygote, tmp_path):
+def run(models, brief, zygote, tmp_path):
     """Run a training under further keys and return what was seen of it."""
 
     def run(*keys: str, command: str = "finetune", data: str | None = None) -> dict:
-        prefix = f"{models}/own_text_document"
+        prefix = brief
         data = data or f"{{train: [{prefix}], validation: [{prefix}]}}"
         given = [
             f"model.restore_from_path={models}/model.nemo",
