@@ -104,7 +104,6 @@ def test_keys_of_model_that_are_fixed_refuse_another_value(plain):
             {"model.activations_checkpoint_granularity": "selective", "model.activations_checkpoint_method": "uniform"},
             "goes with model.activations_checkpoint_granularity=full",
         ),
-        ({"exp_manager.explicit_log_dir": "a", "exp_manager.exp_dir": "b"}, "give one of them"),
         (
             {
                 "exp_manager.create_wandb_logger": True,

@@ -143,14 +143,13 @@ def _from(
 def _check_steps(record: RunRecord, asked: dict[str, Any], max_steps: int) -> None:
     """Refuse another number of steps where the learning rates before would have been others."""
     before = record.content.get("max_steps")
-    scheduled = asked.get("model.optim.sched.name") and asked.get("model.optim.sched.max_steps") is None
-    if before is None or before == max_steps or not scheduled:
+    if before is None or before == max_steps or not asked.get("model.optim.sched.name"):
         return
     raise MinitronError(
         f"trainer.max_steps: the training in {record.path.parent} is laid out for {before} steps, this run asks for "
         f"{max_steps}, over which model.optim.sched would have given other learning rates from the start; resume with "
         f"trainer.max_steps={before}, or begin a new training from its result (model.restore_from_path) in another "
-        "exp_manager.explicit_log_dir; model.optim.sched.max_steps, given from the start, leaves the end open"
+        "exp_manager.explicit_log_dir; a training without model.optim.sched may be made longer"
     )
 
 

@@ -87,6 +87,8 @@ def _optimizer(model: DictConfig, max_steps: int) -> None:
 
 
 def _experiment(manager: DictConfig) -> None:
+    if manager.get("explicit_log_dir") is not None:
+        manager.exp_dir = manager.version = None  # NeMo would say in an error that it does not heed them
     for flag, package in (("create_wandb_logger", "wandb"), ("create_mlflow_logger", "mlflow")):
         if manager.get(flag) and importlib.util.find_spec(package) is None:
             raise MinitronError(

@@ -173,12 +173,6 @@ def _check_schedule(sched: Mapping[str, Any], lr: float, max_steps: int) -> None
 
 
 def _check_logging(manager: Mapping[str, Any]) -> None:
-    if manager.get("explicit_log_dir") is not None:
-        for other in ("exp_dir", "version"):
-            if manager.get(other) is not None:
-                raise MinitronError(
-                    f"exp_manager.explicit_log_dir and exp_manager.{other}={manager[other]}: give one of them"
-                )
     if manager.get("log_local_rank_0_only") and manager.get("log_global_rank_0_only"):
         raise MinitronError(
             "exp_manager.log_local_rank_0_only and exp_manager.log_global_rank_0_only: give one of them"

@@ -144,7 +144,7 @@ WANDB_KWARGS: Rules = each(WANDB, applied(None, "as wandb.init has it")) | {
 }
 
 EXP_MANAGER: Rules = {
-    "explicit_log_dir": applied(text, "folder of this very run; exp_dir and version must be null"),
+    "explicit_log_dir": applied(text, "folder of this very run, whatever exp_dir and version say"),
     "exp_dir": applied(text, "folder of runs, each in NAME/VERSION; ./nemo_experiments when null"),
     "name": applied(text, "name of the run"),
     "version": applied(either(text, whole(0)), "folder of the run below its name; the time when null"),
