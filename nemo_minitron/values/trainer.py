@@ -23,7 +23,9 @@ PRECISIONS = (32, "32", "32-true", "bf16", "bf16-mixed", 16, "16", "16-mixed")
 
 FORWARD: Rules = {
     "devices": applied(
-        lambda v: None if v in (-1, "-1", "auto") or (str(v).isdecimal() and int(v)) else "a number from 1, -1 or auto",
+        lambda v: (
+            None if v in (-1, "-1", "auto") or (str(v).isdecimal() and int(v)) else "a number of at least 1, -1 or auto"
+        ),
         "processes on each machine; auto and -1 are every GPU",
     ),
     "num_nodes": applied(whole(1), "machines"),
