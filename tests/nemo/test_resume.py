@@ -184,6 +184,7 @@ def test_what_is_not_the_same_training_is_refused_by_name(key, start, whole, oth
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_without_a_schedule_a_longer_run_goes_on_as_one_of_that_length(start, tmp_path):
     short, long = start(tmp_path / "short"), start(tmp_path / "long")
     flat = "~model.optim.sched"

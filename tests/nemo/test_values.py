@@ -62,6 +62,7 @@ def refused(seen: dict, *said: str) -> None:
 # --------------------------------------------------------------------------------------------------- validation
 
 
+@pytest.mark.slow
 def test_shares_of_validation_and_of_steps(run):
     seen = run(
         "trainer.limit_val_batches=0.5",
