@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TRAININGS = ("finetune", "distill")
+_AGAIN_S = 0.1
 
 
 class Interrupted(SystemExit):
@@ -24,6 +25,7 @@ def orderly_end() -> Iterator[None]:
     """Let the first SIGINT or SIGTERM unwind what runs within, so that what it was writing is removed.
 
     A second SIGINT ends the process where it stands. SIGINT stays ignored where it is, as in a shell's background.
+    Where Python drops what is raised (in what runs at a fork, in a destructor), the signal is sent again a moment later.
 
     Raises:
         Interrupted: on SIGINT.
@@ -44,13 +46,26 @@ def orderly_end() -> Iterator[None]:
         os.write(2, b"minitron: interrupted again, ended at once; the next run clears what this one was writing\n")
         os._exit(128 + number)
 
-    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: end}
+    handlers: dict[int, Any] = {signal.SIGTERM: end}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         handlers[signal.SIGINT] = interrupt
+    tell = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        code = what.exc_value.code if isinstance(what.exc_value, SystemExit) else None
+        number = code - 128 if isinstance(code, int) else 0
+        if number not in handlers:
+            tell(what)
+        elif threading.current_thread() is threading.main_thread():
+            signal.signal(number, handlers[number])
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = tell
         for number, handler in before.items():
             signal.signal(number, handler)
 

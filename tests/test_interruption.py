@@ -75,6 +75,22 @@ with orderly_end():
     assert done.stderr.startswith("minitron: interrupted again") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_comes_again(number, capsys):
+    """What a handler raises within a destructor, or within what runs at a fork, goes nowhere."""
+
+    class Deaf:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as ended, orderly_end():
+        Deaf()
+        for _ in range(200):
+            time.sleep(0.05)
+    assert ended.value.code == 128 + number and not capsys.readouterr().err
+
+
 def test_sigint_stays_ignored_in_the_background():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
