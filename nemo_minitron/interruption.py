@@ -25,7 +25,7 @@ def orderly_end() -> Iterator[None]:
     """Let the first SIGINT or SIGTERM unwind what runs within, so that what it was writing is removed.
 
     A second SIGINT ends the process where it stands. SIGINT stays ignored where it is, as in a shell's background.
-    Where Python drops what is raised (in what runs at a fork, in a destructor), the signal is sent again a moment later.
+    Where Python drops what is raised (in what runs at a fork, in a destructor), the signal comes again a moment later.
 
     Raises:
         Interrupted: on SIGINT.

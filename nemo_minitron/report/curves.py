@@ -30,6 +30,7 @@ LOGGED = (
 )
 _EVENTS, _CSV = "events.out.tfevents.", "metrics.csv"
 _MOST_EVENTS, _MOST_CSV, _LONGEST_EVENT, _MOST_FILES = 64 << 20, 16 << 20, 1 << 20, 256
+_LONGEST_FIELD = 1 << 16
 _LAST_STEP = 1 << 53  # a larger one is none in float64
 
 
@@ -160,6 +161,7 @@ def _scalars(data: bytes) -> Iterator[tuple[str, int, float]]:
 
 def _from_csv(files: Iterable[tuple[Path, bytes]]) -> dict[str, dict[int, float]]:
     logged: dict[str, dict[int, float]] = {}
+    csv.field_size_limit(_LONGEST_FIELD)  # of the process: what reads texts wants more
     for file, data in files:
         try:
             rows = csv.reader(io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline=""))
