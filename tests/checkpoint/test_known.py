@@ -54,7 +54,8 @@ def test_what_is_absent_means_what_nemo_assumes(key):
 
 @pytest.mark.parametrize(("key", "value"), [("window_size", [64, 0]), ("drop_layers", [0])])
 def test_a_run_does_not_change_the_network(key, value):
-    restore = pytest.importorskip("nemo_minitron.nemo.restore")
+    from nemo_minitron.nemo import restore
+
     with pytest.raises(MinitronError, match=rf"^model\.{key} must be"):
         restore.merge_config(CONFIG, {key: value}, "m.nemo")
 
