@@ -22,7 +22,7 @@ from typing import Any
 
 from provenance import provenance
 
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 LLAMA = ModelShape(
     num_layers=32,
@@ -174,7 +174,7 @@ def random_scores(reader: Any) -> Any:
     """Scores of a checkpoint's sizes, each unit's drawn."""
     import numpy as np
 
-    from nemo_minitron.scores import Scores, array_sizes
+    from nemo_minitron.importance.scores import Scores, array_sizes
 
     dice, sizes = np.random.default_rng(0), array_sizes(reader.shape)
     return Scores(reader.shape, reader.fingerprint(), "0" * 64, **{n: dice.random(s) for n, s in sizes.items()})

@@ -283,7 +283,7 @@ class Study:
 
     def _known(self, name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What is kept under a name, if it has these settings, else what ``make`` finds now."""
-        from nemo_minitron.staging import Staging
+        from nemo_minitron.files.staging import Staging
 
         found = self._read(name)
         if found is None or found["settings"] != settings:

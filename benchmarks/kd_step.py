@@ -118,8 +118,8 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     from nemo_minitron.nemo.model import MinitronGPTModel
     from nemo_minitron.nemo.restore import load_model
     from nemo_minitron.nemo.trainer import inference_trainer
-    from nemo_minitron.planning import make_plan
-    from nemo_minitron.rewrite import prune_checkpoint
+    from nemo_minitron.prune.choose import make_plan
+    from nemo_minitron.prune.cut import prune_checkpoint
 
     teacher, student = convert(source, folder / "teacher.nemo"), folder / "student.nemo"
     with NemoReader(teacher) as reader:

@@ -24,9 +24,9 @@ from provenance import provenance
 from torch.nn import functional
 
 from nemo_minitron import runtime
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.search import latency, predict
 from nemo_minitron.search.space import Space
-from nemo_minitron.shape import ModelShape
 
 MODELS = {
     "llama-8b": ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256),

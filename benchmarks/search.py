@@ -70,7 +70,7 @@ def main() -> None:
 
 def smollm2(work: Path, given: argparse.Namespace, known: dict[str, Any], path: Path) -> dict[str, Any]:
     """Both searches. ``known`` holds what an earlier call has timed; ``path`` is where to keep that at once."""
-    from nemo_minitron.plan import TARGETS
+    from nemo_minitron.prune.plan import TARGETS
 
     stages = "[convert,preprocess_train,preprocess_validation,importance]"
     _minitron("run", "recipe=smollm2_135m", f"run_dir={work}", f"stages={stages}")
@@ -160,8 +160,8 @@ def seeds(work: Path, command: list[str], compared: dict[str, Any], count: int, 
 
 def rival_shapes(scores: Path) -> dict[str, dict[str, int]]:
     """The uniform shrink and the choice by parameters alone, from the space that is searched."""
-    from nemo_minitron.plan import TARGETS
-    from nemo_minitron.scores import Scores
+    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.prune.plan import TARGETS
     from nemo_minitron.search.space import Budget, Space, sizes_of
 
     source = Scores.load(scores).shape
@@ -181,8 +181,8 @@ def rival_shapes(scores: Path) -> dict[str, dict[str, int]]:
 
 def paper(work: Path) -> dict[str, Any]:
     """Enumerate and rank Llama-3.1-8B at 4.5B parameters from a scores file."""
-    from nemo_minitron.scores import Scores, array_sizes, rank_sizes
-    from nemo_minitron.shape import ModelShape
+    from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
+    from nemo_minitron.model.shape import ModelShape
 
     folder = work / "llama_scores"
     if not (folder / "scores.json").is_file():

@@ -161,10 +161,11 @@ class Bench:
         from nemo_minitron.convert import convert
         from nemo_minitron.data.blocks import document_heads, token_blocks
         from nemo_minitron.data.preprocess import preprocess
-        from nemo_minitron.importance import Aggregation, collect
+        from nemo_minitron.importance.collect import collect
         from nemo_minitron.importance.own_text import write_samples
         from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
-        from nemo_minitron.scores import array_sizes
+        from nemo_minitron.importance.reductions import Aggregation
+        from nemo_minitron.importance.scores import array_sizes
 
         chosen = SETTINGS[setting]
         if chosen.lines:
@@ -262,10 +263,10 @@ class Bench:
         from tqdm import tqdm
 
         from nemo_minitron.checkpoint import NemoReader, NemoWriter
-        from nemo_minitron.compensation import compensate
-        from nemo_minitron.plan import Compensation
-        from nemo_minitron.planning import make_plan
-        from nemo_minitron.rewrite import prune_checkpoint
+        from nemo_minitron.prune.choose import make_plan
+        from nemo_minitron.prune.cut import prune_checkpoint
+        from nemo_minitron.prune.plan import Compensation
+        from nemo_minitron.prune.resolve import compensate
 
         with NemoReader(self.teacher) as reader:
             drop = None
@@ -335,7 +336,7 @@ def _sentences(brown: Path, path: Path) -> Path:
 
 def _magnitudes(reader: Any) -> dict[str, np.ndarray]:
     """L2 norms of the weights that a unit has: what is known without any data."""
-    from nemo_minitron import layout
+    from nemo_minitron.model import layout
 
     shape = reader.shape
     arrays: dict[str, list[np.ndarray]] = {"ffn": [], "heads": [], "groups": [], "block_influence": []}

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemo_minitron import __version__, lifeline
+from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.interruption import Interrupted, how_to_go_on, orderly_end
-from nemo_minitron.processes import place
+from nemo_minitron.jobs import lifeline
+from nemo_minitron.jobs.interruption import Interrupted, how_to_go_on, orderly_end
+from nemo_minitron.jobs.processes import place
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -74,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with orderly_end():
             return _main(arguments)
     except MinitronError as error:
-        from nemo_minitron import launch
-        from nemo_minitron.plain import plain
+        from nemo_minitron.files.plain import plain
+        from nemo_minitron.jobs import launch
 
         where, message = place(), plain(str(error)).replace("\n", " ")  # it may hold names of another's
         if not launch.hand_over(message):
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _interrupted(advice: str = "") -> int:
     """Say so, once in a job, and return the exit status."""
-    from nemo_minitron import launch
+    from nemo_minitron.jobs import launch
 
     where = place()
     if not launch.has_reporter() and not (where and where.rank):
@@ -170,14 +171,14 @@ def _main(argv: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
     if "cluster" in cfg:
-        from nemo_minitron import cluster
+        from nemo_minitron.jobs import slurm
 
-        cluster.submit(arguments.command, cfg, arguments.overrides)
+        slurm.submit(arguments.command, cfg, arguments.overrides)
         return 0
     started = time.time()
     try:
         if arguments.command not in JOURNEYS and (processes := processes_to_launch(cfg)):
-            from nemo_minitron import launch
+            from nemo_minitron.jobs import launch
 
             return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
         dispatch(arguments.command, cfg)

@@ -25,9 +25,9 @@ from nemo_minitron.checkpoint.nemo_gate import not_taken_over
 from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_files
 from nemo_minitron.checkpoint.tokenizer_open import choose, facts
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import VOCAB
-from nemo_minitron.processes import notice
-from nemo_minitron.staging import Staging
+from nemo_minitron.files.staging import Staging
+from nemo_minitron.jobs.processes import notice
+from nemo_minitron.model.layout import VOCAB
 
 
 def convert(

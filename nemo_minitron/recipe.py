@@ -28,11 +28,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron import __version__, lifeline
+from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.files.staging import write_file
+from nemo_minitron.files.text import read_json
+from nemo_minitron.jobs import lifeline
 from nemo_minitron.report.measures import ROLES, duration, gap_closed
-from nemo_minitron.staging import write_file
-from nemo_minitron.text import read_json
 
 Compose = Callable[..., DictConfig]
 """``compose(command, overrides, config=mapping)``: the checked, resolved config of a command."""

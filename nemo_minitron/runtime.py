@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nemo_minitron import lifeline
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.processes import place, slurm_rendezvous
+from nemo_minitron.jobs import lifeline
+from nemo_minitron.jobs.processes import place, slurm_rendezvous
 
 _CPU = torch.device("cpu")
 _installed: list[TorchFunctionMode] = []

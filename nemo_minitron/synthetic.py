@@ -14,8 +14,8 @@ from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
 from nemo_minitron.checkpoint.hf import HfWriter
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING, FC2_WEIGHT, OUTPUT, PROJ_WEIGHT, Parameter, parameters
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.layout import EMBEDDING, FC2_WEIGHT, OUTPUT, PROJ_WEIGHT, Parameter, parameters
+from nemo_minitron.model.shape import ModelShape
 
 EOS = "<|endoftext|>"
 _BLOCK_ROWS = 8192

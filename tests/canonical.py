@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_minitron import layout
-from nemo_minitron.layout import Parameter
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model import layout
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.shape import ModelShape
 
 FINGERPRINT = "f" * 64
 Slot = tuple[str, int | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 GQA = ModelShape(
     num_layers=3,

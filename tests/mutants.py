@@ -34,20 +34,20 @@ class Mutant(NamedTuple):
 _CONVERT, _FUSED = "test_convert.py::", "distill/test_fused.py::"
 _GATE = _CONVERT + "test_gate_and_up_are_what_transformers_makes_of_them"
 _TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
-_DECODER = "test_decoder.py::test_streams_and_logits_are_those_of_transformers"
+_DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers"
 _REDUCED = "importance/test_reductions.py::"
-_DROPPED = "test_compensation.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
+_DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
 MUTANTS = [
     # layout and fusing
     Mutant(
-        "layout.py",
+        "model/layout.py",
         '(_HM + "gate_proj.weight", _HM + "up_proj.weight")',
         '(_HM + "up_proj.weight", _HM + "gate_proj.weight")',
         _GATE,
     ),
     Mutant(
-        "layout.py",
+        "model/layout.py",
         '(_HA + "q_proj.weight", _HA + "k_proj.weight", _HA + "v_proj.weight")',
         '(_HA + "q_proj.weight", _HA + "v_proj.weight", _HA + "k_proj.weight")',
         _CONVERT + "test_fused_qkv_is_group_major",
@@ -65,21 +65,26 @@ MUTANTS = [
         _CONVERT + "test_round_trip_is_bit_identical",
     ),
     # the decoder
-    Mutant("decoder.py", "return F.silu(left) * right", "return left * F.silu(right)", _DECODER),
+    Mutant("model/decoder.py", "return F.silu(left) * right", "return left * F.silu(right)", _DECODER),
     Mutant(
-        "decoder.py",
+        "model/decoder.py",
         "(1 - alpha) * frequencies / scaling.factor + alpha * frequencies",
         "alpha * frequencies / scaling.factor + (1 - alpha) * frequencies",
         _DECODER,
     ),
-    Mutant("decoder.py", "torch.cat((-high, low), dim=-1)", "torch.cat((high, -low), dim=-1)", _DECODER),
+    Mutant("model/decoder.py", "torch.cat((-high, low), dim=-1)", "torch.cat((high, -low), dim=-1)", _DECODER),
     Mutant(
-        "decoder.py",
+        "model/decoder.py",
         "keepdim=True) + epsilon)",
         "keepdim=True))",
-        "test_decoder.py::test_norm_of_a_small_stream_is_that_of_transformers",
+        "model/test_decoder.py::test_norm_of_a_small_stream_is_that_of_transformers",
     ),
-    Mutant("decoder.py", "y = x.float()\n", "y = x\n", "test_decoder.py::test_norm_in_bfloat16_is_computed_in_float32"),
+    Mutant(
+        "model/decoder.py",
+        "y = x.float()\n",
+        "y = x\n",
+        "model/test_decoder.py::test_norm_in_bfloat16_is_computed_in_float32",
+    ),
     # losses
     Mutant(
         "distill/losses.py",
@@ -172,82 +177,82 @@ MUTANTS = [
     ),
     # plans
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         'np.argsort(-worth, kind="stable")',
         'np.argsort(worth, kind="stable")',
-        "test_planning.py::test_each_axis_keeps_its_best",
+        "prune/test_choose.py::test_each_axis_keeps_its_best",
     ),
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         "tied = np.sort(order[at_cut])",
         "tied = np.sort(order[at_cut])[::-1]",
-        "test_planning.py::test_ties_keep_the_lower_index",
+        "prune/test_choose.py::test_ties_keep_the_lower_index",
     ),
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         "> TIE * np.maximum",
         "> 0 * np.maximum",
-        "test_planning.py::test_noise_between_equals_never_changes_the_choice",
+        "prune/test_choose.py::test_noise_between_equals_never_changes_the_choice",
     ),
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         "if layer + 1 not in drop_layers",
         "if layer not in drop_layers",
-        "test_planning.py::test_drop_layers_counts_from_one_and_may_drop_the_last",
+        "prune/test_choose.py::test_drop_layers_counts_from_one_and_may_drop_the_last",
     ),
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         "ffn = tuple(keep_top(worth[layer], new.ffn_hidden_size) for layer in layers)",
         "ffn = tuple(keep_top(worth[at], new.ffn_hidden_size) for at, layer in enumerate(layers))",
-        "test_planning.py::test_width_indices_follow_the_kept_layers",
+        "prune/test_choose.py::test_width_indices_follow_the_kept_layers",
     ),
     Mutant(
-        "planning.py",
+        "prune/choose.py",
         "(first,) = keep_top(-distance, 1)",
         "(first,) = keep_top(distance, 1)",
-        "test_planning.py::test_layers_as_one_block",
+        "prune/test_choose.py::test_layers_as_one_block",
     ),
     Mutant(
-        "plan.py",
+        "prune/plan.py",
         "owners != [group for group in groups for _ in range(target.heads_per_group)]",
         "sorted(set(owners)) != list(groups)",
-        "test_plan.py::test_every_kept_group_keeps_equally_many_heads",
+        "prune/test_plan.py::test_every_kept_group_keeps_equally_many_heads",
     ),
     # cutting
     Mutant(
-        "rewrite.py",
+        "prune/cut.py",
         "(first + heads % r, first + r, first + r + 1)",
         "(first + heads % r, first + r + 1, first + r)",
-        "test_rewrite.py::test_zeroed_heads_leave_logits",
+        "prune/test_cut.py::test_zeroed_heads_leave_logits",
     ),
     Mutant(
-        "rewrite.py",
+        "prune/cut.py",
         "return torch.cat((neurons, neurons + source.ffn_hidden_size))",
         "return torch.cat((neurons, neurons + len(neurons)))",
-        "test_rewrite.py::test_zeroed_neurons_leave_logits",
+        "prune/test_cut.py::test_zeroed_neurons_leave_logits",
     ),
     Mutant(
-        "rewrite.py",
+        "prune/cut.py",
         "at = None if layer is None else plan.position(layer)",
         "at = layer",
-        "test_rewrite.py::test_dropped_layers_leave_the_others",
+        "prune/test_cut.py::test_dropped_layers_leave_the_others",
     ),
     # compensation
-    Mutant("compensation.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * number + 1, self.ridge.ffn)", _DROPPED),
+    Mutant("prune/resolve.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * number + 1, self.ridge.ffn)", _DROPPED),
     Mutant(
-        "compensation.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * dropped.stop - 2, self.ridge.ffn)", _DROPPED
+        "prune/resolve.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * dropped.stop - 2, self.ridge.ffn)", _DROPPED
     ),
     Mutant(
-        "compensation.py",
+        "prune/resolve.py",
         "2 * dropped.stop - 1, self.ridge.ffn)",
         "2 * dropped.stop - 1, self.ridge.attention)",
         _DROPPED,
     ),
     Mutant(
-        "compensation.py",
+        "prune/resolve.py",
         "gain = gain * self._scale(gain, output)",
         "gain = gain / self._scale(gain, output)",
-        "test_compensation.py::test_the_final_norm_is_scaled_to_the_least_cross_entropy",
+        "prune/test_resolve.py::test_the_final_norm_is_scaled_to_the_least_cross_entropy",
     ),
     Mutant(
         "moments.py",
@@ -262,29 +267,29 @@ MUTANTS = [
         "test_moments.py::test_ridge_solution_is_that_of_the_stacked_least_squares",
     ),
     Mutant(
-        "rotation.py",
+        "prune/rotation.py",
         ".eigenvectors.flip(1)",
         ".eigenvectors",
-        "test_rotation.py::test_untied_basis_is_orthonormal_and_keeps_the_most_energy",
+        "prune/test_rotation.py::test_untied_basis_is_orthonormal_and_keeps_the_most_energy",
     ),
     # files
     Mutant(
-        "staging.py",
+        "files/staging.py",
         "            if path.is_file() or path.is_dir():\n                _sync(path)\n",
         "            pass\n",
         "test_flushed.py::test_flushed",
     ),
     Mutant(
-        "staging.py",
+        "files/staging.py",
         "            os.replace(self.path, self.destination)\n",
         "            shutil.copy(self.path, self.destination)\n",
-        "test_staging.py::test_leftovers_go_and_the_living_stay",
+        "files/test_staging.py::test_leftovers_go_and_the_living_stay",
     ),
     Mutant(
-        "staging.py",
+        "files/staging.py",
         "if old_enough and _is_free(lock, unknown=False):",
         "if old_enough:",
-        "test_staging.py::test_leftovers_go_and_the_living_stay",
+        "files/test_staging.py::test_leftovers_go_and_the_living_stay",
     ),
     Mutant(
         "checkpoint/tar.py",
@@ -326,10 +331,10 @@ MUTANTS = [
     ),
     # shapes and search
     Mutant(
-        "shape.py",
+        "model/shape.py",
         "(self.num_attention_heads + 2 * self.num_query_groups) * self.kv_channels",
         "(self.num_attention_heads + self.num_query_groups) * self.kv_channels",
-        "test_shape.py::test_parameter_counts",
+        "model/test_shape.py::test_parameter_counts",
     ),
     Mutant(
         "search/space.py",
@@ -357,23 +362,25 @@ MUTANTS = [
         "test_cli.py::test_user_errors_are_one_line_and_status_2",
     ),
     Mutant(
-        "interruption.py",
+        "jobs/interruption.py",
         "class Interrupted(SystemExit)",
         "class Interrupted(KeyboardInterrupt)",
-        "test_interruption.py::test_ctrl_c_unwinds_a_command_and_says_how_to_go_on",
+        "jobs/test_interruption.py::test_ctrl_c_unwinds_a_command_and_says_how_to_go_on",
     ),
-    Mutant("interruption.py", "path.stat().st_mtime >= since", "True", "test_interruption.py::test_how_to_go_on"),
     Mutant(
-        "launch.py",
+        "jobs/interruption.py", "path.stat().st_mtime >= since", "True", "jobs/test_interruption.py::test_how_to_go_on"
+    ),
+    Mutant(
+        "jobs/launch.py",
         "failure.exitcode == 2 and isinstance(message, dict)",
         "isinstance(message, dict)",
-        "test_launch.py::test_explanations",
+        "jobs/test_launch.py::test_explanations",
     ),
     Mutant(
-        "lifeline.py",
+        "jobs/lifeline.py",
         "        os.register_at_fork(after_in_child=_hold_fork)\n",
         "        pass\n",
-        "test_lifeline.py::test_a_family_ends_with_its_head",
+        "jobs/test_lifeline.py::test_a_family_ends_with_its_head",
     ),
 ]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

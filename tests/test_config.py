@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from nemo_minitron.config.compose import CONF_DIR, Source, compose, group_options, package_file
 from nemo_minitron.config.schema import COMMANDS, REQUIRED, keys
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import TARGETS
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.stages.synthesize import shape_of
 
 DISTILL = [

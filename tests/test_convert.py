@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
 from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import FC1_WEIGHT, FC2_WEIGHT
+from nemo_minitron.model.layout import FC1_WEIGHT, FC2_WEIGHT
 from nemo_minitron.stages import convert as stage
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import DTYPES, GQA, SHAPES

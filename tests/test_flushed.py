@@ -8,20 +8,22 @@ import pytest
 import torch
 
 import nemo_minitron
-from nemo_minitron import cluster, recipe, staging
+from nemo_minitron import recipe
 from nemo_minitron.convert import convert
 from nemo_minitron.data import preprocess
 from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.losses import TopK
-from nemo_minitron.plan import Plan
+from nemo_minitron.files import staging
+from nemo_minitron.jobs import slurm
+from nemo_minitron.prune.plan import Plan
 from nemo_minitron.report import page
 from nemo_minitron.search import output
 from nemo_minitron.search.journey import _write_scores
 from nemo_minitron.stages import evaluate
 from nemo_minitron.synthetic import make_llama
 from tests.fuzz.readers import TINY
+from tests.importance.test_scores import make
 from tests.llamas import GQA
-from tests.test_scores import make
 
 PACKAGE = Path(nemo_minitron.__file__).parent
 
@@ -110,7 +112,7 @@ def write_tokens(out, source):
 
 
 def write_job(out, source):
-    script = cluster._write(out, "job", config=lambda path: "a: 1\n", script=lambda path: "#!/bin/bash\n")
+    script = slurm._write(out, "job", config=lambda path: "a: 1\n", script=lambda path: "#!/bin/bash\n")
     return script, script.with_suffix(".yaml")
 
 
@@ -177,7 +179,7 @@ def test_a_small_file_that_cannot_be_written_leaves_the_earlier_one(tmp_path, mo
 
 
 INSIDE_A_STAGING = {
-    "staging.py",  # the idiom itself
+    "files/staging.py",  # the idiom itself
     "checkpoint/archive.py",  # ArchiveWriter: all below one Staging, as the next four
     "checkpoint/hf.py",
     "checkpoint/distcp.py",
@@ -185,12 +187,12 @@ INSIDE_A_STAGING = {
     "checkpoint/gguf.py",
     "data/preprocess.py",
     "report/page.py",
-    "scores.py",  # into the folder that its caller stages
+    "importance/scores.py",  # into the folder that its caller stages
     "stages/prune.py",
     "synthetic.py",
 }
 NO_OUTPUT = {
-    "launch.py",  # a rank's error, for the agent that started it
+    "jobs/launch.py",  # a rank's error, for the agent that started it
     "recipe.py",  # what a stage says, as it says it
     "nemo/metrics_log.py",  # a log, row by row, flushed before a checkpoint counts as finished
     "nemo/resume.py",  # earlier checkpoints are set aside
@@ -216,4 +218,4 @@ def writes(tree):
 def test_no_module_writes_beside_this_table():
     sources = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
     unknown = {name for name, tree in sources.items() if any(writes(tree))} - INSIDE_A_STAGING - NO_OUTPUT
-    assert not unknown, "write through nemo_minitron.staging, and add the writer to WRITERS"
+    assert not unknown, "write through nemo_minitron.files.staging, and add the writer to WRITERS"

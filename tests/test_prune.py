@@ -20,9 +20,9 @@ from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan
-from nemo_minitron.planning import make_plan
-from nemo_minitron.scores import Scores, array_sizes
+from nemo_minitron.importance.scores import Scores, array_sizes
+from nemo_minitron.prune.choose import make_plan
+from nemo_minitron.prune.plan import Plan
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory
 from tests.importance.reference import dense_scores

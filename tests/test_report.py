@@ -19,16 +19,16 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Compensation
-from nemo_minitron.planning import make_plan
+from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import make_plan
+from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.report.curves import Curve, read_training, thinned
 from nemo_minitron.report.maps import binned
 from nemo_minitron.report.measures import duration, gap_closed, numbers, size
 from nemo_minitron.report.page import code_block, markdown_escape, render
 from nemo_minitron.report.removal import axes
 from nemo_minitron.report.run_folder import read_run
-from nemo_minitron.scores import Scores, array_sizes, rank_sizes
-from nemo_minitron.shape import ModelShape
 from nemo_minitron.stages import report
 
 SHAPE = ModelShape(

@@ -18,12 +18,12 @@ import yaml
 
 from nemo_minitron.cli import main
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plain import plain, short
-from nemo_minitron.plan import Compensation
+from nemo_minitron.files.plain import plain, short
+from nemo_minitron.importance.scores import Scores, array_sizes
+from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.report import curves, inventory, run_folder
 from nemo_minitron.report.page import render
 from nemo_minitron.report.run_folder import read_run
-from nemo_minitron.scores import Scores, array_sizes
 from tests.test_report import (
     DISTILLED,
     PRUNED,

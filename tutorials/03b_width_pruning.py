@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from journey import Journey
 
-from nemo_minitron.plan import Plan
+from nemo_minitron.prune.plan import Plan
 
 journey = Journey(MODEL)
 RUN, minitron = journey.folder, journey.minitron

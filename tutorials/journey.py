@@ -275,8 +275,8 @@ def _serve() -> None:
     """Read ``[words, folder, stdout, stderr]`` per line, run each in a fork, answer with its exit status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is imported may print
-    import nemo_minitron.compensation
     import nemo_minitron.convert
+    import nemo_minitron.prune.resolve
 
     for line in sys.stdin:
         words, folder, out, err = json.loads(line)

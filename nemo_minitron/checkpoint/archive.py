@@ -18,7 +18,7 @@ from typing import IO, cast
 
 from nemo_minitron.checkpoint.tar import BLOCK, MAX_MEMBERS, read_members
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.staging import Staging
+from nemo_minitron.files.staging import Staging
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_RATIO, _GZIP_FLOOR, _DISK_FREE = 64, 64 << 20, 1 << 30

@@ -24,7 +24,7 @@ from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
 from nemo_minitron.checkpoint.pickles import DTYPES, Inert, InertUnpickler
 from nemo_minitron.checkpoint.record import Read, RecordError, describe
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.text import one_line, parse_json
+from nemo_minitron.files.text import one_line, parse_json
 
 WEIGHTS = "model_weights/"
 METADATA_LIMIT = 64 << 20

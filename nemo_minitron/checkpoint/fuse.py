@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_minitron.layout import Parameter
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.shape import ModelShape
 
 
 def hf_part_rows(parameter: Parameter, shape: ModelShape) -> tuple[int, ...]:

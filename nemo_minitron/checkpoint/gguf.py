@@ -16,7 +16,7 @@ from nemo_minitron.checkpoint.kinds import split_gguf
 from nemo_minitron.checkpoint.known import has_no_place
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.text import one_line
+from nemo_minitron.files.text import one_line
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 _LAYER = {

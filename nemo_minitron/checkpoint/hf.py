@@ -22,10 +22,10 @@ from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING, OUTPUT, VOCAB, Parameter, parameters
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.staging import DISK_FULL, Staging
-from nemo_minitron.text import JSON_LIMIT, parse_json
+from nemo_minitron.files.staging import DISK_FULL, Staging
+from nemo_minitron.files.text import JSON_LIMIT, parse_json
+from nemo_minitron.model.layout import EMBEDDING, OUTPUT, VOCAB, Parameter, parameters
+from nemo_minitron.model.shape import ModelShape
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

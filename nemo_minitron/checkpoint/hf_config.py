@@ -11,7 +11,7 @@ import torch
 from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rope
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

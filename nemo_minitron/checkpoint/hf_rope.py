@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import RopeScaling
+from nemo_minitron.model.shape import RopeScaling
 
 Rope = tuple[float, RopeScaling | None]
 _BASE = 10000.0  # what transformers 4 takes where nothing is said

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.processes import notice
+from nemo_minitron.jobs.processes import notice
 
 _OFF = (False, None, 0)
 _ZERO = (0, None, False)

@@ -16,7 +16,7 @@ import torch
 from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.hf_config import DTYPES
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 SECTION = "minitron"
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"

@@ -32,10 +32,18 @@ from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING, EXTRA_STATE_MODULES, OUTPUT, VOCAB, Parameter, layer_parameters, parameters
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.staging import DISK_FULL
-from nemo_minitron.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
+from nemo_minitron.files.staging import DISK_FULL
+from nemo_minitron.files.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
+from nemo_minitron.model.layout import (
+    EMBEDDING,
+    EXTRA_STATE_MODULES,
+    OUTPUT,
+    VOCAB,
+    Parameter,
+    layer_parameters,
+    parameters,
+)
+from nemo_minitron.model.shape import ModelShape
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint.pickles import InertUnpickler, NameCollector
-from nemo_minitron.stored_zip import Read, ZipError, entries_of
+from nemo_minitron.files.stored_zip import Read, ZipError, entries_of
 
 _MAX_ENTRIES, _MAX_PICKLE = 64, 1 << 16
 _MAX_FOREIGN_ENTRIES = 20_000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nemo_minitron.checkpoint.archive import Archive, ArchiveWriter, read_member
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.staging import Staging, remove_leftovers
-from nemo_minitron.text import parse_json
+from nemo_minitron.files.staging import Staging, remove_leftovers
+from nemo_minitron.files.text import parse_json
 
 PREFIX = "minitron/tokenizer/"
 FILES = (

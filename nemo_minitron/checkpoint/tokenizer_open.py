@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.processes import notice
-from nemo_minitron.text import one_line
+from nemo_minitron.files.text import one_line
+from nemo_minitron.jobs.processes import notice
 
 SENTENCEPIECE = "tokenizer.model"
 _HF = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")

@@ -12,7 +12,7 @@ from nemo_minitron.checkpoint.allowed import check_names
 from nemo_minitron.checkpoint.distcp import METADATA_LIMIT, MetadataUnpickler
 from nemo_minitron.checkpoint.record import RecordError
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.stored_zip import Read
+from nemo_minitron.files.stored_zip import Read
 
 _COMMON_LIMIT, _MAX_FILES = 256 << 20, 100_000
 

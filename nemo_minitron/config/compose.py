@@ -23,7 +23,7 @@ from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.text import check_aliases
+from nemo_minitron.files.text import check_aliases
 from nemo_minitron.values.check import check as check_values
 
 CONF = "nemo_minitron.conf"

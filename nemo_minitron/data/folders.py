@@ -16,7 +16,7 @@ from nemo_minitron.data import readers
 from nemo_minitron.data.lines import regular_size
 from nemo_minitron.data.tables import SPLITS, saved_files
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.text import parse_plain_yaml
+from nemo_minitron.files.text import parse_plain_yaml
 
 log = logging.getLogger(__name__)
 

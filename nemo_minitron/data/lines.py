@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.text import one_line
+from nemo_minitron.files.text import one_line
 
 MAX_RECORD = 64 << 20
 """Most bytes of one line, and characters of one document, that are read: 64 MiB."""

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_minitron import lifeline
 from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.text import one_line, read_json
+from nemo_minitron.files.text import one_line, read_json
+from nemo_minitron.jobs import lifeline
 
 ON_BAD_RECORD = ("stop", "skip")
 
@@ -156,7 +156,7 @@ class _Output:
     def __init__(self, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-        from nemo_minitron.staging import Staging
+        from nemo_minitron.files.staging import Staging
 
         self._tokenizer, self._append_eod, self._prefix = tokenizer, append_eod, prefix
         self._staged: list[Staging] = []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from nemo_minitron.data.lines import MAX_RECORD, regular_size
 from nemo_minitron.data.readers import Row
 from nemo_minitron.errors import MinitronError, did_you_mean
-from nemo_minitron.text import one_line, read_json
+from nemo_minitron.files.text import one_line, read_json
 
 SPLITS = {
     "train": "train",

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.arrays import ArrayFile
 from nemo_minitron.distill.losses import TopK
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.staging import write_file
-from nemo_minitron.text import read_json
+from nemo_minitron.files.arrays import ArrayFile
+from nemo_minitron.files.staging import write_file
+from nemo_minitron.files.text import read_json
 
 SHARD = 64
 """Samples in a file: what a killed run loses at most per data-parallel rank."""

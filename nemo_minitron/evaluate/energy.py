@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import parallel, runtime
-from nemo_minitron.processes import place
+from nemo_minitron.jobs.processes import place
 
 POWERCAP = Path("/sys/class/powercap")
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel

@@ -38,7 +38,7 @@ from nemo_minitron.importance.reductions import (
     sequence_sums,
     units,
 )
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def collect(
             on every stage); ``model(input_ids, position_ids, attention_mask=None)`` by default.
 
     Returns:
-        The arrays of :class:`nemo_minitron.scores.Scores` by name, float64, full-size, the same on every rank; and
-        counts: ``samples`` and ``tokens`` of all data-parallel ranks.
+        The arrays of :class:`nemo_minitron.importance.scores.Scores` by name, float64, full-size, the same on every
+        rank; and counts: ``samples`` and ``tokens`` of all data-parallel ranks.
 
     Raises:
         MinitronError: no tokens, or a model without the modules named above.

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
+from nemo_minitron import parallel
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
 from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares, stream_weights
 
 Removed = frozenset[int]

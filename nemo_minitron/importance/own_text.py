@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nemo_minitron import layout
-from nemo_minitron.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
 
 
 @torch.no_grad()

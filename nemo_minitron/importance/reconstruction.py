@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
+from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
-from nemo_minitron.shape import ModelShape
 
 RIDGE = 0.03
 """Of the elimination: small calibration sets make some units look replaceable that are not."""
@@ -64,7 +65,7 @@ def rank_by_reconstruction(
         progress: told after each layer, of 2L.
 
     Returns:
-        float64 arrays as :class:`nemo_minitron.scores.Scores` names and sizes them: ``ffn_rank [L, F]``,
+        float64 arrays as :class:`nemo_minitron.importance.scores.Scores` names and sizes them: ``ffn_rank [L, F]``,
         ``heads_rank [L, A]``, ``groups_rank [L, G]`` (places in the elimination of that layer, larger is worth more),
         ``stream_moment [H, H]`` (second moment of the residual stream relative to the token's mean square, summed over
         tokens and all depths, the embeddings counting as ``EMBEDDING_SHARE`` of the others together; the same bits on

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nemo_minitron import layout, parallel
-from nemo_minitron.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron import parallel
 from nemo_minitron.importance.collect import Groups, Pass, add, finish, reduce
 from nemo_minitron.importance.reductions import Aggregation, sequence_sums
 from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
 
 FILE_BYTES = 16 << 30
 """Bounds the file of streams; more samples are run in more passes, each of which reads the checkpoint again."""

@@ -19,7 +19,7 @@ import numpy as np
 from omegaconf import OmegaConf, open_dict
 
 from nemo_minitron import parallel
-from nemo_minitron.staging import Staging
+from nemo_minitron.files.staging import Staging
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel

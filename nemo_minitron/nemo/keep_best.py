@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.files.staging import Staging
 from nemo_minitron.nemo import weights
 from nemo_minitron.nemo.run_record import RunRecord, content_of
-from nemo_minitron.staging import Staging
 
 
 class KeepBest(Callback):

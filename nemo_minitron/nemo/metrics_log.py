@@ -11,7 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from nemo_minitron.staging import write_file
+from nemo_minitron.files.staging import write_file
 
 
 class MetricsLog(CSVLogger):

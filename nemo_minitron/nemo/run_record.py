@@ -15,7 +15,7 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.cache import keys_of
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.staging import write_file
+from nemo_minitron.files.staging import write_file
 
 NAME = "run.json"
 _LIMIT = 1 << 24

@@ -14,10 +14,11 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from nemo_minitron import layout, parallel, runtime
+from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model import layout
+from nemo_minitron.model.shape import ModelShape
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel

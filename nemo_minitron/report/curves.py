@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.files.text import one_line
 from nemo_minitron.report.inventory import Inventory
 from nemo_minitron.report.measures import LARGEST
-from nemo_minitron.text import one_line
 
 LOGGED = (
     "train_kd_loss",

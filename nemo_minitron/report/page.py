@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import __version__
-from nemo_minitron.plain import plain
+from nemo_minitron.files.plain import plain
 from nemo_minitron.report import figures, maps, words
 from nemo_minitron.report.curves import Training
 from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
@@ -292,7 +292,7 @@ def write(html: str, markdown: str, path: Path) -> Path:
     Raises:
         MinitronError: a destination cannot be written.
     """
-    from nemo_minitron.staging import Staging
+    from nemo_minitron.files.staging import Staging
 
     other = path.with_suffix(".md")
     with Staging(path) as first, Staging(other) as second:

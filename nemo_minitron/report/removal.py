@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_minitron.plan import Plan
-from nemo_minitron.planning import keep_top
+from nemo_minitron.importance.scores import RANKINGS, Scores
+from nemo_minitron.prune.choose import keep_top
+from nemo_minitron.prune.plan import Plan
 from nemo_minitron.report.run_folder import Run
-from nemo_minitron.scores import RANKINGS, Scores
 
 _SIZES = {
     "hidden": "hidden_size",

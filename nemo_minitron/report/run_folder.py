@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plain import short
-from nemo_minitron.plan import Plan
+from nemo_minitron.files.plain import short
+from nemo_minitron.files.text import YAML_LIMIT, one_line, parse_json, parse_yaml
+from nemo_minitron.importance.scores import JSON, NPZ, Scores
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import Plan
 from nemo_minitron.report.curves import Training, is_log, read_log
 from nemo_minitron.report.inventory import Inventory
 from nemo_minitron.report.measures import LARGEST, ROLES, number, numbers
-from nemo_minitron.scores import JSON, NPZ, Scores
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.text import YAML_LIMIT, one_line, parse_json, parse_yaml
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nemo_minitron.plan import Plan, format_ranges
+from nemo_minitron.prune.plan import Plan, format_ranges
 from nemo_minitron.report.measures import gap_closed, size
 from nemo_minitron.report.removal import Axis, dropped_layers
 from nemo_minitron.report.run_folder import Run

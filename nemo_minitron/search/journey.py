@@ -13,10 +13,12 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.errors import MinitronError, did_you_mean, required
-from nemo_minitron.plan import TARGETS
-from nemo_minitron.planning import target_shape
+from nemo_minitron.files.staging import Staging, write_file
+from nemo_minitron.importance.scores import JSON, NPZ, Scores
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import target_shape
+from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.recipe import Compose, Records
-from nemo_minitron.scores import JSON, NPZ, Scores
 from nemo_minitron.search import latency, output, predict
 from nemo_minitron.search.measure import Bench, Table, fewer_tokens, plan_of, write_plan
 from nemo_minitron.search.space import (
@@ -32,8 +34,6 @@ from nemo_minitron.search.space import (
     sizes_of,
     spread_out,
 )
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.staging import Staging, write_file
 
 POSITIONS = 2048
 """Length of the KV cache that is budgeted for where nothing is said, unless the model's own is shorter."""
@@ -233,7 +233,7 @@ def _layers(
 
 def _search_layers(cfg: DictConfig, scores: Scores, most: int) -> dict[str, Any]:
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.stages.prune import layers_by_loss
+    from nemo_minitron.prune.layers import layers_by_loss
 
     with NemoReader(Path(str(cfg.model.restore_from_path))) as reader:
         scores.check_matches(reader.fingerprint(), reader.shape)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape
 
 LAYER_OPERATIONS = 8
 """Of one layer that are started one after the other: two norms, four matrix products, attention, the gate."""

@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import TARGETS, Plan
+from nemo_minitron.files.text import read_json
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.recipe import Compose, Records, Stage, run_stage, settled
 from nemo_minitron.report.measures import duration
-from nemo_minitron.scores import Scores
 from nemo_minitron.search.space import count, key_of
-from nemo_minitron.shape import ModelShape
-from nemo_minitron.text import read_json
 
 RUNNING = ("devices", "num_nodes", "accelerator", "precision")
 """Of the trainer, what every stage takes; the rest is about training."""
@@ -233,7 +233,7 @@ class Table:
 
 def plan_of(cfg: DictConfig, scores: Scores, shape: ModelShape, removed: Sequence[Sequence[int]] = ()) -> Plan:
     """The plan that ``minitron prune`` would make of these scores for a shape."""
-    from nemo_minitron.stages.prune import plan_from_scores
+    from nemo_minitron.prune.choose import plan_from_scores
 
     source = scores.shape
     options: dict[str, Any] = {

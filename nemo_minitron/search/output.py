@@ -10,9 +10,9 @@ import numpy as np
 import yaml
 
 from nemo_minitron import __version__
-from nemo_minitron.plan import TARGETS
+from nemo_minitron.files.staging import Staging
+from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.search.space import count, describe
-from nemo_minitron.staging import Staging
 
 if TYPE_CHECKING:
     from nemo_minitron.search.journey import Candidate, Outcome

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.scores import Scores
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model.shape import ModelShape
 
 AXES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups", "heads_per_group")
 TERMS = ("scores", "size", "size_squared")

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import TARGETS
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.search.latency import Rates
-from nemo_minitron.shape import ModelShape
 
 TIGHT = 0.9
 """Of some budget: a shape that needs less of all of them is not what the budget was for."""

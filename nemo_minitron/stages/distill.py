@@ -30,7 +30,7 @@ def plan_memory(cfg: DictConfig) -> str:
     """
     from nemo_minitron import runtime
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.distill.planner import ITEMS, Run, largest_micro_batch, memory
+    from nemo_minitron.distill.memory import ITEMS, Run, largest_micro_batch, memory
     from nemo_minitron.nemo import training  # noqa: F401  what a run imports is part of its memory
     from nemo_minitron.nemo.spec import has_transformer_engine
 

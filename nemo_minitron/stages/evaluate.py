@@ -13,7 +13,7 @@ from nemo_minitron.errors import MinitronError, required
 
 if TYPE_CHECKING:
     from nemo_minitron.evaluate.harness import Tasks
-    from nemo_minitron.shape import ModelShape
+    from nemo_minitron.model.shape import ModelShape
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     from nemo_minitron import runtime
     from nemo_minitron.evaluate import facts
-    from nemo_minitron.staging import Staging
+    from nemo_minitron.files.staging import Staging
 
     source, options = Path(required(cfg, "model.restore_from_path")), cfg.evaluate
     on_grid, tasks = bool(options.perplexity or options.throughput), list(options.lm_eval.tasks)
@@ -169,7 +169,7 @@ def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
     """lm-eval's tasks on ``source``, a ``.nemo`` as the HF folder that ``minitron convert`` makes of it."""
     from nemo_minitron.convert import convert
     from nemo_minitron.evaluate.harness import run_tasks
-    from nemo_minitron.staging import Staging, write_file
+    from nemo_minitron.files.staging import Staging, write_file
 
     options, output = cfg.evaluate.lm_eval, Path(cfg.output_path)
     exported = None
@@ -211,6 +211,6 @@ def _show(metrics: dict[str, Any]) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON."""
-    from nemo_minitron.staging import write_file
+    from nemo_minitron.files.staging import write_file
 
     write_file(path, json.dumps(content, indent=2) + "\n")

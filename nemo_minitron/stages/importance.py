@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.scores import JSON, NPZ, Scores
+from nemo_minitron.importance.scores import JSON, NPZ, Scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.shape import ModelShape
+    from nemo_minitron.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure_and_save(
     """
     from nemo_minitron import runtime
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.staging import Staging
+    from nemo_minitron.files.staging import Staging
 
     writes = runtime.rank() == 0
     staging = Staging(output, folder=True, replaceable=(JSON, NPZ)) if writes else None
@@ -320,7 +320,7 @@ def _measure(
     from nemo.utils import logging
     from tqdm import tqdm
 
-    from nemo_minitron.importance import Groups, collect
+    from nemo_minitron.importance.collect import Groups, collect
     from nemo_minitron.nemo.restore import load_model
     from nemo_minitron.nemo.trainer import inference_trainer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,17 +11,14 @@ from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.plan import TARGETS, Compensation, Plan, format_ranges
-from nemo_minitron.planning import LOSS_SELECTIONS, make_plan, needs_scores, target_shape
-from nemo_minitron.processes import notice
-from nemo_minitron.rewrite import check_source, prune_checkpoint
-from nemo_minitron.scores import RANKINGS, Scores
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.files.staging import Staging
+from nemo_minitron.importance.scores import RANKINGS, Scores
+from nemo_minitron.jobs.processes import notice
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import LOSS_SELECTIONS, needs_scores, plan_from_scores, target_shape
+from nemo_minitron.prune.cut import check_source, prune_checkpoint
+from nemo_minitron.prune.plan import TARGETS, Plan, format_ranges
 from nemo_minitron.stages.importance import Calibration, measure_and_save
-from nemo_minitron.staging import Staging
-
-if TYPE_CHECKING:
-    from nemo_minitron.importance.layer_loss import Step
 
 
 def run(cfg: DictConfig) -> Plan:
@@ -93,10 +90,6 @@ def table(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _targets(options: dict[str, Any]) -> dict[str, int | None]:
-    return {name: options.get(name) for name in TARGETS}
-
-
 def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) -> ModelShape:
     """The student's shape, from the plan or from the request, which exclude each other."""
     ranking = options.get("ranking")
@@ -109,7 +102,10 @@ def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) ->
     if plan is not None:
         return plan.target
     return target_shape(
-        shape, _targets(options), options.get("drop_layers"), options.get("layer_selection") or "block_influence"
+        shape,
+        {name: options.get(name) for name in TARGETS},
+        options.get("drop_layers"),
+        options.get("layer_selection") or "block_influence",
     )
 
 
@@ -158,127 +154,10 @@ def _make(reader: NemoReader, options: dict[str, Any], scores: Scores | None, ha
     selection = options.get("layer_selection") or "block_influence"
     layers = options.get("num_layers") or reader.shape.num_layers
     if selection in LOSS_SELECTIONS and not options.get("drop_layers") and layers < reader.shape.num_layers:
-        options = options | {"drop_layers": _drop_by_loss(reader, selection, options, scores, half)}
+        from nemo_minitron.prune.layers import drop_by_loss
+
+        options = options | {"drop_layers": drop_by_loss(reader, selection, options, scores, half)}
     return plan_from_scores(reader.shape, fingerprint, options, scores)
-
-
-def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any], scores: Scores | None) -> Plan:
-    """The plan that the keys of ``prune`` in ``options`` ask for; no weights are needed.
-
-    Args:
-        fingerprint: of the weights of the source. options: with layers named in ``drop_layers`` where they are chosen
-            by loss.
-
-    Raises:
-        MinitronError: as :func:`nemo_minitron.planning.make_plan`; ``prune.rotate`` where nothing can be rotated.
-    """
-    tokens = None if scores is None else scores.tokens_fingerprint()
-    compensate = options.get("compensate")
-    ranked = bool(scores and scores.ranks)
-    narrower = (options.get("hidden_size") or shape.hidden_size) < shape.hidden_size
-    rotate = options.get("rotate")
-    if rotate and not (ranked and narrower and tokens is not None and compensate is not False):
-        raise MinitronError(
-            "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
-        )
-    compensation = None
-    if tokens is not None and compensate is not False:
-        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False, rescale=True)
-    ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
-    return make_plan(
-        shape,
-        None if scores is None else scores.ranked_by(ranking),
-        _targets(options),
-        drop_layers=options.get("drop_layers"),
-        layer_selection=options.get("layer_selection") or "block_influence",
-        source_fingerprint=fingerprint,
-        compensation=compensation,
-    )
-
-
-def _drop_by_loss(
-    reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None, half: bool
-) -> list[int]:
-    """Layers to drop, 1-indexed, by the loss without them; every process of the job takes part."""
-    from nemo_minitron import runtime
-
-    whole, steps = layers_by_loss(
-        reader,
-        selection,
-        reader.shape.num_layers - int(options["num_layers"]),
-        scores,
-        tokens=int(options.get("layer_tokens") or 4096),
-        beam=int(options.get("beam_width") or 3) if selection == "beam" else 1,
-        stand_ins=options.get("compensate") is not False,
-        half=half,
-    )
-    if runtime.rank() == 0:
-        for step in steps:
-            removed = ", ".join(str(layer + 1) for layer in step.removed)
-            print(f"without layers {removed}: loss {step.loss:.4f} ({step.loss - whole:+.4f})")
-    return [layer + 1 for layer in steps[-1].removed]
-
-
-def layers_by_loss(
-    reader: NemoReader,
-    selection: str,
-    count: int,
-    scores: Scores | None,
-    *,
-    tokens: int,
-    beam: int = 1,
-    stand_ins: bool = True,
-    half: bool = False,
-    section: str = "prune",
-) -> tuple[float, list[Step]]:
-    """Loss of the whole model and without up to ``count`` layers, on the first ``tokens`` tokens of the scores.
-
-    Stand-ins of removed layers are fitted on all of their tokens.
-
-    Every process of the job takes part, each with its share of the samples; progress is shown.
-
-    Args:
-        selection: one of ``LOSS_SELECTIONS``; the last step is its answer. section: of the keys that errors name.
-
-    Raises:
-        MinitronError: the scores hold no calibration tokens.
-    """
-    if scores is None or scores.tokens is None:
-        raise MinitronError(
-            f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
-            "run `minitron importance calibration.reconstruction=true`"
-        )
-    import torch
-    from tqdm import tqdm
-
-    from nemo_minitron import parallel, runtime
-    from nemo_minitron.importance import layer_loss
-
-    if runtime.world_size() > 1 and parallel.world() is None:
-        runtime.init_distributed()
-    world = parallel.world()
-    samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
-    everything = torch.from_numpy(scores.tokens.astype("int64"))
-    mine = slice(runtime.rank(), None, parallel.size(world))
-    share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
-    total = reader.shape.num_layers
-    sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
-        selection, 1 + total + (count - 1) * beam * layer_loss.TRIED
-    )
-    sets += int(stand_ins)
-    with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
-        losses = layer_loss.LayerLoss(
-            reader, share, stand_ins=fitted if stand_ins else None, half=half, group=world, progress=bar.update
-        )
-        (whole,) = losses([layer_loss.Removed()])
-        if selection == "leave_one_out":
-            steps = layer_loss.leave_one_out(losses, count)
-        elif selection == "contiguous_loss":
-            steps = layer_loss.contiguous(losses, count)
-        else:
-            steps = layer_loss.search(losses, count, beam)
-        bar.total = bar.n
-    return whole, steps
 
 
 def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | None) -> None:
@@ -331,7 +210,7 @@ def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Sco
     from tqdm import tqdm
 
     from nemo_minitron import parallel, runtime
-    from nemo_minitron.compensation import compensate
+    from nemo_minitron.prune.resolve import compensate
 
     if runtime.world_size() > 1 and parallel.world() is None:  # the scores were given: nobody has met yet
         runtime.init_distributed()

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.processes import place
+from nemo_minitron.jobs.processes import place
 
 
 def run(cfg: DictConfig) -> None:
@@ -18,7 +18,7 @@ def run(cfg: DictConfig) -> None:
         MinitronError: a folder that is no run; a destination that cannot be written, does not end in ``.html``, or lies
             behind a link in the run folder.
     """
-    from nemo_minitron.plain import plain
+    from nemo_minitron.files.plain import plain
     from nemo_minitron.report.page import render, write
     from nemo_minitron.report.run_folder import read_run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import ModelShape, RopeScaling
-from nemo_minitron.staging import Staging
+from nemo_minitron.files.staging import Staging
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 _FILES = (
     "config.json",

@@ -11,7 +11,7 @@ from nemo_minitron.checkpoint import HfReader, NemoReader
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape, shape_from_hf
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.shape import RopeScaling
+from nemo_minitron.model.shape import RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 

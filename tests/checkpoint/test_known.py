@@ -8,7 +8,7 @@ from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
 from nemo_minitron.checkpoint.nemo_config import nemo_config_from_hf, shape_from_nemo
 from nemo_minitron.config.nemo_keys import MODEL
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING
+from nemo_minitron.model.layout import EMBEDDING
 from tests.canonical import random_model
 from tests.llamas import GQA
 

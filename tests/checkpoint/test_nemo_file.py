@@ -17,7 +17,7 @@ from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive
 from nemo_minitron.checkpoint.distcp import DistcpWriter
 from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.layout import EMBEDDING, FC1_WEIGHT, FINAL_NORM, QKV_WEIGHT, parameters
+from nemo_minitron.model.layout import EMBEDDING, FC1_WEIGHT, FINAL_NORM, QKV_WEIGHT, parameters
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 

@@ -17,11 +17,11 @@ from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.losses import TopK
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import Plan
-from nemo_minitron.scores import Scores, array_sizes
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.files.text import parse_json, parse_plain_yaml, parse_yaml
+from nemo_minitron.importance.scores import Scores, array_sizes
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import Plan
 from nemo_minitron.synthetic import make_llama
-from nemo_minitron.text import parse_json, parse_plain_yaml, parse_yaml
 
 TINY = ModelShape(
     num_layers=1,

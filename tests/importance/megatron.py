@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron import layout, runtime
-from nemo_minitron.importance import Aggregation, Groups, collect
-from nemo_minitron.shape import ModelShape
+from nemo_minitron import runtime
+from nemo_minitron.importance.collect import Groups, collect
+from nemo_minitron.importance.reductions import Aggregation
+from nemo_minitron.model import layout
+from nemo_minitron.model.shape import ModelShape
 from tests.canonical import random_model
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance import Aggregation, collect
-from nemo_minitron.importance.reductions import HOW
-from nemo_minitron.planning import make_plan
-from nemo_minitron.scores import array_sizes
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.importance.collect import collect
+from nemo_minitron.importance.reductions import HOW, Aggregation
+from nemo_minitron.importance.scores import array_sizes
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import make_plan
 from tests.canonical import random_model
 from tests.importance.megatron import scores_on_grid
 from tests.importance.reference import dense_scores

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_minitron import decoder, layout
 from nemo_minitron.checkpoint import HfReader
 from nemo_minitron.importance import layer_loss
 from nemo_minitron.importance.layer_loss import LayerLoss, Removed, contiguous, leave_one_out, search
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.model import decoder, layout
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import random_model
 from tests.llamas import SHAPES

@@ -7,7 +7,7 @@ import torch
 from nemo_minitron import parallel
 from nemo_minitron.importance import stream
 from nemo_minitron.importance.reductions import Aggregation
-from nemo_minitron.planning import make_plan
+from nemo_minitron.prune.choose import make_plan
 from tests.canonical import random_model
 from tests.importance.reference import dense_scores
 from tests.importance.test_collect import SHAPE, TOKENS, check

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 from tests.llamas import GQA
 from tests.zygote import Zygote
 

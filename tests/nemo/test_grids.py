@@ -12,15 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from nemo_minitron import layout
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.fuse import fuse
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.sources import Source
-from nemo_minitron.scores import Scores
-from nemo_minitron.shape import ModelShape, RopeScaling
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model import layout
+from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.nemo.grid_jobs import LENGTH, curve
 

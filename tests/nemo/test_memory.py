@@ -13,8 +13,8 @@ import torch
 
 from nemo_minitron.convert import convert
 from nemo_minitron.data.preprocess import preprocess
-from nemo_minitron.distill.planner import Run, layer_activations
-from nemo_minitron.shape import ModelShape
+from nemo_minitron.distill.memory import Run, layer_activations
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 
 

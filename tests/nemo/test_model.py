@@ -8,12 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_minitron import layout
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, update_shape
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.planning import make_plan
-from nemo_minitron.rewrite import prune_checkpoint
+from nemo_minitron.model import layout
+from nemo_minitron.prune.choose import make_plan
+from nemo_minitron.prune.cut import prune_checkpoint
 from tests.nemo.conftest import hf_logits, nemo_logits
 
 

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron import recipe, search
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.plan import TARGETS, Plan
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.search import latency, measure
 from nemo_minitron.search import output as search_output
-from nemo_minitron.shape import ModelShape
 from tests.llamas import GQA
 from tests.search.test_predict import make_scores
 

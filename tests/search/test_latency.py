@@ -5,8 +5,8 @@ import math
 
 import pytest
 
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.search import latency
-from nemo_minitron.shape import ModelShape
 
 SHAPE = ModelShape(
     num_layers=2,

@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize, stats
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.scores import Scores, array_sizes, rank_sizes
+from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
 from nemo_minitron.search import predict
 from nemo_minitron.search.space import Space
 from tests.llamas import GQA

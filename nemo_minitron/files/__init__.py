@@ -1,0 +1,1 @@
+"""Files of any origin: reading within bounds, writing all or nothing."""

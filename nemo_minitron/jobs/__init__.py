@@ -1,0 +1,1 @@
+"""Processes of a job: on this machine, under torchrun, or under Slurm."""

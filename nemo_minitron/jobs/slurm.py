@@ -1,0 +1,209 @@
+"""Submit a command to Slurm: ``minitron COMMAND … +cluster=slurm``.
+
+Three files of one name are left in ``cluster.folder``: ``NAME.yaml``, the command's whole resolved config without its
+``cluster`` section; ``NAME.sh``, the batch script, which starts the command from that file and nothing else (but for
+keys that were removed, which a file cannot say), so that the job runs what was submitted, whatever becomes of the
+user's files and of the shell that it came from; and ``NAME.job``, the number that Slurm gave it. A name is never used
+for two different jobs: a job that waits in the queue keeps its files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.files.staging import write_file
+
+_TIME = re.compile(r"(\d+-)?\d+:\d\d(:\d\d)?|\d+-\d+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str | None:
+    """Write the job of ``cfg`` and hand it to ``sbatch``; with ``cluster.dry_run`` print its script instead.
+
+    Args:
+        overrides: those that ``cfg`` was composed from.
+
+    Returns:
+        The job's number; None after a dry run.
+
+    Raises:
+        MinitronError: a value of ``cluster`` that Slurm cannot take, before anything is written; no ``sbatch``; the
+            folder cannot be written; sbatch refused, in its own words.
+    """
+    options = cfg.cluster
+    plain = _with_grid(command, cfg)
+    _check(options, command)
+    if not options.dry_run and shutil.which("sbatch") is None:
+        raise MinitronError(
+            "cluster: found no sbatch on this machine; submit from a login node of the cluster, or write the script "
+            "with cluster.dry_run=true"
+        )
+    removed = [text.partition("=")[0] for text in overrides if text.startswith("~") and not text.startswith("~cluster")]
+    folder = Path(options.folder).absolute()
+    script = _write(
+        folder,
+        options.job_name or f"minitron-{command}",
+        config=lambda path: OmegaConf.to_yaml(plain),
+        script=lambda path: render(command, plain, options, path, removed),
+    )
+    if options.dry_run:
+        print(script.read_text(), end="")
+        print(f"minitron: wrote {script}; not submitted", file=sys.stderr)
+        return None
+    sbatch = ["sbatch", "--parsable", str(script)]
+    done = subprocess.run(sbatch, capture_output=True, text=True, check=False)
+    number = done.stdout.strip().partition(";")[0]
+    if done.returncode or not number:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        raise MinitronError(f"sbatch refused {script}: {said[-1]}")
+    record = {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sbatch}
+    write_file(script.with_suffix(".job"), json.dumps(record) + "\n")
+    print(f"submitted job {number}: {script}; its output goes to {script.with_suffix('')}-{number}.out")
+    return number
+
+
+def render(command: str, cfg: DictConfig, options: DictConfig, config: Path, removed: Sequence[str] = ()) -> str:
+    """The batch script that runs ``command`` from ``config`` (``FOLDER/NAME.yaml``).
+
+    Args:
+        cfg: the command's config, its ``trainer`` already holding the job's grid.
+        options: the ``cluster`` section.
+        removed: ``~KEY`` overrides.
+    """
+    nodes, tasks = _grid(cfg)
+    gpus = tasks if options.gpus_per_node is None and "trainer" in cfg else options.gpus_per_node
+    here = Path.cwd()
+    directives = {
+        "job-name": options.job_name or f"minitron-{command}",
+        "nodes": nodes,
+        "ntasks-per-node": tasks,
+        "gpus-per-node": gpus or None,
+        "partition": options.partition,
+        "account": options.account,
+        "time": options.time_limit,
+        "mem": options.mem,
+        "dependency": options.dependency,
+        "chdir": here,
+        "output": f"{str(config.with_suffix('')).replace('%', '%%')}-%j.out",
+    }
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in directives.items() if value is not None]
+    lines += ["#SBATCH --exclusive"] if options.exclusive else []
+    lines += [f"#SBATCH {shlex.quote(argument)}" for argument in options.sbatch_args]
+    lines += ["", "set -euo pipefail", ""]
+    if options.setup:
+        lines += ["set +u # setup scripts read variables that are not set", *options.setup, "set -u", ""]
+    lines += [f"export {name}={shlex.quote(str(value))}" for name, value in options.env.items() if value is not None]
+    lines += [
+        'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+        "export MASTER_ADDR=${hosts%%$'\\n'*}",
+        "export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))",
+        "",
+    ]
+    srun = ["srun", "--kill-on-bad-exit=1"]
+    if options.container_image:
+        mounts = dict.fromkeys([f"{here}:{here}", f"{config.parent}:{config.parent}", *options.container_mounts])
+        srun += [f"--container-image={options.container_image}", f"--container-mounts={','.join(mounts)}"]
+        srun += [f"--container-workdir={here}"]
+    python = options.python or ("python" if options.container_image else sys.executable)
+    run = [python, "-u", "-m", "nemo_minitron", command, f"--config-path={config.parent}"]
+    run += [f"--config-name={config.name}", *removed]
+    lines += [f"{shlex.join([*srun, *options.srun_args])} \\", f"  {shlex.join(run)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _with_grid(command: str, cfg: DictConfig) -> DictConfig:
+    """The config that the job runs: without ``cluster``, its trainer holding what Slurm will start."""
+    options, plain = cfg.cluster, OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "cluster"])
+    nodes, tasks = options.nodes, options.ntasks_per_node
+    if "trainer" not in plain:
+        for key, value in (("nodes", nodes), ("ntasks_per_node", tasks)):
+            if value not in (None, 1):
+                raise MinitronError(f"cluster.{key}={value}: `minitron {command}` runs in one process")
+        return plain
+    if tasks is None:
+        tasks = plain.trainer.get("devices")
+        if tasks in (None, "auto", -1, "-1"):
+            tasks = options.gpus_per_node
+        if tasks is None:
+            raise MinitronError(
+                f"trainer.devices={plain.trainer.get('devices')}: expected a number, as the machines of the job cannot "
+                "be asked before it starts; set trainer.devices or cluster.ntasks_per_node"
+            )
+    plain.trainer.devices = tasks
+    plain.trainer.num_nodes = nodes if nodes is not None else plain.trainer.get("num_nodes") or 1
+    return plain
+
+
+def _grid(cfg: DictConfig) -> tuple[int, int]:
+    """(machines, processes on each)."""
+    grid = []
+    for key in ("num_nodes", "devices"):
+        value = cfg.trainer[key] if "trainer" in cfg else 1
+        if not str(value).isdecimal() or int(value) < 1:
+            raise MinitronError(f"trainer.{key}: expected a number of at least 1, found {value!r}")
+        grid.append(int(value))
+    return grid[0], grid[1]
+
+
+def _check(options: DictConfig, command: str) -> None:
+    for key in ("nodes", "ntasks_per_node"):
+        if options[key] is not None and options[key] < 1:
+            raise MinitronError(f"cluster.{key}: expected at least 1, found {options[key]}")
+    if options.gpus_per_node is not None and options.gpus_per_node < 0:
+        raise MinitronError(f"cluster.gpus_per_node: expected 0 or more, found {options.gpus_per_node}")
+    if options.time_limit is not None and not _TIME.fullmatch(options.time_limit):
+        raise MinitronError(
+            f"cluster.time_limit: expected [DAYS-]HOURS:MINUTES:SECONDS, found '{options.time_limit}' "
+            "(in a YAML file it needs quotes)"
+        )
+    name = options.job_name
+    if name is not None and (not _NAME.fullmatch(name) or name in ("bash", "interactive")):
+        # Lightning takes a job named bash or interactive for a shell, and its tasks for unrelated processes
+        raise MinitronError(
+            f"cluster.job_name: expected letters, digits, '.', '_' and '-', and not bash or interactive, found '{name}'"
+        )
+    for variable in options.env:
+        if not _VARIABLE.fullmatch(str(variable)):
+            raise MinitronError(f"cluster.env: expected names of variables, found '{variable}'")
+    for argument in (*options.sbatch_args, *options.srun_args):
+        if not argument.startswith("-"):
+            raise MinitronError(f"cluster.sbatch_args, cluster.srun_args: expected options, found '{argument}'")
+    one_line = {str(key): options[key] for key in options if key not in ("setup", "env")}
+    for key, value in one_line.items():
+        if any("\n" in str(part) for part in (value if OmegaConf.is_list(value) else [value])):
+            raise MinitronError(f"cluster.{key}: expected one line, found a line break")
+
+
+def _write(folder: Path, name: str, config: Callable[[Path], str], script: Callable[[Path], str]) -> Path:
+    """Write ``NAME.yaml`` and ``NAME.sh``, or ``NAME-2…`` where another job has the name; return the script.
+
+    ``config`` and ``script`` make their texts from the path of the config.
+    """
+    for number in itertools.count(1):
+        base = name if number == 1 else f"{name}-{number}"
+        paths = [folder / f"{base}.yaml", folder / f"{base}.sh"]
+        texts = dict(zip(paths, (config(paths[0]), script(paths[0])), strict=True))
+        try:
+            if any(path.exists() and path.read_text() != text for path, text in texts.items()):
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, text in texts.items():
+                write_file(path, text)
+        except OSError as error:
+            raise MinitronError(f"cluster.folder: cannot write '{folder}': {error.strerror}") from None
+        break
+    return paths[1]

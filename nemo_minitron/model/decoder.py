@@ -1,0 +1,179 @@
+"""The forward pass of one decoder layer on canonical tensors, in plain torch: no ranks, no modules, no Megatron.
+
+What streams a model layer by layer (calibration, compensation) runs on these functions, so that one layer's weights
+are in memory at a time. Activations are ``[b, s, …]``; the arithmetic is that of transformers' ``LlamaDecoderLayer``
+and of Megatron-Core's local layer, which the tests compare. Everything is whole: under any grid each process sees
+unsharded weights, and parallelism is over samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_minitron.model import layout
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.shape import ModelShape, RopeScaling
+
+HEAD_BYTES = 256 << 20
+"""Bounds the logits that are alive at once."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Cosine and sine of every position, float32 ``[s, d]``, the d/2 frequencies repeated as HF and Megatron do."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, shape: ModelShape, seq_length: int, device: torch.device | str = "cpu") -> Rotary:
+        """Tables for ``seq_length`` positions, with the Llama-3.1 scaling of ``shape`` where it has one."""
+        d = shape.kv_channels
+        frequencies = 1.0 / shape.rotary_base ** (torch.arange(0, d, 2, device=device).float() / d)
+        if shape.rope_scaling is not None:
+            frequencies = _scaled(frequencies, shape.rope_scaling)
+        angles = torch.outer(torch.arange(seq_length, device=device).float(), frequencies).repeat(1, 2)
+        return cls(angles.cos(), angles.sin())
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Rotate ``[b, heads, s, d]``; computed in float32, returned in the dtype of ``x``."""
+        low, high = x.float().chunk(2, dim=-1)
+        return (x.float() * self.cos + torch.cat((-high, low), dim=-1) * self.sin).to(x.dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama-3.1's frequencies, as :class:`~nemo_minitron.model.shape.RopeScaling` defines them."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # c/w
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    alpha = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - alpha) * frequencies / scaling.factor + alpha * frequencies
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """``x / rms(x) * weight`` over the last dimension; float32 inside, the dtype of ``x`` outside."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + epsilon)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def attend(qkv: Tensor, shape: ModelShape, rotary: Rotary) -> Tensor:
+    """Causal attention from the fused, group-major QKV ``[b, s, (A+2G)d]`` to the input of ``linear_proj [b, s, A*d]``.
+
+    Scaled by ``1/sqrt(d)``; the drawing of the axis is in :mod:`nemo_minitron.model.layout`.
+    """
+    b, s, _ = qkv.shape
+    query, key, value = _cells(qkv, shape)
+    key, value = (x.repeat_interleave(shape.heads_per_group, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, is_causal=True)
+    return out.transpose(1, 2).reshape(b, s, -1)
+
+
+def attend_next(qkv: Tensor, keys: Tensor, values: Tensor, at: int, shape: ModelShape, rotary: Rotary) -> Tensor:
+    """:func:`attend` for the one position ``at``: from ``qkv [b, 1, (A+2G)d]`` to ``[b, 1, A*d]``.
+
+    ``keys`` and ``values`` ``[b, G, s, d]`` hold those of the positions before it, and get its own.
+    """
+    query, key, value = _cells(qkv, shape)
+    here = Rotary(rotary.cos[at : at + 1], rotary.sin[at : at + 1])
+    keys[:, :, at], values[:, :, at] = here.turn(key)[:, :, 0], value[:, :, 0]
+    query = here.turn(query).view(len(qkv), shape.num_query_groups, -1, shape.kv_channels)  # heads as positions
+    out = F.scaled_dot_product_attention(query, keys[:, :, : at + 1], values[:, :, : at + 1])
+    return out.reshape(len(qkv), 1, -1)
+
+
+def _cells(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[b, A, s, d]``, keys and values ``[b, G, s, d]`` of fused ``qkv``."""
+    b, s, _ = qkv.shape
+    groups, r, d = shape.num_query_groups, shape.heads_per_group, shape.kv_channels
+    cells = qkv.view(b, s, groups, r + 2, d)
+    query = cells[:, :, :, :r].reshape(b, s, groups * r, d).transpose(1, 2)
+    return query, cells[:, :, :, r].transpose(1, 2), cells[:, :, :, r + 1].transpose(1, 2)
+
+
+def gate(fc1: Tensor) -> Tensor:
+    """SwiGLU from ``[gate; up]`` ``[…, 2F]`` to the input of ``linear_fc2 […, F]``."""
+    left, right = fc1.chunk(2, dim=-1)
+    return F.silu(left) * right
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Canonical tensors of one layer by their rows of the layout table; any float dtype, computed in that of ``x``."""
+
+    shape: ModelShape
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, parameter: Parameter) -> Tensor:
+        return self.tensors[parameter.key]
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """Output of the input norm, ``[b, s, H]``."""
+        return rms_norm(x, self[layout.QKV_NORM], self.shape.layernorm_epsilon)
+
+    def attention(self, h: Tensor, rotary: Rotary) -> Tensor:
+        """Input of ``linear_proj`` ``[b, s, A*d]`` from :meth:`attention_input`."""
+        return attend(self._qkv(h), self.shape, rotary)
+
+    def _qkv(self, h: Tensor) -> Tensor:
+        bias = self[layout.QKV_BIAS] if self.shape.qkv_bias else None
+        return F.linear(h, self[layout.QKV_WEIGHT], bias)
+
+    def ffn_input(self, x: Tensor) -> Tensor:
+        """Output of the pre-MLP norm, ``[b, s, H]``."""
+        return rms_norm(x, self[layout.FC1_NORM], self.shape.layernorm_epsilon)
+
+    def ffn(self, h: Tensor) -> Tensor:
+        """Input of ``linear_fc2`` ``[b, s, F]`` from :meth:`ffn_input`."""
+        return gate(F.linear(h, self[layout.FC1_WEIGHT]))
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """The residual stream ``[b, s, H]`` after this layer."""
+        return self._after_attention(x, self.attention(self.attention_input(x), rotary))
+
+    def forward_next(self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
+        """:meth:`forward` for the one position ``at``, ``x [b, 1, H]``; keys and values as for :func:`attend_next`."""
+        inner = attend_next(self._qkv(self.attention_input(x)), keys, values, at, self.shape, rotary)
+        return self._after_attention(x, inner)
+
+    def _after_attention(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The rest of the layer, from the input of ``linear_proj``."""
+        x = x + F.linear(inner, self[layout.PROJ_WEIGHT])
+        return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
+
+
+class LayerReader(Protocol):
+    """What streaming asks of a checkpoint (``nemo_minitron.checkpoint.NemoReader``, ``HfReader``)."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+    def tensor(self, parameter: Parameter, layer: int | None = None) -> Tensor: ...
+
+
+def read_layer(
+    reader: LayerReader, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Layer:
+    """One layer's canonical tensors in ``dtype``."""
+    rows = layout.layer_parameters(reader.shape)
+    return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, dtype) for row in rows})
+
+
+def read_head(
+    reader: LayerReader, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Final norm ``[H]``, float32, and output layer ``[V, H]`` (the embedding where tied) without padded rows."""
+    shape = reader.shape
+    row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
+    norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
+    return norm, reader.tensor(row)[: shape.vocab_size].to(device, dtype)
+
+
+def tokens_at_once(vocab_size: int) -> int:
+    """Whose float32 logits have room in ``HEAD_BYTES``; one at least."""
+    return max(1, HEAD_BYTES // (4 * vocab_size))

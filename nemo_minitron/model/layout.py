@@ -1,0 +1,146 @@
+"""One declarative table of every parameter: names, fusion, pruning axes, tensor-parallel split.
+
+Convert, rewrite, count and check all read this table; nothing else in the package spells a parameter name.
+
+The fused QKV of grouped-query attention is group-major. For A=6 heads, G=2 groups (r=3), each cell d rows::
+
+    row block   0    1    2    3    4    5    6    7    8    9
+               q0   q1   q2   k0   v0 | q3   q4   q5   k1   v1
+               `---- group 0 -------'  `---- group 1 -------'
+
+so viewed as ``(G, r+2, d, H)`` slots 0..r-1 are queries, slot r the key, slot r+1 the value, and no RoPE permutation
+separates HF from Megatron. ``linear_fc1`` is ``[gate; up]`` over dimension 0; a tensor-parallel rank holds
+``[gate_t; up_t]``, the file holds ``[all gate; all up]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.shape import ModelShape
+
+VOCAB, HIDDEN, QKV, PROJ, GATE_UP, FFN = "vocab", "hidden", "qkv", "proj", "gate_up", "ffn"
+"""Axes: padded vocabulary Vp; hidden H; fused QKV rows (A+2G)d; projection columns A*d; gate and up 2F; neurons F."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of the table.
+
+    Attributes:
+        key: canonical name without layer index, as on disk in a ``.nemo`` after the ``model.`` prefix.
+        hf: HF names that make it up, in fusing order; ``{l}`` stands for the layer.
+        fuse: ``"copy"`` (one HF tensor), ``"qkv"`` (group-major interleave) or ``"cat"`` (concatenate on dim 0).
+        axes: the axis of each dimension of the canonical (unsharded, one-layer) tensor.
+        tp_dim: dimension split over the tensor-parallel group, or None where every rank holds all of it.
+        per_layer: stacked as ``[L, ...]`` on disk under one key.
+        local: in-memory name of the local (non-Transformer-Engine) layer spec, where it differs from ``key``.
+    """
+
+    key: str
+    hf: tuple[str, ...]
+    axes: tuple[str, ...]
+    fuse: str = "copy"
+    tp_dim: int | None = None
+    per_layer: bool = True
+    local: str | None = None
+
+    def size(self, shape: ModelShape) -> tuple[int, ...]:
+        """Size of the canonical tensor of one layer for ``shape``."""
+        return tuple(axis_size(axis, shape) for axis in self.axes)
+
+    def memory_name(self, layer: int | None = None, local: bool = True) -> str:
+        """In-memory Megatron-Core name (``decoder.layers.3.…``); ``local`` picks the local spec's norm names."""
+        name = self.local if local and self.local else self.key
+        if not self.per_layer:
+            return name
+        return name.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
+
+
+_A, _M = "decoder.layers.self_attention.", "decoder.layers.mlp."
+_HA, _HM = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
+
+EMBEDDING = Parameter(
+    "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (VOCAB, HIDDEN), tp_dim=0, per_layer=False
+)
+FINAL_NORM = Parameter("decoder.final_layernorm.weight", ("model.norm.weight",), (HIDDEN,), per_layer=False)
+OUTPUT = Parameter("output_layer.weight", ("lm_head.weight",), (VOCAB, HIDDEN), tp_dim=0, per_layer=False)
+QKV_NORM = Parameter(
+    _A + "linear_qkv.layer_norm_weight",
+    ("model.layers.{l}.input_layernorm.weight",),
+    (HIDDEN,),
+    local="decoder.layers.input_layernorm.weight",
+)
+QKV_WEIGHT = Parameter(
+    _A + "linear_qkv.weight",
+    (_HA + "q_proj.weight", _HA + "k_proj.weight", _HA + "v_proj.weight"),
+    (QKV, HIDDEN),
+    fuse="qkv",
+    tp_dim=0,
+)
+QKV_BIAS = Parameter(
+    _A + "linear_qkv.bias",
+    (_HA + "q_proj.bias", _HA + "k_proj.bias", _HA + "v_proj.bias"),
+    (QKV,),
+    fuse="qkv",
+    tp_dim=0,
+)
+PROJ_WEIGHT = Parameter(_A + "linear_proj.weight", (_HA + "o_proj.weight",), (HIDDEN, PROJ), tp_dim=1)
+FC1_NORM = Parameter(
+    _M + "linear_fc1.layer_norm_weight",
+    ("model.layers.{l}.post_attention_layernorm.weight",),
+    (HIDDEN,),
+    local="decoder.layers.pre_mlp_layernorm.weight",
+)
+FC1_WEIGHT = Parameter(
+    _M + "linear_fc1.weight",
+    (_HM + "gate_proj.weight", _HM + "up_proj.weight"),
+    (GATE_UP, HIDDEN),
+    fuse="cat",
+    tp_dim=0,
+)
+FC2_WEIGHT = Parameter(_M + "linear_fc2.weight", (_HM + "down_proj.weight",), (HIDDEN, FFN), tp_dim=1)
+
+EXTRA_STATE_MODULES = (_A + "linear_qkv", _A + "linear_proj", _M + "linear_fc1", _M + "linear_fc2")
+"""Per-layer modules whose empty ``_extra_state`` objects Megatron-Core saves and asks for again on load."""
+
+
+def parameters(shape: ModelShape) -> Iterator[Parameter]:
+    """Rows that a model of this shape has, in forward order: tied models have no output layer, most no QKV bias."""
+    yield EMBEDDING
+    yield from layer_parameters(shape)
+    yield FINAL_NORM
+    if not shape.share_embeddings_and_output_weights:
+        yield OUTPUT
+
+
+def layer_parameters(shape: ModelShape) -> Iterator[Parameter]:
+    """Rows of one decoder layer, in forward order."""
+    yield from (QKV_NORM, QKV_WEIGHT)
+    if shape.qkv_bias:
+        yield QKV_BIAS
+    yield from (PROJ_WEIGHT, FC1_NORM, FC1_WEIGHT, FC2_WEIGHT)
+
+
+def slots(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
+    """Every tensor of a model as (row, layer); the layer is None outside the decoder layers."""
+    for parameter in parameters(shape):
+        for layer in range(shape.num_layers) if parameter.per_layer else (None,):
+            yield parameter, layer
+
+
+def axis_size(axis: str, shape: ModelShape) -> int:
+    """Length of an axis for ``shape``."""
+    try:
+        return {
+            VOCAB: shape.padded_vocab_size,
+            HIDDEN: shape.hidden_size,
+            QKV: shape.qkv_rows,
+            PROJ: shape.proj_columns,
+            GATE_UP: 2 * shape.ffn_hidden_size,
+            FFN: shape.ffn_hidden_size,
+        }[axis]
+    except KeyError:
+        raise MinitronError(f"unknown axis '{axis}'") from None

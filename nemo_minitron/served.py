@@ -1,8 +1,0 @@
-"""Ties a fork server to the process that it serves: such a server runs nothing of ours but imports, this one first.
-
-Without it a server whose parent was killed would import all that it was told to before it looks.
-"""
-
-from nemo_minitron import lifeline
-
-lifeline.hold()
