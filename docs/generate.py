@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
-from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, description, keys, summary  # noqa: E402
+from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, choices_of, description, keys, summary  # noqa: E402
 from nemo_minitron.values.check import rules  # noqa: E402
 from nemo_minitron.values.rules import shown  # noqa: E402
 
@@ -44,7 +44,7 @@ def command_page(command: str) -> str:
             sections.append((name, metadata["help"]))
             foreign += [row for row in yaml_rows(CONF / f"{command}.yaml") if row[0].startswith(f"{name}.")]
         else:
-            choices = metadata.get("choices")
+            choices = choices_of(metadata)
             ours.append((name, " \\| ".join(choices) if choices else kind_of(kind), default, metadata["help"]))
     needed = [name for name, _, default, _ in ours + foreign if default == REQUIRED]
     call = " ".join([f"minitron {command}", *(f"{name}=…" for name in needed)])

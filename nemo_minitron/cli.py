@@ -266,7 +266,7 @@ def command_help(command: str) -> str:
     """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
     from pathlib import Path
 
-    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, REQUIRED, Cluster, description, keys
+    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, REQUIRED, Cluster, choices_of, description, keys
 
     ours, foreign = [], []
     for name, kind, default, metadata in keys(COMMANDS[command]):
@@ -274,7 +274,7 @@ def command_help(command: str) -> str:
             foreign.append((f"{name}.*", metadata["help"]))
             continue
         shown = "required" if default == REQUIRED else "null" if default is None else str(default)
-        choices = metadata.get("choices")
+        choices = choices_of(metadata)
         what = " | ".join(choices) if choices else kind.replace(" | None", "").replace("Any", "value")
         ours.append((name, f"{metadata['help']}  [{what}; {shown}]"))
     width = max(len(name) for name, _ in ours + foreign + [("cluster.container_mounts", "")]) + 2

@@ -20,15 +20,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import __version__
+from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import read_json
@@ -114,7 +115,7 @@ def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
         if not node.get("command"):
             raise MinitronError(f"recipe.stages.{name}.command is missing")
         try:
-            config = compose(node.command, node.get("overrides") or (), config=node.get("config"))
+            config = compose(node.command, node.get("overrides") or (), config=_stage_config(node, cfg))
         except MinitronError as error:
             raise MinitronError(f"stage '{name}': {error}") from None
         if "cluster" in config:
@@ -123,11 +124,20 @@ def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
         if work is not None and not _is_inside(work, Path(cfg.run_dir)):
             raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")
         inputs, outputs = (tuple(node.get(key) or ()) for key in ("inputs", "outputs"))
+        inputs += tuple(config.get("extensions") or ())
         stages[name] = Stage(name, node.command, config, inputs, outputs, work)
     for role, path in (recipe.get("roles") or {}).items():
         if role not in ROLES:
             raise MinitronError(f"recipe.roles: expected {', '.join(ROLES)}, found '{role}' ({path})")
     return stages
+
+
+def _stage_config(node: DictConfig, cfg: DictConfig) -> DictConfig:
+    """A stage's own keys; the extensions of the run are those of every stage that takes some."""
+    config = cast(DictConfig, OmegaConf.create({**(node.get("config") or {})}))
+    if cfg.get("extensions") and any(item.name == "extensions" for item in fields(COMMANDS[node.command])):
+        config["extensions"] = [*cfg.extensions, *(config.get("extensions") or [])]
+    return config
 
 
 class Records:

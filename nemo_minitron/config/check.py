@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, Recipe, Stage, WithCluster, keys, tree_of
+from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, Recipe, Stage, WithCluster, choices_of, keys, tree_of
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
@@ -161,7 +161,7 @@ def _refuse_other_choices(cls: type, cfg: DictConfig, prefix: str = "") -> None:
     for item in dataclasses.fields(cls):
         if isinstance(item.default_factory, type) and dataclasses.is_dataclass(item.default_factory):
             _refuse_other_choices(item.default_factory, cfg[item.name], f"{prefix}{item.name}.")
-        choices = item.metadata.get("choices")
+        choices = choices_of(item.metadata)
         if not choices or OmegaConf.is_missing(cfg, item.name) or OmegaConf.is_interpolation(cfg, item.name):
             continue
         value = cfg[item.name]

@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -24,6 +24,7 @@ from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.text import check_aliases
+from nemo_minitron.registry import load_extensions
 from nemo_minitron.values.check import check as check_values
 
 CONF = "nemo_minitron.conf"
@@ -111,6 +112,7 @@ def compose(
     for override in values:
         _apply(cfg, override, tree)
     check.refuse_unknown(cfg, tree)
+    _load_extensions(cfg)
     stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command not in JOURNEYS and name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
     if "cluster" in stray:
@@ -124,6 +126,13 @@ def compose(
         check.resolve(plain)
         check_values(command, cast(dict, OmegaConf.to_container(plain)))
     return plain
+
+
+def _load_extensions(cfg: DictConfig) -> None:
+    """Run the user's files before values are checked: they add to what some keys may be."""
+    files = OmegaConf.select(cfg, "extensions")
+    if isinstance(files, ListConfig) and all(isinstance(file, str) for file in files):  # else its type is refused below
+        load_extensions(list(files))
 
 
 def group_options(group: str, source: Source | None = None) -> list[str]:

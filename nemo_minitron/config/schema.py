@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +18,29 @@ from nemo_minitron.config.nemo_keys import EXP_MANAGER, INFERENCE, MODEL, S3_CHE
 REQUIRED = "???"
 
 
-def key(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A documented key; a mutable default is copied for every instance."""
+Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
+
+
+def key(default: Any, help: str, choices: Choices | None = None) -> Any:
+    """A documented key; a mutable default is copied for every instance.
+
+    Args:
+        choices: the values that it may have; a function where extensions can add some.
+    """
     metadata = {"help": help, "choices": choices}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def choices_of(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Values that a key may have; none where anything may stand."""
+    choices = metadata.get("choices") or ()
+    return choices() if callable(choices) else choices
+
+
+def _extensions() -> Any:
+    return key([], "Python files of yours with a model family, an importance metric or a distillation loss")
 
 
 def section(cls: type, help: str) -> Any:
@@ -219,6 +236,7 @@ class ConvertConfig:
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
     verify: bool = key(False, "read the result back and compare every tensor")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer for an input that carries none of its own")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -267,6 +285,7 @@ class FinetuneConfig:
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
     seed: int = key(1234, "seed of everything random")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -282,6 +301,7 @@ class ImportanceConfig:
     calibration: Calibration = section(Calibration, "calibration data")
     importance: Importance = section(Importance, "how it is measured")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -298,6 +318,7 @@ class SearchConfig:
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, of every stage")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager, of the distillations")
     seed: int = key(1234, "seed of everything random")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -315,6 +336,7 @@ class PruneConfig:
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, for computing scores")
     inference: dict[str, Any] = known(INFERENCE, "of NeMo's own pruning config; accepted and not used")
     seed: int = key(1234, "seed of the calibration data")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -331,6 +353,7 @@ class DistillConfig:
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
     seed: int = key(1234, "seed of everything random")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -348,6 +371,7 @@ class EvaluateConfig:
     output_path: str = key(REQUIRED, "JSON file to write")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     seed: int = key(1234, "seed of everything random")
+    extensions: list[str] = _extensions()
 
 
 @dataclass
@@ -371,6 +395,7 @@ class RunConfig:
     run_dir: str = key("runs/${recipe.name}", "folder of the run")
     stages: list[str] | None = key(None, "run only these stages")
     force: bool = key(False, "run stages even if they are done and unchanged")
+    extensions: list[str] = _extensions()
 
 
 @dataclass

@@ -195,9 +195,10 @@ class Bench:
     ) -> Stage:
         if name not in self._stages:  # composing takes longer than all else that is done to see what is known
             try:
-                config = self.compose(command, config=config)
+                config = self.compose(command, config={**config, "extensions": list(self.cfg.get("extensions") or [])})
             except MinitronError as error:
                 raise MinitronError(f"stage '{name}': {error}") from None
+            inputs += tuple(config.get("extensions") or ())
             self._stages[name] = Stage(name, command, config, inputs, outputs, work)
         return self._stages[name]
 
