@@ -19,7 +19,6 @@ from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokens import data_fingerprint
-from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.scores import Scores, array_sizes
 from nemo_minitron.prune.choose import make_plan
 from nemo_minitron.prune.plan import Plan
@@ -276,21 +275,6 @@ def test_prune_computes_the_published_metric_in_nemo(teacher, tmp_path):
     assert json.loads((tmp_path / "student.scores" / "scores.json").read_text())["calibration"]["tokens"] == 192
     assert plan.layers == tuple(best(expected["block_influence"], 2))
     assert plan.ffn[0] == tuple(best(expected["ffn"][plan.layers[0]], 50))
-
-
-def test_calibration_draws_the_same_from_text_as_from_its_tokens(teacher):
-    from nemo_minitron.stages.importance import Calibration, _blocks
-
-    prefix = f"{teacher}/tokens_text_document"
-    with NemoReader(teacher / "teacher.nemo") as reader:
-        tokens, data = _blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader, {})
-        from_text = _blocks(Calibration(path=f"{teacher}/text.txt", num_samples=5), 32, reader, {})
-        mixed, both = _blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader, {})
-        with pytest.raises(MinitronError, match="several prefixes need weights"):
-            _blocks(Calibration(data_prefix=[prefix, prefix]), 32, reader, {})
-    assert tuple(tokens.shape) == (5, 32)
-    assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
-    assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.nemo.scoring import forward_micro_batch, micro_batches
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -43,45 +43,23 @@ def evaluate(model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = 1)
         MinitronError: the loss is not finite.
     """
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    (module,) = model.get_model_module_list()
-    module.eval()
-    data = parallel_state.get_data_parallel_group()
-    dp, ranks = torch.distributed.get_rank(data), parallel.size(data)
-    batches = list(blocks.split(micro_batch_size))[dp::ranks]
+    (stage,) = model.get_model_module_list()
+    stage.eval()
     total = torch.zeros(2, dtype=torch.float64)
     start = time.perf_counter()
-    rank0 = torch.distributed.get_rank() == 0
-    for block in tqdm(batches, desc="evaluate", unit="batch", disable=None if rank0 else True):
-        block = block.to(runtime.device())
-        batch = {"tokens": block[:, :-1].contiguous(), "labels": block[:, 1:].contiguous()}
-        positions = torch.arange(block.shape[1] - 1, device=block.device).expand_as(batch["tokens"])
+    for block in micro_batches(blocks, micro_batch_size, "evaluate"):
+        tokens, labels = block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
-        def forward_step(iterator: Any, stage: torch.nn.Module, batch=batch, positions=positions) -> tuple[Tensor, Any]:
-            tokens = batch["tokens"]
-            output = stage(input_ids=tokens, position_ids=positions, attention_mask=None, hidden_only=True)
+        def loss_sum(hidden: Tensor, tokens: Tensor = tokens, labels: Tensor = labels) -> float:
+            terms = model.losses(hidden, {"tokens": tokens, "labels": labels}, torch.ones_like(tokens)).terms
+            return float(terms["lm_loss"].double().sum())
 
-            def reduce(hidden: Tensor) -> tuple[Tensor, Tensor]:
-                loss = model.losses(hidden, batch, torch.ones_like(tokens)).terms["lm_loss"]
-                return loss.sum(), loss.double().sum()
-
-            return output, reduce
-
-        sums = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=None,
-            model=module,
-            num_microbatches=1,
-            forward_only=True,
-            seq_length=block.shape[1] - 1,
-            micro_batch_size=block.shape[0],
-        )
-        total[0] += sum(float(part) for part in sums)  # the last stage's; others have none
-        total[1] += positions.numel()
+        total[0] += forward_micro_batch(stage, tokens, loss_sum, hidden_only=True) or 0.0  # None before the last stage
+        total[1] += tokens.numel()
     total = total.to(runtime.device())
     total[0] = parallel.all_reduce(total[0], parallel_state.get_pipeline_model_parallel_group())
-    total = parallel.all_reduce(total, data).cpu()
+    total = parallel.all_reduce(total, parallel_state.get_data_parallel_group()).cpu()
     seconds = time.perf_counter() - start
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):

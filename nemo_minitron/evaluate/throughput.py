@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.evaluate.energy import Meter
+from nemo_minitron.nemo.scoring import forward_micro_batch
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import StaticInferenceContext
@@ -98,7 +99,6 @@ def throughput(
     return found
 
 
-@torch.no_grad()
 def step(model: MinitronGPTModel, tokens: Tensor, context: StaticInferenceContext) -> Tensor | None:
     """Run ``tokens [b, s]`` after those that ``context`` holds, and keep them there.
 
@@ -106,28 +106,12 @@ def step(model: MinitronGPTModel, tokens: Tensor, context: StaticInferenceContex
         ``[b, 1, Vp/tp]`` logits of the last token on the last pipeline stage (``[b, s, Vp/tp]`` if the context asks for
         all of them), None elsewhere.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    (module,) = model.get_model_module_list()
-    offset, (b, s) = context.sequence_len_offset, tokens.shape
-    positions = torch.arange(offset, offset + s, device=tokens.device).expand(b, s)
-
-    def forward_step(iterator: Any, stage: torch.nn.Module) -> tuple[Tensor, Any]:
-        logits = stage(input_ids=tokens, position_ids=positions, attention_mask=None, inference_context=context)
-        return logits, lambda last: (last.new_zeros(()), last)
-
-    found = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=module,
-        num_microbatches=1,
-        forward_only=True,
-        seq_length=s,
-        micro_batch_size=b,
-    )
-    context.sequence_len_offset += s
+    (stage,) = model.get_model_module_list()
+    offset = context.sequence_len_offset
+    logits = forward_micro_batch(stage, tokens, lambda last: last, start=offset, inference_context=context)
+    context.sequence_len_offset += tokens.shape[1]
     context.enable_decode_mode()
-    return found[0] if found else None
+    return logits
 
 
 def _single(tokens: Tensor, start: int) -> list[Tensor]:

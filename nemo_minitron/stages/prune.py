@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.tokenizer_open import choose
+from nemo_minitron.config.schema import Calibration
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.scores import RANKINGS, Scores
@@ -18,7 +19,6 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import LOSS_SELECTIONS, needs_scores, plan_from_scores, target_shape
 from nemo_minitron.prune.cut import check_source, prune_checkpoint
 from nemo_minitron.prune.plan import TARGETS, Plan, format_ranges
-from nemo_minitron.stages.importance import Calibration, measure_and_save
 
 
 def run(cfg: DictConfig) -> Plan:
@@ -60,8 +60,11 @@ def run(cfg: DictConfig) -> Plan:
         if runtime.rank() == 0:  # who writes; others would take its temporaries for leftovers
             _check_writable(save_path, plan_path)
         if calibration is not None:
+            from nemo_minitron.nemo.scoring import measure_and_save
+
             scores_path = save_path.with_name(f"{name}.scores")
-            scores = measure_and_save(source, calibration, scores_path, cfg.model, cfg.get("trainer") or {})
+            stream, trainer = bool(options.get("calib_stream")), cfg.get("trainer") or {}
+            scores = measure_and_save(source, scores_path, calibration, stream, cfg.model, trainer)
         if plan is None:
             precision = str((cfg.get("trainer") or {}).get("precision", 32))
             plan = _make(reader, options, scores, half=precision.startswith("bf16"))
@@ -132,7 +135,6 @@ def _calibration(options: dict[str, Any], seed: int) -> Calibration:
         num_samples=int(options.get("num_calib_size") or 1024),
         seq_length=options.get("calib_seq_length"),
         seed=seed,
-        stream=bool(options.get("calib_stream")),
     )
 
 

@@ -1,0 +1,198 @@
+"""Forward passes of NeMo's model on the job's grid, one micro-batch at a time, and the scores that come of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nemo_minitron import parallel, runtime
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.grid import Grid, Machines
+from nemo_minitron.config.schema import Calibration
+from nemo_minitron.data.calibration import block_length, draw_blocks
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.files.staging import Staging
+from nemo_minitron.importance.collect import Groups, collect
+from nemo_minitron.importance.measure import collect_by_layer, kept_tokens, rank_units
+from nemo_minitron.importance.scores import JSON, NPZ, Scores
+
+if TYPE_CHECKING:
+    from nemo_minitron.nemo.model import MinitronGPTModel
+
+Section = Mapping[str, Any]
+"""A section of the config whose keys are NeMo's or Lightning's."""
+
+
+def measure_and_save(
+    source: Path, output: Path, calibration: Calibration, stream: bool, model: Section, trainer: Section
+) -> Scores:
+    """Score a checkpoint and write the scores folder, from every rank of the job.
+
+    Args:
+        stream: read the checkpoint layer by layer, without NeMo and without a grid, instead of building the model.
+        model, trainer: the run's sections; grid, tokenizer, devices and precision are read.
+
+    Returns:
+        The scores, on every rank.
+
+    Raises:
+        MinitronError: before any weight is read: unwritable output, missing or too little data, tokens that the model
+            does not have, a sequence or a grid that does not fit; later: NaN in weights or activations.
+    """
+    staging = Staging(output, folder=True, replaceable=(JSON, NPZ)) if runtime.rank() == 0 else None
+    try:
+        with NemoReader(source) as reader:
+            blocks, data = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
+            if stream:
+                _check_processes(blocks)
+                arrays, counts = collect_by_layer(reader, blocks)
+            else:
+                _check_grid(calibration, blocks, Grid.of(model))
+                arrays, counts = collect_on_grid(source, blocks, calibration.micro_batch_size, model, trainer)
+            kept = kept_tokens(reader, blocks, calibration) if calibration.reconstruction else None
+            ranks, sensitivity = ({}, None) if kept is None else rank_units(reader, kept)
+            scores = Scores(
+                shape=reader.shape,
+                source_fingerprint=reader.fingerprint(),
+                data_fingerprint=data,
+                calibration={
+                    "sequence": "mean",
+                    "batch": "l2",
+                    "seq_length": blocks.shape[1],
+                    "seed": calibration.seed,
+                    "precision": str(Machines.of(trainer).precision),
+                    **counts,
+                },
+                ranks=ranks,
+                tokens=None if kept is None else kept.numpy(),
+                sensitivity=sensitivity,
+                **arrays,
+            )
+        if staging is not None:
+            scores.write(staging.path)
+            staging.commit()
+            print(f"importance: {counts['tokens']:,} tokens in {counts['samples']} samples -> {output}")
+    except BaseException as error:
+        if staging is not None:
+            staging.abort()
+        if isinstance(error, OSError):
+            raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
+        raise
+    return scores
+
+
+def collect_on_grid(
+    source: Path, blocks: Tensor, micro_batch_size: int, model: Section, trainer: Section
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Build the model on this job's grid and :func:`collect` on ``blocks [n, s]``, shared out to the data ranks."""
+    ranks = Grid.of(model).data_ranks(runtime.world_size())
+    batches = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size * ranks}  # one for each rank
+    built = load_for_forward(source, {**model, **batches}, trainer, blocks.shape[1])
+    from megatron.core import parallel_state
+
+    (stage,) = built.get_model_module_list()
+    return collect(
+        stage,
+        micro_batches(blocks, micro_batch_size, "importance"),
+        built.shape,
+        groups=Groups(
+            parallel_state.get_tensor_model_parallel_group(),
+            parallel_state.get_pipeline_model_parallel_group(),
+            parallel_state.get_data_parallel_group(),
+        ),
+        sequence_parallel=bool(stage.config.sequence_parallel),
+        forward=lambda tokens: forward_micro_batch(stage, tokens, lambda logits: None),
+    )
+
+
+def load_for_forward(source: Path, model: Section, trainer: Section, seq_length: int) -> MinitronGPTModel:
+    """NeMo's model of a ``.nemo`` on this job's grid, to be run forward on sequences of ``seq_length``.
+
+    Raises:
+        MinitronError: as :func:`nemo_minitron.nemo.restore.load_model`.
+    """
+    runtime.prepare()
+    from nemo_minitron.nemo.restore import load_model
+    from nemo_minitron.nemo.trainer import inference_trainer
+
+    machines = Machines.of(trainer)
+    settings = {**model, "precision": machines.precision, "encoder_seq_length": seq_length}
+    return load_model(source, inference_trainer(machines.precision, machines.devices, machines.num_nodes), settings)
+
+
+def micro_batches(blocks: Tensor, size: int, description: str) -> Iterator[Tensor]:
+    """This data rank's micro-batches of ``blocks [n, s]``, every n-th, on its device, with progress shown."""
+    from megatron.core import parallel_state
+
+    data = parallel_state.get_data_parallel_group()
+    share = list(blocks.split(size))[torch.distributed.get_rank(data) :: parallel.size(data)]
+    for batch in tqdm(share, desc=description, unit="batch", disable=None if runtime.rank() == 0 else True):
+        yield batch.contiguous().to(runtime.device())
+
+
+@torch.no_grad()
+def forward_micro_batch(
+    stage: torch.nn.Module, tokens: Tensor, reduce: Callable[[Tensor], Any], start: int = 0, **options: Any
+) -> Any:
+    """Run one micro-batch forward through all pipeline stages, by Megatron-Core's own schedule.
+
+    Args:
+        stage: this rank's part of the model.
+        tokens: ``[b, s]`` int64, the same on all ranks of a TP x PP group.
+        reduce: makes what is returned of the last stage's output: logits ``[b, s, Vp/t]``, or what ``options`` ask for.
+        start: position of the first token.
+        options: further arguments of the model's ``forward``.
+
+    Returns:
+        What ``reduce`` made on the last stage; None on the others.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    batch, length = tokens.shape
+    positions = torch.arange(start, start + length, device=tokens.device).expand(batch, length)
+
+    def forward_step(iterator: None, part: torch.nn.Module) -> tuple[Tensor, Any]:
+        output = part(input_ids=tokens, position_ids=positions, attention_mask=None, **options)
+        return output, lambda last: (last.new_zeros(()), reduce(last))  # the schedule divides its first by batches
+
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=stage,
+        num_microbatches=1,
+        forward_only=True,
+        seq_length=length,
+        micro_batch_size=batch,
+    )
+    return found[0] if found else None
+
+
+def _check_processes(blocks: Tensor) -> None:
+    """Every process needs a block."""
+    if len(blocks) < runtime.world_size():
+        raise MinitronError(
+            f"calibration.num_samples: {len(blocks)} blocks do not reach all {runtime.world_size()} processes"
+        )
+
+
+def _check_grid(calibration: Calibration, blocks: Tensor, grid: Grid) -> None:
+    """Every data-parallel rank needs a micro-batch, every tensor-parallel rank an equal part of a split sequence."""
+    ranks, micro, length = grid.data_ranks(runtime.world_size()), calibration.micro_batch_size, blocks.shape[1]
+    if micro < 1:
+        raise MinitronError(f"calibration.micro_batch_size: expected at least 1, found {micro}")
+    if -(-len(blocks) // micro) < ranks:
+        raise MinitronError(
+            f"calibration.num_samples: {len(blocks)} blocks in micro-batches of {micro} do not reach all {ranks} "
+            "data-parallel ranks"
+        )
+    if grid.sequence_parallel and length % grid.tensor:
+        raise MinitronError(
+            f"calibration.seq_length ({length}) must be a multiple of model.tensor_model_parallel_size ({grid.tensor}) "
+            "under sequence_parallel"
+        )

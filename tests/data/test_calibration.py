@@ -1,0 +1,82 @@
+"""Calibration blocks: from tokens, from text, from blends."""
+
+import pytest
+import torch
+
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.schema import Calibration
+from nemo_minitron.convert import convert
+from nemo_minitron.data.blocks import token_blocks
+from nemo_minitron.data.calibration import block_length, draw_blocks, shares
+from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.data.tokens import data_fingerprint
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.synthetic import make_llama
+from tests.llamas import GQA
+
+TEXTS = [f"Sentence {i} says that {i * i} is the square of {i}." for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A ``.nemo`` with its tokenizer, a text, and the text's tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    make_llama(folder / "hf", GQA, tokenizer_texts=TEXTS)
+    convert(folder / "hf", folder / "model.nemo")
+    (folder / "text.txt").write_text("\n".join(TEXTS))
+    preprocess(folder / "text.txt", folder / "tokens", tokenizer_type=str(folder / "hf"))
+    return folder
+
+
+@pytest.fixture
+def reader(model):
+    with NemoReader(model / "model.nemo") as reader:
+        yield reader
+
+
+def test_the_same_is_drawn_from_text_as_from_its_tokens(model, reader):
+    prefix = f"{model}/tokens_text_document"
+    tokens, data = draw_blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader)
+    from_text = draw_blocks(Calibration(path=f"{model}/text.txt", num_samples=5), 32, reader)
+    assert torch.equal(tokens, token_blocks(prefix, 32, num_samples=5, seed=Calibration().seed)[:, :-1])
+    assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
+    mixed, both = draw_blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
+    assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
+
+
+def test_weights_share_out_every_sample(model):
+    prefix = f"{model}/tokens_text_document"
+    blend = [3, prefix, 2, prefix, 1, prefix]
+    assert [count for _, count in shares(Calibration(data_prefix=blend, num_samples=11))] == [6, 4, 1]
+    assert [count for _, count in shares(Calibration(data_prefix=[9, prefix, 1, prefix], num_samples=1))] == [1]
+
+
+def test_a_block_is_as_long_as_the_model_was_trained_on_unless_asked(reader):
+    assert block_length(Calibration(seq_length=16), reader) == 16
+    assert block_length(Calibration(), reader) == reader.config["encoder_seq_length"]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "expected one of calibration.data_prefix and calibration.path, found both or none"),
+        ({"data_prefix": "P", "path": "T"}, "found both or none"),
+        ({"data_prefix": ["P", "P"]}, "several prefixes need weights"),
+        ({"data_prefix": "P", "num_samples": 0}, "calibration.num_samples: expected at least 1, found 0"),
+        ({"data_prefix": "P", "own_samples": -1}, "calibration.own_samples: expected 0 or more, found -1"),
+        ({"path": "absent"}, "calibration.path: no file or folder 'absent'"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, reader, settings, message):
+    prefix = f"{model}/tokens_text_document"
+    if "data_prefix" in settings:
+        given = settings["data_prefix"]
+        settings = {**settings, "data_prefix": prefix if given == "P" else [prefix] * len(given)}
+    with pytest.raises(MinitronError, match=message):
+        draw_blocks(Calibration(**settings), 32, reader)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(reader):
+    longest = reader.shape.max_position_embeddings
+    with pytest.raises(MinitronError, match=f"calibration.seq_length: {longest + 1} asked, .* {longest} positions"):
+        block_length(Calibration(seq_length=longest + 1), reader)
