@@ -1,16 +1,19 @@
 """Second moments of activations, and what is solved from them: ridge regression and backward elimination.
 
-Activations may be of any float dtype; products are float32 and their sums over chunks of tokens float64. Nothing here
-knows of ranks: moments are additive, so that the caller may add those of several processes.
+Activations may be of any float dtype; products are float32 and their sums over chunks of tokens float64. Moments are
+additive: :func:`two_pass_moments` adds those of a group's processes, and the others leave that to their caller.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from nemo_minitron import parallel
 
 TOKENS_AT_ONCE = 4096
 """Tokens per float32 product before it is added in float64."""
@@ -70,6 +73,41 @@ def quantum(x_squares: Tensor, y_squares: Tensor) -> float:
     """
     bound = math.sqrt(float(x_squares.max()) * float(y_squares.max()))
     return 2.0 ** (math.ceil(math.log2(bound)) - 50) if bound > 0 and math.isfinite(bound) else 0.0
+
+
+def two_pass_moments(
+    parts: Callable[[int], tuple[Tensor, Tensor, Tensor | None]],
+    samples: int,
+    sizes: tuple[int, int],
+    device: torch.device,
+    group: parallel.Group = None,
+) -> tuple[Tensor, Tensor]:
+    """``sum w x x^T`` and ``sum w x y^T`` over a job's samples, the same bits on every grid.
+
+    Two passes over the samples: the first for the :func:`quantum` of the second's products.
+
+    Args:
+        parts: gives x ``[…, C]``, y ``[…, D]`` and weights ``[…]`` (None: all 1) of one of this process's samples, by
+            its number; called twice for each, so that nothing need be kept.
+        samples: of this process, 0 or more. sizes: C and D.
+        group: the processes that share the samples; all get the same sums.
+
+    Returns:
+        ``[C, C]`` and ``[C, D]`` float64 on ``device``.
+    """
+    x_squares, y_squares = (torch.zeros(size, dtype=torch.float64, device=device) for size in sizes)
+    for sample in range(samples):
+        x, y, weights = parts(sample)
+        x_squares += squares(x, weights)
+        y_squares += squares(y, weights)
+    x_squares, y_squares = (parallel.all_reduce(value, group) for value in (x_squares, y_squares))
+    own, other = quantum(x_squares, x_squares), quantum(x_squares, y_squares)
+    moment, cross = (torch.zeros(sizes[0], size, dtype=torch.float64, device=device) for size in sizes)
+    for sample in range(samples):
+        x, y, weights = parts(sample)
+        second_moment(x, x, weights, own, out=moment)
+        second_moment(x, y, weights, other, out=cross)
+    return parallel.all_reduce(moment, group), parallel.all_reduce(cross, group)
 
 
 def ridge_solve(moment: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:

@@ -175,6 +175,18 @@ MUTANTS = [
         "chosen = Removed(order[-count:])",
         "importance/test_layer_loss.py::test_leave_one_out_and_contiguous",
     ),
+    Mutant(
+        "model/next_token.py",
+        'reduction="sum", ignore_index=IGNORED',
+        'reduction="sum", ignore_index=-1',
+        "model/test_next_token.py::test_sums_are_those_of_dense_float64",
+    ),
+    Mutant(
+        "model/next_token.py",
+        "rms_norm(part, norm, epsilon)",
+        "rms_norm(part, None, epsilon)",
+        "model/test_next_token.py::test_gradient_is_that_of_dense_float64",
+    ),
     # plans
     Mutant(
         "prune/choose.py",
@@ -238,20 +250,28 @@ MUTANTS = [
         "prune/test_cut.py::test_dropped_layers_leave_the_others",
     ),
     # compensation
-    Mutant("prune/resolve.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * number + 1, self.ridge.ffn)", _DROPPED),
-    Mutant(
-        "prune/resolve.py", "2 * dropped.stop - 1, self.ridge.ffn)", "2 * dropped.stop - 2, self.ridge.ffn)", _DROPPED
-    ),
     Mutant(
         "prune/resolve.py",
-        "2 * dropped.stop - 1, self.ridge.ffn)",
-        "2 * dropped.stop - 1, self.ridge.attention)",
+        "2 * dropped.stop - 1, self.frame.ridge.ffn)",
+        "2 * number + 1, self.frame.ridge.ffn)",
         _DROPPED,
     ),
     Mutant(
         "prune/resolve.py",
-        "gain = gain * self._scale(gain, output)",
-        "gain = gain / self._scale(gain, output)",
+        "2 * dropped.stop - 1, self.frame.ridge.ffn)",
+        "2 * dropped.stop - 2, self.frame.ridge.ffn)",
+        _DROPPED,
+    ),
+    Mutant(
+        "prune/resolve.py",
+        "2 * dropped.stop - 1, self.frame.ridge.ffn)",
+        "2 * dropped.stop - 1, self.frame.ridge.attention)",
+        _DROPPED,
+    ),
+    Mutant(
+        "prune/head.py",
+        "gain = gain * _scale(frame, student, gain, output)",
+        "gain = gain / _scale(frame, student, gain, output)",
         "prune/test_resolve.py::test_the_final_norm_is_scaled_to_the_least_cross_entropy",
     ),
     Mutant(
@@ -265,6 +285,12 @@ MUTANTS = [
         "lam = ridge * moment.diagonal().mean()\n    regularised",
         "lam = ridge * moment.diagonal().sum()\n    regularised",
         "test_moments.py::test_ridge_solution_is_that_of_the_stacked_least_squares",
+    ),
+    Mutant(
+        "moments.py",
+        "second_moment(x, y, weights, other, out=cross)",
+        "second_moment(x, y, None, other, out=cross)",
+        "test_moments.py::test_two_passes_give_the_same_bits_in_any_order_and_those_of_dense_float64",
     ),
     Mutant(
         "prune/rotation.py",

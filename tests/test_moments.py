@@ -16,6 +16,7 @@ from nemo_minitron.moments import (
     second_moment,
     squares,
     stream_weights,
+    two_pass_moments,
 )
 
 
@@ -53,6 +54,28 @@ def test_rounded_products_add_up_to_the_same_bits_in_any_order():
     exact = second_moment(x, y, weights)
     assert float((sums[0] - exact).abs().max()) < 1e-6 * float(exact.abs().max())
     assert math.log2(step).is_integer() and quantum(torch.zeros(3), torch.ones(3)) == 0
+
+
+def test_two_passes_give_the_same_bits_in_any_order_and_those_of_dense_float64():
+    x, y = activations(4000, 9) * torch.logspace(-6, 3, 9), activations(4000, 5, seed=1)
+    weights = torch.rand(4000)
+    sums = []
+    for seed in range(3):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+
+        def parts(sample, order=order):
+            some = slice(100 * order[sample], 100 * order[sample] + 100)
+            return x[some], y[some], weights[some]
+
+        sums.append(two_pass_moments(parts, 40, (9, 5), x.device))
+    weighted = x * weights.double()[:, None]
+    for found, expected in zip(sums[0], (weighted.T @ x, weighted.T @ y), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    for other in sums[1:]:
+        assert all(map(torch.equal, other, sums[0]))
+    nothing = two_pass_moments(lambda sample: (x, y, None), 0, (9, 5), x.device)
+    assert [tuple(moment.shape) for moment in nothing] == [(9, 9), (9, 5)]
+    assert not any(moment.any() for moment in nothing)
 
 
 def test_ridge_solution_is_that_of_the_stacked_least_squares():

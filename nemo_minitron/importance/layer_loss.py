@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.model import layout
-from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
-from nemo_minitron.moments import quantum, ridge_solve, second_moment, squares, stream_weights
+from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
+from nemo_minitron.model.next_token import loss_sums
+from nemo_minitron.moments import ridge_solve, stream_weights, two_pass_moments
 
 Removed = frozenset[int]
 
@@ -120,16 +120,10 @@ class LayerLoss:
         return x + rms_norm(x, None, self.shape.layernorm_epsilon) @ self._stand_ins[layer].T
 
     def _head(self, x: Tensor, tokens: Tensor, norm: Tensor, head: Tensor) -> Tensor:
-        """Sum of the next-token losses of ``x [n, s, H]``, rounded to multiples of 2^-20 per sample."""
-        step = tokens_at_once(self.shape.vocab_size)
+        """Sum of the next-token losses of ``x [n, s, H]``, float64."""
         total = torch.zeros((), dtype=torch.float64, device=x.device)
         for sample, labels in zip(x, tokens[:, 1:], strict=True):
-            of_sample = torch.zeros((), dtype=torch.float64, device=x.device)
-            for start in range(0, len(labels), step):
-                h = rms_norm(sample[:-1][start : start + step], norm, self.shape.layernorm_epsilon)
-                some = labels[start : start + step]
-                of_sample += F.cross_entropy((h @ head.T).float(), some, reduction="sum").double()
-            total += (of_sample * 2.0**20).round() / 2.0**20
+            total += loss_sums(sample[:-1], labels, norm, head, self.shape.layernorm_epsilon)[0]
         return total
 
     @torch.no_grad()
@@ -142,21 +136,15 @@ class LayerLoss:
         for layer in range(self.shape.num_layers):
             weights = read_layer(self.reader, layer, device)
             after = torch.empty_like(x)
-            sums = torch.zeros(2, width, dtype=torch.float64, device=device)
             for sample in range(len(x)):
                 one = slice(sample, sample + 1)
                 with self._autocast:
                     after[one] = weights.forward(x[one], rotary)
-                h, added, weight = self._parts(x[sample], after[sample])
-                sums += torch.stack([squares(h, weight), squares(added, weight)])
-            h_squares, added_squares = parallel.all_reduce(sums, self.group)
-            own, other = quantum(h_squares, h_squares), quantum(h_squares, added_squares)
-            moment, cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
-            for sample in range(len(x)):
-                h, added, weight = self._parts(x[sample], after[sample])
-                second_moment(h, h, weight, own, out=moment)
-                second_moment(h, added, weight, other, out=cross)
-            moment, cross = (parallel.all_reduce(value, self.group) for value in (moment, cross))
+
+            def parts(sample: int, x: Tensor = x, after: Tensor = after) -> tuple[Tensor, Tensor, Tensor]:
+                return self._parts(x[sample], after[sample])
+
+            moment, cross = two_pass_moments(parts, len(x), (width, width), device, self.group)
             maps.append(ridge_solve(moment, cross, torch.zeros_like(cross.T, dtype=torch.float32), RIDGE))
             x = after
             self.progress(1)

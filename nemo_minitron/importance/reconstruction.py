@@ -26,7 +26,8 @@ from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.stream_file import StreamFile
 from nemo_minitron.model import layout
-from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm, tokens_at_once
+from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer
+from nemo_minitron.model.next_token import loss_gradient
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
 
@@ -157,16 +158,9 @@ def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor
     device = tokens.device
     norm, head = read_head(reader, device)
     gradient = torch.zeros_like(final)
-    step = tokens_at_once(shape.vocab_size)
-    for sample in range(len(tokens)):
-        for start in range(0, tokens.shape[1] - 1, step):
-            some = slice(start, min(start + step, tokens.shape[1] - 1))
-            with torch.enable_grad():
-                x = final[sample, some].to(device, copy=True).requires_grad_(True)
-                logits = rms_norm(x, norm, shape.layernorm_epsilon) @ head.T
-                labels = tokens[sample, some.start + 1 : some.stop + 1]
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                gradient[sample, some] = torch.autograd.grad(loss, x)[0].cpu()
+    for sample, labels in enumerate(tokens[:, 1:]):
+        x = final[sample, :-1].to(device)
+        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon).cpu()
     if not torch.isfinite(gradient).all():
         raise MinitronError("importance: the gradient of the loss on the calibration tokens is not finite")
     return gradient

@@ -21,9 +21,6 @@ from nemo_minitron.model import layout
 from nemo_minitron.model.layout import Parameter
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 
-HEAD_BYTES = 256 << 20
-"""Bounds the logits that are alive at once."""
-
 
 @dataclass(frozen=True)
 class Rotary:
@@ -172,8 +169,3 @@ def read_head(
     row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
     norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
     return norm, reader.tensor(row)[: shape.vocab_size].to(device, dtype)
-
-
-def tokens_at_once(vocab_size: int) -> int:
-    """Whose float32 logits have room in ``HEAD_BYTES``; one at least."""
-    return max(1, HEAD_BYTES // (4 * vocab_size))

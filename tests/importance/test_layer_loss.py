@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from nemo_minitron.checkpoint import HfReader
 from nemo_minitron.importance import layer_loss
 from nemo_minitron.importance.layer_loss import LayerLoss, Removed, contiguous, leave_one_out, search
-from nemo_minitron.model import decoder, layout
+from nemo_minitron.model import layout, next_token
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import random_model
@@ -41,7 +41,7 @@ def test_loss_is_that_of_the_model_without_the_layers(name, tmp_path, monkeypatc
     with HfReader(folder) as reader:
         found = LayerLoss(reader, tokens)(sets)
         monkeypatch.setattr(layer_loss, "STREAM_BYTES", 1)
-        monkeypatch.setattr(decoder, "HEAD_BYTES", 5000)
+        monkeypatch.setattr(next_token, "HEAD_BYTES", 5000)
         in_parts = LayerLoss(reader, tokens)(reversed(sets))
     np.testing.assert_allclose(in_parts[::-1], found, atol=1e-6)
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")

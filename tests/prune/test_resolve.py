@@ -11,8 +11,9 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import SingularMoments
 from nemo_minitron.prune.choose import make_plan
 from nemo_minitron.prune.cut import prune_checkpoint
+from nemo_minitron.prune.head import SCALE_PULL
 from nemo_minitron.prune.plan import Compensation, Plan
-from nemo_minitron.prune.resolve import SCALE_PULL, compensate
+from nemo_minitron.prune.resolve import compensate
 from tests.canonical import FINGERPRINT, Memory, logits, random_model
 from tests.prune.test_cut import scores_with
 

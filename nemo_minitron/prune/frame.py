@@ -1,0 +1,144 @@
+"""What re-solving layers and head have in common: the student's channels, its tensors, and regressions over its tokens.
+
+The student's stream has the channels of a :class:`Basis`: those of the teacher's that the plan keeps, or, where the
+plan turns the stream first, the directions of :mod:`nemo_minitron.prune.rotation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nemo_minitron import parallel
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import rms_norm
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.moments import ridge_solve, two_pass_moments
+from nemo_minitron.prune.cut import TensorReader, TensorWriter, kept, refuse_non_finite, rewrite
+from nemo_minitron.prune.plan import Compensation, Plan
+from nemo_minitron.prune.rotation import Basis, principal_basis, selection
+
+TINY = torch.finfo(torch.float64).tiny
+ROWS_AT_ONCE = 16384
+"""Vocabulary rows of a table that are turned or solved together."""
+
+Parts = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
+"""Inputs x, outputs y and weights w of one sample of this process, by its number."""
+
+
+class Frame:
+    """A plan's source and student, and this process's calibration samples.
+
+    Args:
+        reader, plan, tokens, sensitivity, stream_moment, writer, dtype, group: as
+            :func:`nemo_minitron.prune.resolve.compensate` takes them.
+        ridge: the plan's compensation.
+
+    Attributes:
+        narrower: whether hidden channels are cut.
+        basis: of the student's stream; turned: whether it is more than a choice of channels.
+    """
+
+    def __init__(
+        self,
+        reader: TensorReader,
+        plan: Plan,
+        tokens: Tensor,
+        sensitivity: Tensor,
+        stream_moment: Tensor | None,
+        writer: TensorWriter | None,
+        dtype: torch.dtype,
+        ridge: Compensation,
+        group: parallel.Group,
+    ) -> None:
+        self.reader, self.plan, self.writer = reader, plan, writer
+        self.tokens, self.sensitivity = tokens, sensitivity
+        self.dtype, self.ridge, self.group = dtype, ridge, group
+        self.device, self.samples = tokens.device, range(len(tokens))
+        self.narrower = plan.target.hidden_size < plan.source.hidden_size
+        self.basis, self.turned = self._basis(stream_moment)
+
+    def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
+        """Of the student's stream, and whether it is turned."""
+        source, size = self.plan.source, self.plan.target.hidden_size
+        if self.narrower and self.ridge.rotate:
+            if moment is None:
+                raise ValueError("the plan turns the stream: stream_moment is needed")
+            tied = source.share_embeddings_and_output_weights
+            gain = self.read(layout.FINAL_NORM) if tied else None
+            found = principal_basis(moment.to(self.device), size, gain)
+            if found is not None:
+                return found, True
+        return selection(torch.tensor(self.plan.hidden, device=self.device), source.hidden_size), False
+
+    def read(self, parameter: Parameter) -> Tensor:
+        """One of the source's tensors that belong to no layer, on the device.
+
+        Raises:
+            MinitronError: it holds a NaN or infinity.
+        """
+        tensor = self.reader.tensor(parameter)
+        refuse_non_finite(parameter, None, tensor)
+        return tensor.to(self.device)
+
+    def write(self, parameter: Parameter, layer: int | None, tensor: Tensor) -> None:
+        """One of the student's tensors, by the student's number of its layer."""
+        if self.writer is not None:
+            self.writer.write(parameter, tensor.to(self.dtype), layer)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """What is left of ``weight`` once it is stored, float32."""
+        return weight.to(self.dtype).float()
+
+    def cut(self, parameter: Parameter, layer: int | None, tensor: Tensor) -> Tensor:
+        """The student's part of a canonical tensor before anything is solved; a turned norm's weights are ones."""
+        if not self.turned:
+            return rewrite(self.plan, parameter, layer, tensor)
+        for dim, axis in enumerate(parameter.axes):
+            rows = None if axis == layout.HIDDEN else kept(self.plan, axis, layer)
+            tensor = tensor if rows is None else tensor.index_select(dim, rows.to(tensor.device))
+        if parameter.axes == (layout.HIDDEN,):
+            return torch.ones(self.plan.target.hidden_size, device=self.device)
+        if parameter is layout.EMBEDDING:
+            return torch.cat([self.basis.project(part.float()).to(self.dtype) for part in tensor.split(ROWS_AT_ONCE)])
+        if parameter.axes[0] == layout.HIDDEN:
+            return self.basis.down @ tensor.float()
+        return tensor.float() @ self.basis.up if parameter.axes[-1] == layout.HIDDEN else tensor
+
+    def projected(self, stream: Tensor) -> Tensor:
+        """The teacher's stream ``[…, H]`` in the student's channels ``[…, k]``."""
+        return self.basis.project(stream) if self.turned else stream[..., list(self.plan.hidden)]
+
+    def moments(self, parts: Parts, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+        """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's samples, float64."""
+        return two_pass_moments(parts, len(self.samples), (inputs, outputs), self.device, self.group)
+
+    def normed_moments(self, student: Tensor, teacher: Tensor, place: int | None) -> tuple[Tensor, Tensor]:
+        """Moments of the student's normed stream, ``[k, k]``, and of it with the teacher's, ``[k, H]``.
+
+        Args:
+            student: ``[n, s, k]``. teacher: ``[n, s, H]``.
+            place: row of the sensitivity by which tokens are weighted; None: all alike.
+        """
+        epsilon = self.plan.source.layernorm_epsilon
+
+        def parts(sample: int) -> tuple[Tensor, Tensor, Tensor | None]:
+            own, other = (rms_norm(x[sample], None, epsilon) for x in (student, teacher))
+            return own, other, None if place is None else self.sensitivity[place, sample]
+
+        return self.moments(parts, student.shape[-1], teacher.shape[-1])
+
+    def solve_reader(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
+        """``[rows, k]`` on the student's normed stream for ``folded [rows, H]`` on the teacher's."""
+        shrunk = (cross * self.basis.down).sum() / moment.trace().clamp_min(TINY)  # of the two norms
+        prior = folded @ self.basis.up * shrunk.float()
+        return ridge_solve(moment, cross @ folded.T.double(), prior, self.ridge.read)
+
+
+def divisible(gain: Tensor) -> Tensor:
+    """A norm's weights, those near zero moved away from it: solved weights are divided by them."""
+    gain = gain.float()
+    least = 0.05 * gain.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(gain.abs() < least, torch.where(gain < 0, -least, least), gain)
