@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
-from nemo_minitron.config.schema import COMMANDS, REQUIRED, Cluster, choices_of, description, keys, summary  # noqa: E402
+from nemo_minitron.config.keys import REQUIRED, choices_of, keys  # noqa: E402
+from nemo_minitron.config.schema import COMMANDS, description, summary  # noqa: E402
+from nemo_minitron.config.sections import Cluster  # noqa: E402
 from nemo_minitron.values.check import rules  # noqa: E402
 from nemo_minitron.values.rules import shown  # noqa: E402
 
@@ -210,7 +212,7 @@ def first_comment(file: Path) -> str:
 
 def page(lines: list[str]) -> str:
     """A file's text, with a word on where it comes from."""
-    head = "<!-- Made by docs/generate.py: change nemo_minitron/config/schema.py or conf/, not this. -->"
+    head = "<!-- Made by docs/generate.py: change nemo_minitron/config/ or conf/, not this. -->"
     return "\n".join([head, "", *lines]) + "\n"
 
 

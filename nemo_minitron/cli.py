@@ -266,7 +266,9 @@ def command_help(command: str) -> str:
     """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
     from pathlib import Path
 
-    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, REQUIRED, Cluster, choices_of, description, keys
+    from nemo_minitron.config.keys import REQUIRED, choices_of, keys
+    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, description
+    from nemo_minitron.config.sections import Cluster
 
     ours, foreign = [], []
     for name, kind, default, metadata in keys(COMMANDS[command]):

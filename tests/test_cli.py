@@ -13,7 +13,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import __version__, cli
-from nemo_minitron.config.schema import COMMANDS, keys
+from nemo_minitron.config.keys import keys
+from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import launch
 from nemo_minitron.jobs.processes import Place, place, slurm_rendezvous

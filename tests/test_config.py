@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_minitron.config.compose import CONF_DIR, Source, compose, group_options, package_file
-from nemo_minitron.config.schema import COMMANDS, REQUIRED, keys
+from nemo_minitron.config.keys import REQUIRED, keys
+from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS

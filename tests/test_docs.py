@@ -29,7 +29,9 @@ from nemo_minitron import recipe
 from nemo_minitron.cli import main, parse
 from nemo_minitron.config import check
 from nemo_minitron.config.compose import compose
-from nemo_minitron.config.schema import COMMANDS, Cluster, keys
+from nemo_minitron.config.keys import keys
+from nemo_minitron.config.schema import COMMANDS
+from nemo_minitron.config.sections import Cluster
 from tests.llamas import GQA
 from tests.zygote import Zygote, end_children
 

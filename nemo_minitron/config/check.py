@@ -8,8 +8,10 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from nemo_minitron.config.keys import choices_of, keys, tree_of
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, Recipe, Stage, WithCluster, choices_of, keys, tree_of
+from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY
+from nemo_minitron.config.sections import Recipe, Stage, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}

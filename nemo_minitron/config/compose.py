@@ -21,7 +21,8 @@ from yaml import YAMLError
 
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY, WithCluster
+from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY
+from nemo_minitron.config.sections import WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.text import check_aliases
 from nemo_minitron.registry import load_extensions

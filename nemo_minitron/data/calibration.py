@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.tokenizer_open import choose
-from nemo_minitron.config.schema import Calibration
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.data.blocks import split_lists, text_blocks, token_blocks
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import data_fingerprint

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.config.schema import Calibration
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.importance.own_text import write_samples
 from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
 from nemo_minitron.importance.stream import stream_collect

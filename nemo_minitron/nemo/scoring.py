@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid, Machines
-from nemo_minitron.config.schema import Calibration
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.data.calibration import block_length, draw_blocks
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging

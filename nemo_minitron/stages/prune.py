@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.tokenizer_open import choose
-from nemo_minitron.config.schema import Calibration
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.scores import RANKINGS, Scores

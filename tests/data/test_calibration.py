@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.config.schema import Calibration
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.calibration import block_length, draw_blocks, shares

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from nemo_minitron import cli
 from nemo_minitron.config.compose import CONF_DIR, Source, compose
-from nemo_minitron.config.schema import Cluster
+from nemo_minitron.config.sections import Cluster
 
 EVALUATE = ["evaluate", "model.restore_from_path=a.nemo", "evaluate.data_prefix=d", "output_path=o.json"]
 RECORD = """\
