@@ -66,7 +66,7 @@ def fused(
     hidden: Tensor, weight: Tensor, hidden_t: Tensor, weight_t: Tensor, labels: Tensor, memory: int | None = None
 ) -> Tensor:
     from nemo_minitron.distill.fused import Head, head_losses
-    from nemo_minitron.distill.losses import Mix
+    from nemo_minitron.distill.loss import Mix
 
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
     student, teacher = Head(hidden, weight), Head(hidden_t, weight_t)

@@ -79,8 +79,9 @@ def train(
     Returns:
         The model's cross entropy on each batch before the step on it, nats/token.
     """
+    from nemo_minitron.distill.block import CROSS_ENTROPY
     from nemo_minitron.distill.fused import Head, head_losses
-    from nemo_minitron.distill.losses import CROSS_ENTROPY, Mix
+    from nemo_minitron.distill.loss import Mix
 
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)

@@ -12,7 +12,7 @@ from nemo_minitron import recipe
 from nemo_minitron.convert import convert
 from nemo_minitron.data import preprocess
 from nemo_minitron.distill.cache import Identity, TeacherCache
-from nemo_minitron.distill.losses import TopK
+from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.files import staging
 from nemo_minitron.jobs import slurm
 from nemo_minitron.prune.plan import Plan

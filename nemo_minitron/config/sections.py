@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.config.keys import REQUIRED, key, known, section
+from nemo_minitron.registry import LOSSES
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Distill:
     temperature: float = key(1.0, "softmax temperature tau; the loss is scaled by tau squared")
     kd_weight: float = key(1.0, "weight of the distillation term")
     lm_weight: float = key(0.0, "weight of the next-token cross-entropy")
-    loss: str = key("forward_kl", "distillation term", ("forward_kl", "reverse_kl", "jsd", "topk"))
+    loss: str = key("forward_kl", "distillation term", LOSSES.names)
     jsd_beta: float = key(0.5, "of distill.loss=jsd: the teacher's share of the mixture; near 0 it is forward_kl")
     top_k: int = key(64, "of distill.loss=topk: the teacher's likeliest tokens; all others share one bucket")
     hidden_pairs: list[Any] = key([], "[student layer, teacher layer] pairs whose outputs are to agree, 1-indexed")

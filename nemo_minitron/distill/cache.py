@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.distill.losses import TopK
+from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.arrays import ArrayFile
 from nemo_minitron.files.staging import write_file

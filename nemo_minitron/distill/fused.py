@@ -1,6 +1,6 @@
 """Output head and losses in one operator: logits exist for a chunk of tokens at a time, never for all.
 
-For each chunk both heads are multiplied, :func:`~nemo_minitron.distill.losses.block_losses` turns the student's logits
+For each chunk both heads are multiplied, :func:`~nemo_minitron.distill.block.block_losses` turns the student's logits
 into their gradient in place, and the gradients of hidden states and head weight are accumulated at once; backward only
 scales them. The same operator serves every tensor-parallel size, with and without sequence parallel, and plain cross
 entropy.
@@ -25,9 +25,11 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.distill import rows
-from nemo_minitron.distill.losses import CROSS_ENTROPY, Mix, Shard, TopK, block_losses, teacher_top_k
+from nemo_minitron.distill.block import CROSS_ENTROPY, block_losses
+from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.sizes import Sizes, compute_dtype
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.distill.top_k import TopK, teacher_top_k
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def head_losses(
     group: parallel.Group = None,
     memory_bytes: int | None = None,
 ) -> TokenLosses:
-    """Loss of a micro-batch from final hidden states; see :mod:`nemo_minitron.distill.losses` for what L is.
+    """Loss of a micro-batch from final hidden states; see :mod:`nemo_minitron.distill.loss` for what L is.
 
     Args:
         student: receives gradients for ``hidden`` and ``weight``. Those of hidden states are summed over ``group``
@@ -76,17 +78,17 @@ def head_losses(
         vocab_start: global id of the first row of ``student.weight``.
         group: tensor-parallel group, None for one process.
         memory_bytes: bound of the temporaries beside gradients; None for
-            :data:`~nemo_minitron.distill.sizes.MEMORY_BYTES`. One token's logits are the least; ``jsd`` and ``topk``
-            keep a 16-bit head's sums beside it where it is too small.
+            :data:`~nemo_minitron.distill.sizes.MEMORY_BYTES`. One token's logits are the least; losses that
+            are no KL keep a 16-bit head's sums beside it where it is too small.
 
     Products run in the dtype of autocast, else in that of the weight; sums, softmax and the accumulation over chunks
     in float32 (float64 for float64 weights). Gradients come in the dtypes of their inputs.
 
     Raises:
-        MinitronError: a top-k teacher for another loss than ``topk``.
+        MinitronError: a top-k teacher for a loss that does not learn from one.
     """
-    if isinstance(teacher, TopK) and mix.loss != "topk":
-        raise MinitronError(f"distill.loss={mix.loss} needs all of the teacher's logits; a cache serves topk alone")
+    if isinstance(teacher, TopK):
+        mix.check_learns_from_top_k()
     tensors = (teacher.hidden, teacher.weight) if isinstance(teacher, Head) else (None, None)
     known = None
     if isinstance(teacher, TopK):  # [b, s, …] -> [n, …] in the order of hidden states
@@ -126,7 +128,7 @@ def head_top_k(
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -162,7 +164,7 @@ class _HeadLosses(torch.autograd.Function):
         return loss.to(call.compute), kd, lm, agree
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
         if ctx.gradients is None:
             raise RuntimeError("head_losses: its gradients were handed on by a first backward and cannot be had again")
         hidden_grad, weight_grad = (g.mul_(loss_grad.to(g.dtype)) for g in ctx.gradients)
@@ -188,7 +190,7 @@ class _Call:
         self.labels, self.column = labels, labels - shard.start
         self.tokens, self.width, self.dtype, self.device = *labels.shape, len(self.head), self.head.dtype, labels.device
         self.compute = compute_dtype(self.dtype)
-        self.halves = known is None and (len(sides) == 1 or mix.loss in rows.KINDS)
+        self.halves = known is None and (len(sides) == 1 or mix.divergence.kl is not None)
         self.kernels = self.halves and _has_kernels(self.device, self.dtype)
 
     def run(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nemo_minitron.distill.losses import Mix
+from nemo_minitron.distill.loss import Mix
 from nemo_minitron.distill.rows import Norms, Sums
 
 
@@ -23,7 +23,7 @@ def sums(z: Tensor, a: Tensor | None, column: Tensor, mix: Mix) -> Sums:
     best = torch.empty(2, rows, dtype=torch.int64, device=z.device)
     _sums[(rows,)](
         z, z if a is None else a, column, values, best, z.stride(0), width, rows, 1.0 / mix.temperature,
-        TEACHER=a is not None, TEMPERED=mix.temperature != 1.0, REVERSE=mix.loss == "reverse_kl", BLOCK=2048,
+        TEACHER=a is not None, TEMPERED=mix.temperature != 1.0, REVERSE=mix.divergence.kl == "reverse", BLOCK=2048,
         num_warps=8,
     )  # fmt: skip
     return Sums(values, best)
@@ -36,7 +36,7 @@ def slope_(z: Tensor, a: Tensor | None, column: Tensor, norms: Norms, mix: Mix) 
         block = 4096
         _slope[(rows, triton.cdiv(width, block))](
             z, z if a is None else a, column, *norms, z.stride(0), width, 1.0 / mix.temperature,
-            TEACHER=a is not None and mix.kd_weight != 0.0, REVERSE=mix.loss == "reverse_kl",
+            TEACHER=a is not None and mix.kd_weight != 0.0, REVERSE=mix.divergence.kl == "reverse",
             LABELS=mix.lm_weight != 0.0, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return z

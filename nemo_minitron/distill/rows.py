@@ -1,8 +1,9 @@
 r"""Forward and reverse KL and cross entropy in two halves: sums over a token's columns, and the gradient from them.
 
-:func:`~nemo_minitron.distill.losses.block_losses` has all columns of a token before it at once. Here they may come in
-pieces, so that the head's gradient can be finished for some columns after the other (:mod:`.fused`), and each half is
-one pass over the logits, which on a GPU is one kernel (:mod:`.kernels`).
+They serve losses that say by ``Loss.kl`` which of the two they are. :func:`~nemo_minitron.distill.block.block_losses`
+has all columns of a token before it at once. Here they may come in pieces, so that the head's gradient can be finished
+for some columns after the other (:mod:`.fused`), and each half is one pass over the logits, which on a GPU is one
+kernel (:mod:`.kernels`).
 
 Legend: r tokens, v columns of this rank's shard, z the student's and a the teacher's logits, τ the temperature.
 """
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
-from nemo_minitron.distill.losses import BlockLosses, Mix, Shard
-
-KINDS = ("forward_kl", "reverse_kl")
+from nemo_minitron.distill.block import BlockLosses
+from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.shard import Shard
 
 
 class Sums(NamedTuple):
@@ -68,7 +69,7 @@ def sums(z: Tensor, a: Tensor | None, column: Tensor, mix: Mix) -> Sums:
         e_t = (a - values[1].unsqueeze(-1)).div_(tau).exp_()
         values[4] = e_t.sum(-1)
         difference = (a - z).div_(tau)
-        values[5] = e_t.mul_(difference).sum(-1) if mix.loss == "forward_kl" else -e.mul_(difference).sum(-1)
+        values[5] = e_t.mul_(difference).sum(-1) if mix.divergence.kl == "forward" else -e.mul_(difference).sum(-1)
     return Sums(values, best)
 
 
@@ -82,7 +83,7 @@ def combine(found: Sums, weights: Tensor, mix: Mix, shard: Shard, teacher: bool)
     apart = values[:2] - tops  # −inf on a rank that has no columns
     apart = torch.where(torch.isneginf(values[:2]), -torch.inf, apart)
     scale_s, scale_t = (apart / tau).exp()
-    of_cross = scale_t if mix.loss == "forward_kl" else scale_s
+    of_cross = scale_t if mix.divergence.kl == "forward" else scale_s
     z_s, plain, z_t, cross, label = parallel.all_reduce(
         torch.stack([values[2] * scale_s, values[3] * apart[0].exp(), values[4] * scale_t, values[5] * of_cross,
                      values[6]]), shard.group,
@@ -92,7 +93,7 @@ def combine(found: Sums, weights: Tensor, mix: Mix, shard: Shard, teacher: bool)
     distance, log_t, agree = (torch.zeros_like(lm) for _ in range(3))
     if teacher:
         log_t = tops[1] / tau + z_t.log()
-        distance = cross / z_t - log_t + log_s if mix.loss == "forward_kl" else cross / z_s - log_s + log_t
+        distance = cross / z_t - log_t + log_s if mix.divergence.kl == "forward" else cross / z_s - log_s + log_t
         ids = torch.where(apart == 0, found.best + shard.start, torch.iinfo(torch.int64).max)
         ids = parallel.all_reduce(ids, shard.group, op="min")
         agree = (ids[0] == ids[1]).double()
@@ -109,7 +110,7 @@ def slope_(z: Tensor, a: Tensor | None, column: Tensor, norms: Norms, mix: Mix) 
     plain = (z - log_plain).exp_().mul_(lm) if mix.lm_weight else None
     if a is None:
         z.zero_()
-    elif mix.loss == "forward_kl":
+    elif mix.divergence.kl == "forward":
         z.div_(tau).sub_(log_s).exp_().sub_(a.div_(tau).sub_(log_t).exp_()).mul_(kd)
     else:
         z.div_(tau).sub_(log_s)

@@ -21,7 +21,8 @@ from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
-from nemo_minitron.distill.losses import Mix, TopK
+from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
 from nemo_minitron.nemo.restore import job_config, tokenizer_folder
@@ -80,11 +81,7 @@ class MinitronDistillModel(MinitronGPTModel):
         if self.hidden_term.pairs:
             self._check_hidden_term(cache)
         if cache is not None:
-            if self.mix.loss != "topk":
-                raise MinitronError(
-                    f"distill.teacher_cache keeps the teacher's likeliest tokens alone: expected distill.loss=topk, "
-                    f"found {self.mix.loss}"
-                )
+            self.mix.check_learns_from_top_k()
             self._cache = TeacherCache(cache, self._identity(path))
             self._teacher_path = path
             return

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_minitron.distill.cache import SHARD, Identity, TeacherCache
-from nemo_minitron.distill.losses import TopK
+from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 
 LENGTH, K = 5, 4

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from nemo_minitron.distill.fused import Head, head_losses, head_top_k
-from nemo_minitron.distill.losses import KINDS, Mix
+from nemo_minitron.distill.loss import Mix
 from nemo_minitron.distill.sizes import Sizes
 from nemo_minitron.errors import MinitronError
 from tests.ranks import run_ranks
@@ -19,13 +19,14 @@ from tests.ranks import run_ranks
 V, PADDED, LENGTH, BATCH, H, H_T = 50, 64, 8, 3, 12, 20
 SMALL = 9000  # bytes: 24 tokens in chunks and blocks that do not divide them
 BETA, K = 0.3, 7
+KINDS = ("forward_kl", "reverse_kl", "jsd", "topk")
 MIXES = [
     Mix(kind, temperature, kd, lm, BETA, K)
     for kind, (temperature, kd, lm) in itertools.product(
         KINDS, [(1.0, 1.0, 0.0), (2.5, 0.7, 0.3), (1.0, 0.7, 0.3), (1.0, 0.0, 1.0)]
     )
 ]
-HALVES = [mix for mix in MIXES if mix.loss in ("forward_kl", "reverse_kl")]
+HALVES = [mix for mix in MIXES if mix.divergence.kl is not None]
 
 
 def _inputs(dtype: torch.dtype = torch.float64):
@@ -344,5 +345,5 @@ def test_bad_options_name_their_key(options, key):
 def test_only_top_k_learns_from_a_known_head():
     hidden, weight, hidden_t, weight_t, labels, weights = _inputs()
     known = head_top_k(Head(hidden_t, weight_t), K, 1.0, vocab_size=V)
-    with pytest.raises(MinitronError, match=r"distill\.loss=forward_kl"):
+    with pytest.raises(MinitronError, match=r"expected distill\.loss=topk, found forward_kl"):
         head_losses(Head(hidden, weight), labels, weights, vocab_size=V, teacher=known, mix=Mix())

@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.record import RecordError, describe, names_in
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.distill.cache import Identity, TeacherCache
-from nemo_minitron.distill.losses import TopK
+from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import parse_json, parse_plain_yaml, parse_yaml
 from nemo_minitron.importance.scores import Scores, array_sizes
