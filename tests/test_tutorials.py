@@ -39,7 +39,7 @@ def load(name: str):
 
 def tiny(name: str):
     """The notebook of a source, on the tiny model whatever model the committed outputs are of."""
-    return jupytext.reads(load("journey").source(name, "tiny"), fmt="py:percent")
+    return jupytext.reads(load("workspace").source(name, "tiny"), fmt="py:percent")
 
 
 def markdown(name: str) -> str:
@@ -137,15 +137,17 @@ def cells(model: str, folder: Path, monkeypatch) -> list[list[str]]:
 
     monkeypatch.setenv("MINITRON_TUTORIALS", str(folder))
     monkeypatch.syspath_prepend(str(FOLDER))
-    journey = load("journey")
-    monkeypatch.setitem(sys.modules, "journey", journey)
+    workspace = load("workspace")
+    monkeypatch.setitem(sys.modules, "workspace", workspace)
     commands: list[list[str]] = []
-    monkeypatch.setattr(journey.Journey, "needs", lambda self, *names: None)
-    monkeypatch.setattr(journey.Journey, "minitron", lambda self, line: commands.append(shlex.split(line)) or "")
-    monkeypatch.setattr(journey.Journey, "read", lambda self, name: pytest.fail("read in a cell that runs commands"))
+    monkeypatch.setattr(workspace.Workspace, "needs", lambda self, *names: None)
+    monkeypatch.setattr(workspace.Workspace, "minitron", lambda self, line: commands.append(shlex.split(line)) or "")
+    monkeypatch.setattr(
+        workspace.Workspace, "read", lambda self, name: pytest.fail("read in a cell that runs commands")
+    )
     for name in NAMES:
         namespace: dict = {}
-        for cell in jupytext.reads(journey.source(name, model), fmt="py:percent").cells:
+        for cell in jupytext.reads(workspace.source(name, model), fmt="py:percent").cells:
             runs = re.search(r"\bminitron\(|^import |^from |^[A-Z]+ = ", cell.source, re.MULTILINE)
             if cell.cell_type == "code" and runs:
                 try:
@@ -216,31 +218,31 @@ def check(name: str, notebook) -> None:
 
 def test_a_command_is_found_again_until_it_or_what_it_reads_changes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINITRON_TUTORIALS", str(tmp_path))
-    journey = load("journey").Journey("tiny")
+    workspace = load("workspace").Workspace("tiny")
     ran: list[list[str]] = []
 
     def run(words: list[str]) -> str:
         ran.append(words)
-        (journey.folder / words[-1].partition("=")[2]).write_text("written")
+        (workspace.folder / words[-1].partition("=")[2]).write_text("written")
         return "printed\n"
 
-    monkeypatch.setattr(journey, "_run", run)
+    monkeypatch.setattr(workspace, "_run", run)
     first, second = "convert precision=32 output_path=a.nemo", "evaluate model.restore_from_path=a.nemo output_path=b"
     for command in (first, second, first, second):
-        assert journey.minitron(command) == "printed\n"
+        assert workspace.minitron(command) == "printed\n"
     assert len(ran) == 2 and "made before" in capsys.readouterr().out
-    journey.minitron("convert precision=bf16 output_path=a.nemo")
-    journey.minitron(second)
+    workspace.minitron("convert precision=bf16 output_path=a.nemo")
+    workspace.minitron(second)
     assert len(ran) == 4, "its input was made anew"
-    (journey.folder / "b").unlink()
-    journey.minitron(second)
+    (workspace.folder / "b").unlink()
+    workspace.minitron(second)
     assert len(ran) == 5
 
 
 def test_logs_of_a_training_stay_as_long_as_it_does(tmp_path, monkeypatch):
     monkeypatch.setenv("MINITRON_TUTORIALS", str(tmp_path))
-    journey = load("journey").Journey("tiny")
-    train, log = "distill model.nemo_path=a.nemo exp_manager.exp_dir=logs", journey.folder / "logs" / "metrics.csv"
+    workspace = load("workspace").Workspace("tiny")
+    train, log = "distill model.nemo_path=a.nemo exp_manager.exp_dir=logs", workspace.folder / "logs" / "metrics.csv"
     ran: list[list[str]] = []
 
     def run(words: list[str]) -> str:
@@ -249,32 +251,32 @@ def test_logs_of_a_training_stay_as_long_as_it_does(tmp_path, monkeypatch):
             assert not log.exists(), "curves of two trainings would be mixed"
             log.parent.mkdir()
             log.write_text("")
-            (journey.folder / "a.nemo").write_text("")
+            (workspace.folder / "a.nemo").write_text("")
         return ""
 
-    monkeypatch.setattr(journey, "_run", run)
+    monkeypatch.setattr(workspace, "_run", run)
     for command in (train, f"{train} plan_only=true", train):
-        journey.minitron(command)
+        workspace.minitron(command)
     assert len(ran) == 2 and log.exists()
-    journey.minitron(f"{train} trainer.max_steps=2")
+    workspace.minitron(f"{train} trainer.max_steps=2")
     log.unlink()
     log.parent.rmdir()
-    journey.minitron(f"{train} trainer.max_steps=2")
+    workspace.minitron(f"{train} trainer.max_steps=2")
     assert len(ran) == 4, "it left no logs"
 
 
 def test_a_failed_command_stops_with_its_last_words(tmp_path, monkeypatch):
     monkeypatch.setenv("MINITRON_TUTORIALS", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
-    journey = load("journey").Journey("tiny")
+    workspace = load("workspace").Workspace("tiny")
     with pytest.raises(RuntimeError, match=r"(?s)status 2.*minitron: unknown key 'output_pat'"):
-        journey.minitron("synthesize model=tiny output_pat=source")
+        workspace.minitron("synthesize model=tiny output_pat=source")
 
 
 def test_what_is_printed_is_text_and_shown_once():
     from IPython.core.formatters import DisplayFormatter
 
-    printed = load("journey").Printed("a line\n")
+    printed = load("workspace").Printed("a line\n")
     assert printed == "a line\n" and re.search("line", printed)
     assert DisplayFormatter().format(printed) == ({}, {})
 

@@ -25,10 +25,10 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
-from journey import Journey
+from workspace import Workspace
 
-journey = Journey(MODEL)  # a run folder that all notebooks share
-RUN, minitron = journey.folder, journey.minitron  # minitron("COMMAND …") is the command line `minitron COMMAND …`
+workspace = Workspace(MODEL)  # a run folder that all notebooks share
+RUN, minitron = workspace.folder, workspace.minitron  # minitron("COMMAND …") is the command line `minitron COMMAND …`
 
 # %% [markdown]
 # ## Walk
@@ -68,7 +68,7 @@ for path in sorted((RUN / "journey").rglob("*")):
         print(f"{path.stat().st_size:>14,} bytes  {name}")
 
 # %%
-metrics = journey.read("journey/metrics.json")
+metrics = workspace.read("journey/metrics.json")
 losses = {name: model["val_loss"] for name, model in metrics.items()}
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))

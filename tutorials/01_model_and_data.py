@@ -38,10 +38,10 @@ import tarfile
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from journey import Journey
+from workspace import Workspace
 
-journey = Journey(MODEL)  # a run folder that all notebooks share
-RUN, minitron = journey.folder, journey.minitron  # minitron("COMMAND …") is the command line `minitron COMMAND …`
+workspace = Workspace(MODEL)  # a run folder that all notebooks share
+RUN, minitron = workspace.folder, workspace.minitron  # minitron("COMMAND …") is the command line `minitron COMMAND …`
 
 # %% [markdown]
 # ## A checkpoint

@@ -20,13 +20,13 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
-from journey import Journey
+from workspace import Workspace
 
 from nemo_minitron.report.curves import read_training
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("01_model_and_data")  # runs it if its files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("01_model_and_data")  # runs it if its files are not there
 
 # %% [markdown]
 # ## Train
@@ -68,7 +68,7 @@ for name, checkpoint in (("original", "converted.nemo"), ("teacher", "corrected.
 
 # %%
 training = read_training(RUN / "finetune")
-before, after = (journey.read(f"evaluation/{name}.json")["val_loss"] for name in ("original", "teacher"))
+before, after = (workspace.read(f"evaluation/{name}.json")["val_loss"] for name in ("original", "teacher"))
 
 figure, axis = plt.subplots(figsize=(7, 3.5))
 train, validation = (training.curves[name] for name in ("train_lm_loss", "val_lm_loss"))

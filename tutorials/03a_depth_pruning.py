@@ -23,12 +23,12 @@ import re
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from journey import Journey
 from matplotlib.patches import Patch
+from workspace import Workspace
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("02_teacher_finetuning")  # runs it if its files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("02_teacher_finetuning")  # runs it if its files are not there
 
 if MODEL == "tiny":
     SAMPLES, LENGTH, BATCH, KEEP, TOKENS = 64, 64, 16, 2, 4096
@@ -102,8 +102,8 @@ def removed(name):
 
 
 by_influence, by_loss = removed("block_influence"), removed("pruned")
-teacher = journey.read("evaluation/teacher.json")["val_loss"]
-losses = {name: journey.read(f"depth/evaluation/{name}.json")["val_loss"] for name in students}
+teacher = workspace.read("evaluation/teacher.json")["val_loss"]
+losses = {name: workspace.read(f"depth/evaluation/{name}.json")["val_loss"] for name in students}
 steps = re.findall(r"without layers ([\d, ]+): loss \S+ \(([+-][\d.]+)\)", printed["pruned"])
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1.5, 1, 1))

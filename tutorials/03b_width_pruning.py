@@ -21,13 +21,13 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 # %%
 import matplotlib.pyplot as plt
 import numpy as np
-from journey import Journey
+from workspace import Workspace
 
 from nemo_minitron.prune.plan import Plan
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("02_teacher_finetuning")  # runs it if its files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("02_teacher_finetuning")  # runs it if its files are not there
 
 if MODEL == "tiny":
     SAMPLES, LENGTH, BATCH, HIDDEN, FFN = 64, 64, 16, 48, 128
@@ -114,8 +114,8 @@ for name in ("cut", "pruned"):
     """)
 
 # %%
-teacher = journey.read("evaluation/teacher.json")["val_loss"]
-losses = {name: journey.read(f"width/evaluation/{name}.json")["val_loss"] for name in plans}
+teacher = workspace.read("evaluation/teacher.json")["val_loss"]
+losses = {name: workspace.read(f"width/evaluation/{name}.json")["val_loss"] for name in plans}
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1, 1.4))
 bars = left.bar(["cut only", "re-solved"], list(losses.values()), color=["#bbbbbb", "#1e6fb3"], width=0.6)

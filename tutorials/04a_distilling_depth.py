@@ -20,13 +20,13 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
-from journey import Journey
+from workspace import Workspace
 
 from nemo_minitron.report.curves import read_training
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("03a_depth_pruning")  # runs it, and what it needs, if its files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("03a_depth_pruning")  # runs it, and what it needs, if its files are not there
 
 if MODEL == "tiny":
     STEPS, BATCH, LENGTH, RATE = 80, 16, 64, 5e-3
@@ -67,9 +67,9 @@ minitron(f"""
 # %%
 training = read_training(RUN / "depth/distill")
 models = {
-    "teacher": journey.read("evaluation/teacher.json"),
-    "pruned": journey.read("depth/evaluation/pruned.json"),
-    "distilled": journey.read("depth/evaluation/distilled.json"),
+    "teacher": workspace.read("evaluation/teacher.json"),
+    "pruned": workspace.read("depth/evaluation/pruned.json"),
+    "distilled": workspace.read("depth/evaluation/distilled.json"),
 }
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))

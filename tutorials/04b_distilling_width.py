@@ -19,13 +19,13 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
-from journey import Journey
+from workspace import Workspace
 
 from nemo_minitron.report.curves import read_training
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("03b_width_pruning")  # runs it, and what it needs, if its files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("03b_width_pruning")  # runs it, and what it needs, if its files are not there
 
 if MODEL == "tiny":
     STEPS, BATCH, LENGTH, RATE = 80, 16, 64, 5e-3
@@ -64,9 +64,9 @@ minitron(f"""
 # %%
 training = read_training(RUN / "width/distill")
 models = {
-    "teacher": journey.read("evaluation/teacher.json"),
-    "pruned": journey.read("width/evaluation/pruned.json"),
-    "distilled": journey.read("width/evaluation/distilled.json"),
+    "teacher": workspace.read("evaluation/teacher.json"),
+    "pruned": workspace.read("width/evaluation/pruned.json"),
+    "distilled": workspace.read("width/evaluation/distilled.json"),
 }
 
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))

@@ -18,12 +18,12 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 
 # %%
 import matplotlib.pyplot as plt
-from journey import Journey
 from matplotlib.patches import Patch
+from workspace import Workspace
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("04a_distilling_depth", "04b_distilling_width")  # runs them if their files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("04a_distilling_depth", "04b_distilling_width")  # runs them if their files are not there
 
 # %% [markdown]
 # ## The numbers
@@ -31,10 +31,10 @@ journey.needs("04a_distilling_depth", "04b_distilling_width")  # runs them if th
 # All that `minitron evaluate` wrote in the notebooks before, on the same held-out tokens.
 
 # %%
-results = {"teacher": journey.read("evaluation/teacher.json")}
+results = {"teacher": workspace.read("evaluation/teacher.json")}
 for student in ("depth", "width"):
     for state in ("pruned", "distilled"):
-        results[f"{student}, {state}"] = journey.read(f"{student}/evaluation/{state}.json")
+        results[f"{student}, {state}"] = workspace.read(f"{student}/evaluation/{state}.json")
 
 columns = {"parameters": 12, "layers": 8, "hidden": 8, "ffn": 6, "loss": 9, "perplexity": 12, "above teacher": 15}
 print(" " * 18 + "".join(f"{name:>{width}}" for name, width in columns.items()))

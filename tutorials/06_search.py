@@ -22,11 +22,11 @@ MODEL = "smollm2"  # "tiny" or "smollm2"
 import matplotlib.pyplot as plt
 import yaml
 from IPython.display import Image, display
-from journey import Journey
+from workspace import Workspace
 
-journey = Journey(MODEL)
-RUN, minitron = journey.folder, journey.minitron
-journey.needs("02_teacher_finetuning", "03b_width_pruning")  # runs them if their files are not there
+workspace = Workspace(MODEL)
+RUN, minitron = workspace.folder, workspace.minitron
+workspace.needs("02_teacher_finetuning", "03b_width_pruning")  # runs them if their files are not there
 
 # %% [markdown]
 # ## Search

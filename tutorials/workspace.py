@@ -1,8 +1,8 @@
 """What the notebooks share: a run folder, ``minitron`` as a call, and what an earlier notebook would have made.
 
-    journey = Journey("tiny")
-    journey.needs("01_model_and_data")            # runs that notebook's source if its files are not there
-    journey.minitron("evaluate key=value ...")    # the command line `minitron evaluate …` in journey.folder
+    workspace = Workspace("tiny")
+    workspace.needs("01_model_and_data")          # runs that notebook's source if its files are not there
+    workspace.minitron("evaluate key=value ...")    # the command line `minitron evaluate …` in workspace.folder
 
 Commands run in processes of their own, as in a terminal. They are forked from one that has imported NeMo, which would
 otherwise take ten seconds or more of each. What a command wrote is found again by later notebooks: it runs anew only
@@ -62,7 +62,7 @@ class Printed(str):
         """Nothing is left to show."""
 
 
-class Journey:
+class Workspace:
     """One model's run folder: ``$MINITRON_TUTORIALS/MODEL``, or a folder of temporary files named after the model."""
 
     def __init__(self, model: str) -> None:
