@@ -89,7 +89,7 @@ def _to_nemo(
             tokenizer = choose(reader, asked, "tokenizer")
         else:
             tokenizer = Path(target.absolute()).with_name(f"{target.stem}.tokenizer")
-            made = stack.enter_context(_TokenizerFolder(tokenizer))
+            made = stack.enter_context(Staging(tokenizer, folder=True, replaceable=FILES)).path
             reader.save_tokenizer(made)
         entries = None
         if tokenizer is not None:
@@ -196,7 +196,7 @@ def _copy(reader: HfReader | NemoReader, writer: HfWriter | NemoWriter) -> None:
     from tqdm import tqdm
 
     order = list(each_tensor(reader.shape))
-    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.path.name}", disable=None)
+    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.destination.name}", disable=None)
     with bar, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(reader.tensor, *order[0])
         for number, (parameter, layer) in enumerate(order, start=1):
@@ -238,19 +238,3 @@ def compare(before: HfReader | NemoReader, after: HfReader | NemoReader) -> None
         old, new = (tensor.to(after.dtype).contiguous().view(torch.uint8) for tensor in tensors)
         if not torch.equal(old, new):
             raise MinitronError(f"{after.path}: tensor '{tensor_name(parameter, layer)}' differs from {before.path}'s")
-
-
-class _TokenizerFolder:
-    """A new tokenizer folder that appears only if the conversion succeeds."""
-
-    def __init__(self, folder: Path) -> None:
-        self._staging = Staging(folder, folder=True, replaceable=FILES)
-
-    def __enter__(self) -> Path:
-        return self._staging.path
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None:
-            self._staging.commit()
-        else:
-            self._staging.abort()

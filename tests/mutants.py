@@ -307,6 +307,12 @@ MUTANTS = [
     ),
     Mutant(
         "files/staging.py",
+        "        self.abort()\n        if isinstance(failure",
+        "        if isinstance(failure",
+        "test_flushed.py::test_a_small_file_that_cannot_be_written_leaves_the_earlier_one",
+    ),
+    Mutant(
+        "files/staging.py",
         "            os.replace(self.path, self.destination)\n",
         "            shutil.copy(self.path, self.destination)\n",
         "files/test_staging.py::test_leftovers_go_and_the_living_stay",

@@ -18,7 +18,7 @@ from typing import IO, cast
 
 from nemo_minitron.checkpoint.tar import BLOCK, MAX_MEMBERS, read_members
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.files.staging import Staging
+from nemo_minitron.files.staging import AllOrNothing, Staging
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _GZIP_RATIO, _GZIP_FLOOR, _DISK_FREE = 64, 64 << 20, 1 << 30
@@ -173,7 +173,7 @@ def _expand(path: Path, packed: IO[bytes]) -> IO[bytes]:
     return plain
 
 
-class ArchiveWriter:
+class ArchiveWriter(AllOrNothing):
     """Streams members into a ``.nemo`` at ``path``: a tar if the name ends in ``.nemo`` or ``.tar``, else a folder.
 
     The tar has NeMo's own member names (``./name``), and no times or owners, so that equal content gives equal
@@ -187,8 +187,8 @@ class ArchiveWriter:
     _PATTERNS = ("model_config.yaml", "model_weights", "minitron", "*_tokenizer.*", "*.model")
 
     def __init__(self, path: str | Path, room: int = 0) -> None:
-        path = Path(path)
-        self.packed = path.suffix in (".nemo", ".tar")
+        self.destination = Path(path)
+        self.packed = self.destination.suffix in (".nemo", ".tar")
         self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS, room=room)
         self._tar: IO[bytes] | None = self._staging.path.open("wb") if self.packed else None
 

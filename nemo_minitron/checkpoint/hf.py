@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Protocol
 
 import torch
@@ -22,7 +21,7 @@ from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.files.staging import DISK_FULL, Staging
+from nemo_minitron.files.staging import AllOrNothing, Staging
 from nemo_minitron.files.text import JSON_LIMIT, parse_json
 from nemo_minitron.model.layout import EMBEDDING, OUTPUT, VOCAB, Parameter, parameters
 from nemo_minitron.model.shape import ModelShape
@@ -287,7 +286,7 @@ NO_TOKENIZER = "tokenizer.missing.txt"
 _CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")  # they name code, which does not go with a model
 
 
-class HfWriter:
+class HfWriter(AllOrNothing):
     """Streams canonical tensors into a HF folder; a context manager with the guarantees of :class:`NemoWriter`.
 
     Shards are laid out beforehand from the shape alone, so each tensor goes straight to its place: memory holds one
@@ -329,7 +328,7 @@ class HfWriter:
         max_shard_size: int | str = "5GB",
         check: Callable[[Path], None] | None = None,
     ) -> None:
-        self.path, self.shape, self.dtype = Path(folder), shape, dtype
+        self.destination, self.shape, self.dtype = Path(folder), shape, dtype
         made = hf_config_from_shape(shape, dtype, hf_config)
         if hf_config is None:
             made |= dict(token_ids or {})
@@ -347,7 +346,7 @@ class HfWriter:
             for number, names in enumerate(self._shards, start=1):
                 self._start_shard(self._file_name(number), names)
         except BaseException:
-            self._abort()
+            self.abort()
             raise
 
     def _file_name(self, number: int) -> str:
@@ -373,9 +372,10 @@ class HfWriter:
         name, size = tensor_name(parameter, layer), parameter.size(self.shape)
         unpadded = (self.shape.vocab_size, *size[1:])
         if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
-            raise MinitronError(f"{self.path}: tensor '{name}' must have the size {size}, found {tuple(tensor.shape)}")
+            found = tuple(tensor.shape)
+            raise MinitronError(f"{self.destination}: tensor '{name}' must have the size {size}, found {found}")
         if name in self._written:
-            raise MinitronError(f"{self.path}: tensor '{name}' must be written once, found a second write")
+            raise MinitronError(f"{self.destination}: tensor '{name}' must be written once, found a second write")
         if parameter.axes[0] == VOCAB:
             tensor = tensor[: self.shape.vocab_size]
         tensor = checked_cast(tensor, self.dtype, name)
@@ -385,11 +385,12 @@ class HfWriter:
             stream.write(raw_bytes(part))
         self._written.add(name)
 
-    def _finish(self) -> None:
+    def commit(self) -> None:
+        """Check that the folder is whole, complete it, and have it appear."""
         missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._written]
         if missing:
             raise MinitronError(
-                f"{self.path}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
+                f"{self.destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
             )
         self._stack.close()
         folder = self._staging.path
@@ -409,29 +410,11 @@ class HfWriter:
             self._check(folder)
         self._staging.commit()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """Leave no trace."""
         with suppress(OSError):  # what is still to be flushed may not fit either
             self._stack.close()
         self._staging.abort()
-
-    def __enter__(self) -> HfWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-                return
-        except BaseException as problem:
-            self._abort()
-            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
-                raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
-            raise
-        self._abort()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
 
 
 def _plan_shards(shape: ModelShape, dtype: torch.dtype, limit: int) -> list[dict[str, tuple[int, ...]]]:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.files.staging import DISK_FULL
+from nemo_minitron.files.staging import AllOrNothing
 from nemo_minitron.files.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 from nemo_minitron.model.layout import (
     EMBEDDING,
@@ -270,7 +269,7 @@ def check_digest(
         raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
 
 
-class NemoWriter:
+class NemoWriter(AllOrNothing):
     """Streams canonical tensors into a ``.nemo`` that NeMo's ``MegatronGPTModel.restore_from`` reads at any TP x PP.
 
     A context manager: on a clean exit it checks that every tensor of ``shape`` was written once, then renames the
@@ -299,7 +298,7 @@ class NemoWriter:
         extra_members: Mapping[str, bytes] | None = None,
         check: Callable[[Path], None] | None = None,
     ) -> None:
-        self.path, self.shape, self.dtype = Path(path), shape, dtype
+        self.destination, self.shape, self.dtype = Path(path), shape, dtype
         self.config = with_precision(update_shape(_plain(config), shape), dtype)
         self._members = _name_members(self.config, tokenizer)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
@@ -309,7 +308,7 @@ class NemoWriter:
         self._archive = ArchiveWriter(path, shape.num_parameters(padded=True) * dtype.itemsize)
         try:
             text = _yaml(self.config)
-            check_yaml(text, f"{self.path}: {CONFIG}")  # what could not be read again must not be written
+            check_yaml(text, f"{self.destination}: {CONFIG}")  # what could not be read again must not be written
             self._archive.add(CONFIG, text)
             self._weights = DistcpWriter(self._archive)
         except BaseException:
@@ -320,10 +319,11 @@ class NemoWriter:
         """Write one canonical tensor, cast to the writer's dtype; a V-row table is padded with zeros to Vp."""
         name, size = tensor_name(parameter, layer), parameter.size(self.shape)
         if name in self._digests:
-            raise MinitronError(f"{self.path}: tensor '{name}' must be written once, found a second write")
+            raise MinitronError(f"{self.destination}: tensor '{name}' must be written once, found a second write")
         unpadded = (self.shape.vocab_size, *size[1:])
         if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
-            raise MinitronError(f"{self.path}: tensor '{name}' must have the size {size}, found {tuple(tensor.shape)}")
+            found = tuple(tensor.shape)
+            raise MinitronError(f"{self.destination}: tensor '{name}' must have the size {size}, found {found}")
         tensor = checked_cast(tensor, self.dtype, name)
         if tensor.shape[0] != size[0]:
             tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
@@ -332,17 +332,19 @@ class NemoWriter:
         if parameter.per_layer:
             depth = self.shape.num_layers
             if layer is None or not 0 <= layer < depth:
-                raise MinitronError(f"{self.path}: layer must be 0..{depth - 1} for '{name}', found {layer}")
+                raise MinitronError(f"{self.destination}: layer must be 0..{depth - 1} for '{name}', found {layer}")
             self._weights.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
         else:
             self._weights.add(key, tensor, size, (0,) * len(size))
         self._digests[name] = digest.result()
 
-    def _finish(self) -> None:
+    def commit(self) -> None:
+        """Check that the file is whole, end it, and have it appear."""
+        self._hashing.shutdown()
         missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
         if missing:
             raise MinitronError(
-                f"{self.path}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
+                f"{self.destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
             )
         depth = self.shape.num_layers
         for layer in range(depth):
@@ -361,27 +363,9 @@ class NemoWriter:
             self._check(finished)
         self._archive.commit()
 
-    def __enter__(self) -> NemoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def abort(self) -> None:
+        """Leave no trace."""
         self._hashing.shutdown()
-        try:
-            if kind is None:
-                self._finish()
-                return
-        except BaseException as problem:
-            self._abort()
-            if isinstance(problem, OSError) and problem.errno in DISK_FULL:
-                raise MinitronError(f"{self.path}: expected room to write, found: {problem}") from None
-            raise
-        self._abort()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise MinitronError(f"{self.path}: expected room to write, found: {error}") from None
-
-    def _abort(self) -> None:
         self._weights.abort()
         self._archive.abort()
 

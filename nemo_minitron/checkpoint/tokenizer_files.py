@@ -157,13 +157,11 @@ def lay_out(files: dict[str, bytes]) -> Path:
     if folder.is_dir():
         remove_leftovers(folder)  # of a process that was killed here while another was faster
         return folder
-    staging = Staging(folder, folder=True)
     try:
-        for name, data in files.items():
-            (staging.path / name).write_bytes(data)
-        staging.commit()
-    except OSError as error:
-        staging.abort()
+        with Staging(folder, folder=True) as staging:
+            for name, data in files.items():
+                (staging.path / name).write_bytes(data)
+    except (OSError, MinitronError) as error:
         if not folder.is_dir():  # another process was faster: the content is the same by its name
             raise MinitronError(f"{folder}: expected to unpack the tokenizer here, found: {error}") from None
     return folder

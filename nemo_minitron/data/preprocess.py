@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,32 +87,15 @@ def preprocess(
             "set append_eod=false or give it one"
         )
     prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
-    documents = source.records(keys)
-    skipped, first = 0, ""
-    outputs: list[_Output] = []
     try:
-        for prefix in prefixes:
-            outputs.append(_Output(prefix, tokenizer, append_eod))
-        encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy, stop)
-        for item in _with_progress(encoded, progress):
-            if item.fault and stop:
-                raise MinitronError(f"{item.fault}; on_bad_record=skip leaves such records out")
-            if item.fault:
-                skipped, first = skipped + 1, first or item.fault
-                continue
-            for output, ids in zip(outputs, item.ids, strict=True):
-                output.add(ids)
-        for output, key in zip(outputs, keys, strict=True):
-            facts = {"source": source.facts(), "key": key}
-            output.finish(facts if stop else facts | {"skipped": {"records": skipped, "first": first}})
-        for output in outputs:
-            output.commit()
+        with closing(source.records(keys)) as documents, ExitStack() as stack:
+            outputs = [stack.enter_context(_Output.at(prefix, tokenizer, append_eod)) for prefix in prefixes]
+            encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy, stop)
+            skipped = _add_all(outputs, _with_progress(encoded, progress), stop)
+            for output, key in zip(outputs, keys, strict=True):
+                output.finish({"source": source.facts(), "key": key} | skipped)
     except OSError as error:
         raise MinitronError(f"output_prefix: '{output_prefix}' cannot be written: {error}") from error
-    finally:
-        documents.close()  # type: ignore[attr-defined]
-        for output in reversed(outputs):  # the first one may have made the parent folders
-            output.abort()
     return prefixes
 
 
@@ -142,6 +126,24 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
     return facts
 
 
+def _add_all(outputs: Sequence[_Output], encoded: Iterable[_Encoded], stop: bool) -> dict[str, Any]:
+    """Give each output its documents; how many records were left out and why the first, where they do not stop all.
+
+    Raises:
+        MinitronError: a record cannot be taken, and ``stop`` says that this ends the work.
+    """
+    skipped, first = 0, ""
+    for item in encoded:
+        if item.fault and stop:
+            raise MinitronError(f"{item.fault}; on_bad_record=skip leaves such records out")
+        if item.fault:
+            skipped, first = skipped + 1, first or item.fault
+            continue
+        for output, ids in zip(outputs, item.ids, strict=True):
+            output.add(ids)
+    return {} if stop else {"skipped": {"records": skipped, "first": first}}
+
+
 class _Encoded(NamedTuple):
     ids: list[list[int]]
     """Token ids of one document, one list per key."""
@@ -151,24 +153,30 @@ class _Encoded(NamedTuple):
 
 
 class _Output:
-    """The three files of one key, staged beside their destinations until :meth:`commit`."""
+    """The three files of one key, until the end of their context beside their destinations."""
 
-    def __init__(self, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, append_eod: bool, tokens: Path, index: Path, facts: Path) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+        self._tokenizer, self._append_eod, self._index, self._facts = tokenizer, append_eod, index, facts
+        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self._builder = IndexedDatasetBuilder(str(tokens), dtype=self._dtype)
+        self.documents = self.tokens = 0
+
+    @classmethod
+    @contextmanager
+    def at(cls, prefix: Path, tokenizer: TextTokenizer, append_eod: bool) -> Iterator[_Output]:
+        """The outputs of ``prefix``, committed in the order of tokens, index and facts."""
         from nemo_minitron.files.staging import Staging
 
-        self._tokenizer, self._append_eod, self._prefix = tokenizer, append_eod, prefix
-        self._staged: list[Staging] = []
-        try:
-            for suffix in (".bin", ".idx", ".json"):
-                self._staged.append(Staging(f"{prefix}{suffix}"))
-        except MinitronError:
-            self.abort()
-            raise
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(str(self._staged[0].path), dtype=self._dtype)
-        self.documents = self.tokens = 0
+        with (
+            Staging(f"{prefix}.json") as facts,
+            Staging(f"{prefix}.idx") as index,
+            Staging(f"{prefix}.bin") as tokens,
+        ):
+            output = cls(tokenizer, append_eod, tokens.path, index.path, facts.path)
+            with closing(output._builder.data_file):
+                yield output
 
     def add(self, ids: list[int]) -> None:
         if not ids:
@@ -186,7 +194,7 @@ class _Output:
                 f" ({skipped['records']} records are bad, the first: {skipped['first']})" if skipped["records"] else ""
             )
             raise MinitronError(f"input: no document has text under key '{facts['key']}'; nothing to write{said}")
-        self._builder.finalize(str(self._staged[1].path))
+        self._builder.finalize(str(self._index))
         record: dict[str, Any] = {
             "format": 1,
             "tokenizer": {
@@ -202,20 +210,7 @@ class _Output:
         }
         if self._tokenizer.splits_special_tokens:
             record["tokenizer"]["split_special_tokens"] = True
-        self._staged[2].path.write_text(json.dumps(record | facts, indent=2) + "\n", encoding="utf-8")
-
-    def commit(self) -> None:
-        while self._staged:
-            self._staged[0].commit()
-            self._staged.pop(0)
-
-    def abort(self) -> None:
-        """Close and remove what is not committed; harmless after :meth:`commit`."""
-        if hasattr(self, "_builder"):
-            self._builder.data_file.close()
-        for staging in reversed(self._staged):
-            staging.abort()
-        self._staged = []
+        self._facts.write_text(json.dumps(record | facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_keys(json_keys: Sequence[str]) -> tuple[str, ...]:

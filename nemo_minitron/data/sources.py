@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,7 +78,7 @@ class Source:
                 raise MinitronError(f"{row.where}: {row.fault}")
             yield row.texts, row.done
 
-    def records(self, keys: Sequence[str] = ("text",)) -> Iterator[Row]:
+    def records(self, keys: Sequence[str] = ("text",)) -> Generator[Row, None, None]:
         """Yield a row per document, with one string per key, or with the fault for which it cannot be taken.
 
         A document whose texts are all blank is left out. Order is that of the source. One with a fault has its number

@@ -14,15 +14,65 @@ import shutil
 import stat
 import time
 import uuid
+from abc import ABC, abstractmethod
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 from nemo_minitron.errors import MinitronError
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _ABANDONED_S = 24 * 3600
 
 
-class Staging:
+class AllOrNothing(ABC):
+    """A context that commits an output at its end, and aborts it where that or anything before it fails.
+
+    The one exit of all that writes: of :class:`Staging`, and of each format's writer, which writes below a staging.
+    Of several that are nested, the innermost commits first.
+
+    Attributes:
+        destination: where the output appears.
+
+    Raises:
+        MinitronError: at the exit, where the disk was full or the destination could not be written.
+    """
+
+    destination: Path
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Complete the output and have it appear, whole."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Leave no trace; after :meth:`commit` it does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        failure = error
+        if failure is None:
+            try:
+                self.commit()
+                return
+            except BaseException as found:
+                failure = found
+        self.abort()
+        if isinstance(failure, OSError) and (failure.errno in _DISK_FULL or error is None):
+            expected = "room to write" if failure.errno in _DISK_FULL else "a writable destination"
+            raise MinitronError(f"{self.destination}: expected {expected}, found: {failure}") from None
+        if error is None:
+            raise failure
+
+
+class Staging(AllOrNothing):
     """A temporary sibling of ``destination``, for a file or (``folder=True``) for a folder.
 
     Creating it proves that the destination can be written, before any work: missing parents are made, and undone by
@@ -31,8 +81,6 @@ class Staging:
 
     The temporary is locked while its process lives. What a killed process left for the same destination is removed by
     the next one that writes there.
-
-    As a context it commits at the end, and aborts where that or anything before it fails.
 
     Args:
         room: bytes that are going to be written; refused now where the disk has less.
@@ -59,17 +107,6 @@ class Staging:
         except MinitronError:
             self._remove_parents()
             raise
-
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
-        try:
-            if failed is None:
-                self.commit()
-        finally:
-            if self._lock >= 0:  # not committed
-                self.abort()
 
     def _check_existing(self, replaceable: tuple[str, ...]) -> None:
         if not self.destination.exists():
@@ -158,11 +195,8 @@ def write_file(destination: str | Path, content: str | bytes) -> None:
     Raises:
         MinitronError: it cannot be written.
     """
-    try:
-        with Staging(destination) as staging:
-            staging.path.write_bytes(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        raise MinitronError(f"{destination}: expected a writable destination, found: {error.strerror}") from None
+    with Staging(destination) as staging:
+        staging.path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove_leftovers(destination: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,9 @@ def measure_and_save(
         MinitronError: before any weight is read: unwritable output, missing or too little data, tokens that the model
             does not have, a sequence or a grid that does not fit; later: NaN in weights or activations.
     """
-    staging = Staging(output, folder=True, replaceable=(JSON, NPZ)) if runtime.rank() == 0 else None
+    staged = Staging(output, folder=True, replaceable=(JSON, NPZ)) if runtime.rank() == 0 else nullcontext()
     try:
-        with NemoReader(source) as reader:
+        with staged as staging, NemoReader(source) as reader:
             blocks, data = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
             if stream:
                 _check_processes(blocks)
@@ -74,16 +75,12 @@ def measure_and_save(
                 sensitivity=sensitivity,
                 **arrays,
             )
-        if staging is not None:
-            scores.write(staging.path)
-            staging.commit()
-            print(f"importance: {counts['tokens']:,} tokens in {counts['samples']} samples -> {output}")
-    except BaseException as error:
-        if staging is not None:
-            staging.abort()
-        if isinstance(error, OSError):
-            raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
-        raise
+            if staging is not None:
+                scores.write(staging.path)
+    except OSError as error:
+        raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
+    if staging is not None:
+        print(f"importance: {counts['tokens']:,} tokens in {counts['samples']} samples -> {output}")
     return scores
 
 

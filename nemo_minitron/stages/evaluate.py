@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,11 +173,11 @@ def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
     from nemo_minitron.files.staging import Staging, write_file
 
     options, output = cfg.evaluate.lm_eval, Path(cfg.output_path)
-    exported = None
-    try:
+    with ExitStack() as stack:
         folder = source
         if not (source / "config.json").is_file():
             exported = Staging(output.with_name(f"{output.name}.hf"), folder=True)
+            stack.callback(exported.abort)
             folder = convert(source, exported.path / "hf")
         summary, items = run_tasks(
             folder,
@@ -188,9 +189,6 @@ def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
             seed=int(cfg.get("seed", 1234)),
             log_samples=options.log_samples,
         )
-    finally:
-        if exported is not None:
-            exported.abort()
     if options.log_samples:
         lines = "".join(json.dumps(item) + "\n" for item in items)
         write_file(output.with_name(f"{output.stem}.samples.jsonl"), lines)

@@ -191,15 +191,12 @@ def _write(
     if runtime.rank() > 0:
         _fill(reader, plan, None, scores)
         return
-    staging = Staging(plan_path)
-    try:
+    with (
+        Staging(plan_path) as staging,
+        NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer,
+    ):
         staging.path.write_text(plan.to_yaml(), encoding="utf-8", newline="\n")
-        with NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer:
-            _fill(reader, plan, writer, scores)
-        staging.commit()
-    except BaseException:
-        staging.abort()
-        raise
+        _fill(reader, plan, writer, scores)
 
 
 def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Scores | None) -> None:

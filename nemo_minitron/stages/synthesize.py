@@ -32,16 +32,11 @@ def run(cfg: DictConfig) -> None:
 
     shape = shape_of(cfg.model)
     folder = Path(cfg.output_path)
-    staging = Staging(folder, folder=True, replaceable=_FILES)
     try:
-        make_llama(staging.path, shape, seed=int(cfg.seed))
-        staging.commit()
+        with Staging(folder, folder=True, replaceable=_FILES) as staging:
+            make_llama(staging.path, shape, seed=int(cfg.seed))
     except OSError as error:
-        staging.abort()
         raise MinitronError(f"output_path {folder} cannot be written: {error.strerror}") from error
-    except BaseException:
-        staging.abort()
-        raise
     print(f"{folder}: {shape.num_parameters():,} parameters")
 
 
