@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "nemo_minitron" / "__init__
 REQUIRES = [
     "torch==2.13.0",  # pinned: a CPU machine takes the +cpu build that its index offers at this version
     "nemo_toolkit==2.4.1",  # the last release with nemo.collections.nlp
-    "megatron-core==0.13.1",  # the line that NeMo 2.4 was built on
+    "megatron-core==0.13.1",  # the line that NeMo 2.4 was built on; all else runs on 0.14 to 0.16 too
     "lightning==2.4.0",
     "hydra-core==1.3.2",
     "omegaconf==2.3.0",

@@ -1,9 +1,10 @@
 """Where a run takes place: device, process groups, and Megatron-Core on machines without CUDA.
 
 This is the only module that patches another library, and it does so by explicit call, never when CUDA is present.
-Megatron-Core 0.13 and NeMo 2.4 name the CUDA device in some sixty places (``torch.cuda.current_device()``,
+Megatron-Core and NeMo 2.4 name the CUDA device in over sixty places (``torch.cuda.current_device()``,
 ``Tensor.cuda()``, ``device="cuda"``, CUDA random state); :func:`install_cpu` sends these to the CPU, which is enough
-for NeMo's own ``MegatronGPTModel`` to build, train, validate, save and restore over gloo.
+for NeMo's own ``MegatronGPTModel`` to build, train, validate, save and restore over gloo. NeMo 2.4 needs Megatron-Core
+0.13; without NeMo all of this holds on 0.14, 0.15 and 0.16 too (``tests/test_megatron_versions.py``).
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def check_world_size(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> No
 def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234) -> None:
     """Initialise torch.distributed (NCCL or gloo) and Megatron's groups, before any model is built.
 
-    Megatron-Core 0.13's local modules look up real process groups while they are built, earlier than NeMo's
+    Megatron-Core's local modules look up real process groups while they are built, earlier than NeMo's
     strategy would create them. Data parallelism takes what is left: DP = world / (TP x PP).
 
     Raises:
@@ -227,7 +228,7 @@ def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed:
 def whole_on_each_rank() -> Iterator[None]:
     """Let each tensor-parallel rank build or run a model alone, as if TP were 1; other groups stay as they are.
 
-    Megatron-Core 0.13 asks its global state for the tensor-parallel group while a model is built and while it runs,
+    Megatron-Core asks its global state for the tensor-parallel group while a model is built and while it runs,
     so a second model of another TP in the same job needs that state exchanged around both. All ranks must enter
     together the first time, when the groups of one are made.
     """

@@ -32,6 +32,7 @@ class Mutant(NamedTuple):
 
 
 _CONVERT, _FUSED = "test_convert.py::", "distill/test_fused.py::"
+_SPEC = "nemo/test_spec.py::"
 _GATE = _CONVERT + "test_gate_and_up_are_what_transformers_makes_of_them"
 _TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
 _DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers"
@@ -39,6 +40,25 @@ _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
 MUTANTS = [
+    # layers in Megatron-Core
+    Mutant(
+        "nemo/spec.py",
+        "attn_mask=None if attention_mask is None else ~attention_mask",
+        "attn_mask=None if attention_mask is None else attention_mask",
+        _SPEC + "test_core_attention_is_a_softmax_over_what_each_token_may_see",
+    ),
+    Mutant(
+        "nemo/spec.py",
+        "is_causal=attention_mask is None and s > 1",
+        "is_causal=attention_mask is None",
+        _SPEC + "test_the_cache_gives_the_logits_of_one_pass",
+    ),
+    Mutant(
+        "nemo/spec.py",
+        "self.weight.sequence_parallel = config.sequence_parallel",
+        "self.weight.sequence_parallel = False",
+        _SPEC + "test_logits_and_gradients_equal_transformers",
+    ),
     # layout and fusing
     Mutant(
         "model/layout.py",

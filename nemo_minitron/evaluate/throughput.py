@@ -103,12 +103,15 @@ def step(model: MinitronGPTModel, tokens: Tensor, context: StaticInferenceContex
     """Run ``tokens [b, s]`` after those that ``context`` holds, and keep them there.
 
     Returns:
-        ``[b, 1, Vp/tp]`` logits of the last token on the last pipeline stage (``[b, s, Vp/tp]`` if the context asks for
-        all of them), None elsewhere.
+        ``[b, 1, Vp]`` logits of the last token, whole on every rank of the last pipeline stage (``[b, s, Vp]`` if the
+        context asks for all of them), None elsewhere. A server gathers them to choose a token; Megatron-Core 0.14 and
+        later know no other inference.
     """
     (stage,) = model.get_model_module_list()
     offset = context.sequence_len_offset
-    logits = forward_micro_batch(stage, tokens, lambda last: last, start=offset, inference_context=context)
+    logits = forward_micro_batch(
+        stage, tokens, lambda last: last, start=offset, inference_context=context, runtime_gather_output=True
+    )
     context.sequence_len_offset += tokens.shape[1]
     context.enable_decode_mode()
     return logits

@@ -7,7 +7,6 @@ import math
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.process_groups_config import ModelCommProcessGroups
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -39,7 +38,8 @@ class SDPACoreAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        model_comm_pgs: ModelCommProcessGroups | None = None,
+        model_comm_pgs: object | None = None,  # Megatron-Core to 0.14: ModelCommProcessGroups
+        pg_collection: object | None = None,  # from 0.15: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1 or config.window_size is not None:

@@ -12,7 +12,7 @@ from nemo_minitron.importance.collect import Groups, collect
 from nemo_minitron.importance.reductions import Aggregation
 from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape
-from tests.canonical import random_model
+from tests.canonical import Slot, random_model
 
 
 def build(shape: ModelShape, tensor: int, pipeline: int, sequence_parallel: bool) -> Any:
@@ -63,19 +63,34 @@ def build(shape: ModelShape, tensor: int, pipeline: int, sequence_parallel: bool
         position_embedding_type="rope",
         rotary_base=shape.rotary_base,
     )
-    rank, weights = parallel_state.get_tensor_model_parallel_rank(), random_model(shape).tensors
-    parameters = {p.memory_name(0): p for p in layout.parameters(shape)}
+    weights = random_model(shape).tensors
     with torch.no_grad():
-        for name, target in model.named_parameters():
-            number = [part for part in name.split(".") if part.isdigit()]
-            row = parameters[name.replace(f".{number[0]}.", ".0.", 1) if number else name]
-            layer = model.decoder.layers[int(number[0])].layer_number - 1 if number else None
-            whole = weights[row.key, layer]
-            if row.tp_dim is not None:
-                halves = whole.chunk(2) if row.axes[0] == layout.GATE_UP else (whole,)
-                whole = torch.cat([half.chunk(tensor, dim=row.tp_dim)[rank] for half in halves])
-            target.copy_(whole)
+        for slot, target in slots_of(model, shape).items():
+            target.copy_(this_ranks_part(shape, slot, weights[slot]))
     return model
+
+
+def slots_of(model: Any, shape: ModelShape) -> dict[Slot, torch.nn.Parameter]:
+    """This rank's parameters by canonical key and global layer."""
+    parameters = {p.memory_name(0): p.key for p in layout.parameters(shape)}
+    found: dict[Slot, torch.nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        number = [part for part in name.split(".") if part.isdigit()]
+        key = parameters[name.replace(f".{number[0]}.", ".0.", 1) if number else name]
+        found[key, model.decoder.layers[int(number[0])].layer_number - 1 if number else None] = parameter
+    return found
+
+
+def this_ranks_part(shape: ModelShape, slot: Slot, whole: Tensor) -> Tensor:
+    """This tensor-parallel rank's part of a canonical tensor."""
+    from megatron.core import parallel_state
+
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    parameter = next(p for p in layout.parameters(shape) if p.key == slot[0])
+    if parameter.tp_dim is None:
+        return whole
+    halves = whole.chunk(2) if parameter.axes[0] == layout.GATE_UP else (whole,)
+    return torch.cat([half.chunk(size, dim=parameter.tp_dim)[rank] for half in halves])
 
 
 def scores_on_grid(

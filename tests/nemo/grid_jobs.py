@@ -129,7 +129,7 @@ def evaluate_speed(source: str, prefix: str, folder: str, grid: tuple[int, int])
 
 
 def decode(source: str, tokens: list[list[int]], prompt: int, grid: tuple[int, int]) -> list | None:
-    """``[b, s, Vp/tp]`` logits of ``tokens``, ``prompt`` of them read at once and the rest one by one."""
+    """``[b, s, Vp]`` logits of ``tokens``, ``prompt`` of them read at once and the rest one by one."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     from nemo_minitron.evaluate.throughput import step
