@@ -174,10 +174,13 @@ def random_scores(reader: Any) -> Any:
     """Scores of a checkpoint's sizes, each unit's drawn."""
     import numpy as np
 
-    from nemo_minitron.importance.scores import Scores, array_sizes
+    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.importance.scores_format import axis_sizes, statistic_sizes
 
-    dice, sizes = np.random.default_rng(0), array_sizes(reader.shape)
-    return Scores(reader.shape, reader.fingerprint(), "0" * 64, **{n: dice.random(s) for n, s in sizes.items()})
+    dice, shape = np.random.default_rng(0), reader.shape
+    rankings = {"minitron": {axis: dice.random(size) for axis, size in axis_sizes(shape).items()}}
+    statistics = {name: dice.random(size) for name, size in statistic_sizes(shape).items()}
+    return Scores(shape, reader.fingerprint(), "0" * 64, rankings, **statistics)
 
 
 def remove(path: Path) -> None:

@@ -124,7 +124,9 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     teacher, student = convert(source, folder / "teacher.nemo"), folder / "student.nemo"
     with NemoReader(teacher) as reader:
         target = {"ffn_hidden_size": options.ffn} | ({"hidden_size": options.hidden} if options.hidden else {})
-        plan = make_plan(reader.shape, random_scores(reader), target, source_fingerprint=reader.fingerprint())
+        plan = make_plan(
+            reader.shape, random_scores(reader).ranked_by("minitron"), target, source_fingerprint=reader.fingerprint()
+        )
         config = update_shape(reader.config, plan.target)
         with NemoWriter(student, config, plan.target, reader.dtype, tokenizer=reader.tokenizer_folder()) as writer:
             prune_checkpoint(reader, plan, writer)

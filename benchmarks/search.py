@@ -181,19 +181,23 @@ def rival_shapes(scores: Path) -> dict[str, dict[str, int]]:
 
 def paper(work: Path) -> dict[str, Any]:
     """Enumerate and rank Llama-3.1-8B at 4.5B parameters from a scores file."""
-    from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
+    from nemo_minitron.importance.scores import Scores
+    from nemo_minitron.importance.scores_format import axis_sizes, statistic_sizes
     from nemo_minitron.model.shape import ModelShape
 
     folder = work / "llama_scores"
     if not (folder / "scores.json").is_file():
         shape = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256)
         generator = np.random.default_rng(0)
-        arrays = {name: generator.lognormal(size=size) for name, size in array_sizes(shape).items()}
-        ranks = {name: generator.random(size) for name, size in rank_sizes(shape).items()}
+        sizes = axis_sizes(shape)
+        published = {axis: generator.lognormal(size=size) for axis, size in sizes.items()}
+        statistics = {name: generator.lognormal(size=size) for name, size in statistic_sizes(shape).items()}
+        ranks = {axis: generator.random(size) for axis, size in sizes.items()}
         basis = np.linalg.qr(generator.normal(size=(4096, 4096)))[0]
-        ranks["stream_moment"] = basis / (1.0 + np.arange(4096)) @ basis.T
+        moment = basis / (1.0 + np.arange(4096)) @ basis.T
+        rankings = {"minitron": published, "reconstruction": ranks}
         folder.mkdir(parents=True, exist_ok=True)
-        Scores(shape, "0" * 64, "0" * 64, calibration={}, ranks=ranks, **arrays).write(folder)
+        Scores(shape, "0" * 64, "0" * 64, rankings, stream_moment=moment, **statistics).write(folder)
     shapes = "{" + ",".join(f"{name}:{size}" for name, size in PAPER.items()) + "}"
     start = time.monotonic()
     _minitron(

@@ -165,7 +165,7 @@ class Bench:
         from nemo_minitron.importance.own_text import write_samples
         from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
         from nemo_minitron.importance.reductions import Aggregation
-        from nemo_minitron.importance.scores import array_sizes
+        from nemo_minitron.importance.scores_format import AXES, statistic_sizes
 
         chosen = SETTINGS[setting]
         if chosen.lines:
@@ -204,7 +204,7 @@ class Bench:
             np.savez(known, **scores, **ranks, slopes=slopes, tokens=tokens, **seconds)
         with np.load(known) as arrays:
             found = dict(arrays)
-        scores = {name: found[name] for name in array_sizes(shape)}
+        scores = {name: found[name] for name in (*AXES, *statistic_sizes(shape))}
         self.seconds = {name: float(found[name]) for name in ("scores_s", "own_text_s", "ranks_s")}
         self._steps: list[Any] = []
         generator = np.random.default_rng(0)
@@ -213,7 +213,7 @@ class Bench:
                 "random": {name: generator.random(array.shape) for name, array in scores.items()},
                 "magnitude": scores | _magnitudes(reader),
                 "plain": scores,
-                "ours": scores | {name: found[f"{name}_rank"] for name in ("ffn", "heads", "groups", "hidden")},
+                "ours": scores | {name: found[f"{name}_rank"] for name in AXES},
             }
         self.moment = torch.from_numpy(found["stream_moment"])
         self.sensitivity = torch.from_numpy(clipped(found["slopes"])).to(device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
@@ -24,6 +25,21 @@ from typing import Any
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 ROOT = Path(__file__).parent
+_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+def check_name(name: object, what: str) -> str:
+    """A name that files and keys may hold: up to 64 letters, digits and underscores, no digit first.
+
+    Args:
+        what: begins the message.
+
+    Raises:
+        MinitronError: any other.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise MinitronError(f"{what}: expected up to 64 letters, digits and underscores, found {name!r:.80}")
+    return name
 
 
 class Registry:
@@ -70,6 +86,7 @@ class Registry:
         name = getattr(entry, "name", None)
         if not isinstance(name, str) or not name:
             raise MinitronError(f"extensions: {file}: {self.attribute} must have a name, found {name!r}")
+        check_name(name, f"extensions: {file}: {self.attribute}.name")
         taken = self._files.get(name)
         if taken is not None and taken != file:
             raise MinitronError(f"extensions: {file}: the {self.kind} '{name}' is already in {taken}")

@@ -19,11 +19,13 @@ from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokens import data_fingerprint
-from nemo_minitron.importance.scores import Scores, array_sizes
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.importance.scores_format import AXES, statistic_sizes
 from nemo_minitron.prune.choose import make_plan
 from nemo_minitron.prune.plan import Plan
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory
+from tests.importance.made import made
 from tests.importance.reference import dense_scores
 from tests.llamas import GQA
 
@@ -49,11 +51,10 @@ def scores(teacher):
     """Random scores of the teacher, so that nothing is kept for its position."""
     rng = np.random.default_rng(0)
     with NemoReader(teacher / "teacher.nemo") as reader:
-        arrays = {name: rng.random(size) for name, size in array_sizes(reader.shape).items()}
-        made = Scores(reader.shape, reader.fingerprint(), "d", **arrays)
+        found = made(reader.shape, rng.random, source_fingerprint=reader.fingerprint())
     (teacher / "scores").mkdir()
-    made.write(teacher / "scores")
-    return made
+    found.write(teacher / "scores")
+    return found
 
 
 @pytest.fixture
@@ -86,11 +87,12 @@ def test_width_is_plain_slicing_of_hf_weights(teacher, scores, prune, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["student.nemo", "student.plan.yaml"]
     convert(tmp_path / "out" / "student.nemo", tmp_path / "hf")
     before, after = load_file(teacher / "hf" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
-    hidden = best(scores.hidden, 40)
+    worth = scores.published
+    hidden = best(worth["hidden"], 40)
     for new, old in enumerate((0, 2)):
-        groups = best(scores.groups[old], 2)
-        heads = [2 * g + int(scores.heads[old, 2 * g + 1] > scores.heads[old, 2 * g]) for g in groups]
-        neurons = best(scores.ffn[old], 50)
+        groups = best(worth["groups"][old], 2)
+        heads = [2 * g + int(worth["heads"][old, 2 * g + 1] > worth["heads"][old, 2 * g]) for g in groups]
+        neurons = best(worth["ffn"][old], 50)
         rows = {
             name: np.concatenate([np.arange(8) + 8 * u for u in units]) for name, units in (("q", heads), ("k", groups))
         }
@@ -270,7 +272,8 @@ def test_prune_computes_the_published_metric_in_nemo(teacher, tmp_path):
         scores.check_matches(reader.fingerprint(), reader.shape)
     expected = dense_scores(model, token_blocks(prefix, 32, num_samples=6, seed=7)[:, :-1], None)
     for name, array in expected.items():
-        np.testing.assert_allclose(getattr(scores, name), array, rtol=1e-4, atol=1e-6, err_msg=name)
+        found = scores.published[name] if name in AXES else getattr(scores, name)
+        np.testing.assert_allclose(found, array, rtol=1e-4, atol=1e-6, err_msg=name)
     assert scores.data_fingerprint == data_fingerprint(prefix)
     assert json.loads((tmp_path / "student.scores" / "scores.json").read_text())["calibration"]["tokens"] == 192
     assert plan.layers == tuple(best(expected["block_influence"], 2))
@@ -292,7 +295,11 @@ def measured(teacher):
 
 def test_importance_keeps_tokens_and_ranks_for_compensation(measured):
     assert measured.tokens.shape == (10, 32) and measured.sensitivity.shape == (6, 10, 32)  # 256 of 12 * 32, and 2 own
-    assert set(measured.ranks) == {"ffn_rank", "heads_rank", "groups_rank", "hidden_rank", "stream_moment"}
+    assert {name: tuple(ranking) for name, ranking in measured.rankings.items()} == {
+        "minitron": AXES,
+        "reconstruction": AXES,
+    }
+    assert measured.stream_moment.shape == (64, 64)
 
 
 def test_weights_are_resolved_by_default_and_again_from_the_plan(teacher, measured, prune, tmp_path):
@@ -301,8 +308,9 @@ def test_weights_are_resolved_by_default_and_again_from_the_plan(teacher, measur
     assert status == 0 and "re-solved on the calibration tokens" in said
     plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
     assert plan.compensation.tokens == measured.tokens_fingerprint()
-    assert plan.ffn[0] == tuple(best(measured.ranks["ffn_rank"][0], 50))
-    assert plan.hidden == tuple(best(measured.ranks["hidden_rank"], 48))
+    ranks = measured.rankings["reconstruction"]
+    assert plan.ranking == "reconstruction"
+    assert plan.ffn[0] == tuple(best(ranks["ffn"][0], 50)) and plan.hidden == tuple(best(ranks["hidden"], 48))
     student = (tmp_path / "out" / "student.nemo").read_bytes()
     convert(tmp_path / "out" / "student.nemo", tmp_path / "hf")
     model, info = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -327,11 +335,11 @@ def test_compensation_can_be_declined_and_needs_tokens(teacher, scores, measured
     status, said = prune(f"prune.scores={teacher}/measured", "prune.ffn_hidden_size=50", "prune.compensate=false")
     assert status == 0 and "kept weights cut" in said
     plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
-    assert plan.compensation is None and plan.ffn[0] == tuple(best(measured.ffn[0], 50))
+    assert plan.compensation is None and plan.ffn[0] == tuple(best(measured.published["ffn"][0], 50))
     status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.compensate=true")
     assert status == 2 and "hold no calibration tokens" in said
     status, said = prune(f"prune.scores={teacher}/scores", "prune.ffn_hidden_size=50", "prune.ranking=reconstruction")
-    assert status == 2 and "no ranks by reconstruction" in said
+    assert status == 2 and "no ranking 'reconstruction', they have minitron; run `minitron importance cal" in said
 
 
 @pytest.mark.parametrize("selection", ["leave_one_out", "contiguous_loss", "greedy", "beam"])
@@ -378,15 +386,15 @@ def test_streamed_scores_are_those_of_the_model_in_memory(teacher, measured):
     sizes += ["calibration.own_samples=2"]
     assert main(["importance", *keys, *sizes, "importance.stream=true", f"output_path={teacher}/streamed"]) == 0
     streamed = Scores.load(teacher / "streamed")
-    for name in array_sizes(measured.shape):
-        wanted = getattr(measured, name)
-        np.testing.assert_allclose(
-            getattr(streamed, name), wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max(), err_msg=name
-        )
+    pairs = [(name, getattr(streamed, name), getattr(measured, name)) for name in statistic_sizes(measured.shape)]
+    pairs += [(axis, streamed.published[axis], measured.published[axis]) for axis in AXES]
+    for name, found, wanted in pairs:
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * abs(wanted).max(), err_msg=name)
     assert streamed.tokens_fingerprint() == measured.tokens_fingerprint()
     assert streamed.data_fingerprint == measured.data_fingerprint
-    for name, array in measured.ranks.items():
-        assert np.array_equal(streamed.ranks[name], array), name
+    for axis, array in measured.rankings["reconstruction"].items():
+        assert np.array_equal(streamed.rankings["reconstruction"][axis], array), axis
+    assert np.array_equal(streamed.stream_moment, measured.stream_moment)
     targets = {"hidden_size": 48, "ffn_hidden_size": 50, "num_query_groups": 2, "num_layers": 2}
     plans = [
         make_plan(measured.shape, one.ranked_by("minitron"), targets, source_fingerprint=one.source_fingerprint)

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from nemo_minitron.config.compose import compose
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import make_plan
 from nemo_minitron.prune.plan import Compensation
@@ -30,6 +30,7 @@ from nemo_minitron.report.page import code_block, markdown_escape, render
 from nemo_minitron.report.removal import axes
 from nemo_minitron.report.run_folder import read_run
 from nemo_minitron.stages import report
+from tests.importance.made import made
 
 SHAPE = ModelShape(
     num_layers=4,
@@ -104,14 +105,13 @@ class Page(HTMLParser):
 
 def make_scores(ranks: bool = True, seed: int = 0) -> Scores:
     random = np.random.default_rng(seed)
-    arrays = {name: random.uniform(0.5, 2.0, size) for name, size in array_sizes(SHAPE).items()}
-    arrays["block_influence"] = np.array([0.4, 0.1, 0.05, 0.3])
-    other = {name: random.uniform(0.5, 2.0, size) for name, size in rank_sizes(SHAPE).items()} if ranks else {}
-    return Scores(shape=SHAPE, source_fingerprint="f" * 64, data_fingerprint="d" * 64, ranks=other, **arrays)
+    influence = np.array([0.4, 0.1, 0.05, 0.3])
+    return made(SHAPE, lambda size: random.uniform(0.5, 2.0, size), reconstruction=ranks, block_influence=influence)
 
 
-def make_plan_of(scores: Scores, ranking: str = "minitron", target: dict[str, int] = TARGET, **more):
-    return make_plan(SHAPE, scores.ranked_by(ranking), target, source_fingerprint="f" * 64, **more)
+def make_plan_of(scores: Scores, target: dict[str, int] = TARGET, **more):
+    worth = scores.ranked_by("minitron")
+    return make_plan(SHAPE, worth, target, source_fingerprint="f" * 64, **{"ranking": "minitron", **more})
 
 
 def log_events(folder: Path, values: dict[str, dict[int, float]]) -> None:
@@ -202,7 +202,7 @@ def test_what_was_removed_and_whether_it_was_re_solved(whole):
     assert "The final norm was scaled as a whole" in page.text
     assert "They are those of least influence." in page.text
     plan = read_run(whole.folder).plan
-    worth = make_scores().ffn[0]
+    worth = make_scores().published["ffn"][0]
     share = worth[list(plan.ffn[0])].sum() / worth.sum()
     assert page.row("1")[:5] == ["1", "0.4000", "yes", "30", f"{share:.1%}"]
     assert page.row("3")[:4] == ["3", "0.0500", "no", "0"]
@@ -225,13 +225,22 @@ def test_the_map_of_kept_units_is_the_plan(whole):
     assert (blue == expected).all() or (blue[::-1] == expected).all()
 
 
-@pytest.mark.parametrize("ranking", ["minitron", "reconstruction", None])
-def test_the_ranking_that_a_plan_follows_is_found_out(folder, ranking):
-    maker = make_scores() if ranking else make_scores(seed=1)
+@pytest.mark.parametrize(
+    ("ranking", "said"),
+    [
+        ("minitron", "The plan keeps the units of most importance."),
+        ("reconstruction", "what would be lost after the best re-solving instead"),
+        ("taylor", "how much the loss would change without their weights instead"),
+        ("of_mine", "The plan ranks units by the metric 'of_mine' instead."),
+        (None, "The plan does not say by what it ranks units."),
+    ],
+)
+def test_the_ranking_is_the_one_that_the_plan_says(folder, ranking, said):
     target = TARGET | {"num_query_groups": 4, "num_attention_heads": 4}
-    make_plan_of(maker, ranking or "minitron", target).save(folder / "pruned.plan.yaml")
+    make_plan_of(make_scores(), target=target, ranking=ranking).save(folder / "pruned.plan.yaml")
     found = {axis.name: axis.ranking for axis in axes(read_run(folder)) if axis.is_cut}
     assert found == {"hidden": ranking, "ffn": ranking, "heads": ranking}
+    assert said in pages(folder)[0].text
 
 
 def test_commands_times_and_versions(whole):
@@ -290,11 +299,11 @@ def test_the_same_folder_gives_the_same_page(whole):
 def test_large_axes_stay_small(tmp_path):
     shape = SHAPE.replace(ffn_hidden_size=14336, num_layers=32)
     random = np.random.default_rng(0)
-    arrays = {name: random.uniform(0.5, 2.0, size) for name, size in array_sizes(shape).items()}
-    scores = Scores(shape=shape, source_fingerprint="f", data_fingerprint="d", **arrays)
+    scores = made(shape, lambda size: random.uniform(0.5, 2.0, size))
     (tmp_path / "scores").mkdir()
     scores.write(tmp_path / "scores")
-    make_plan(shape, scores, {"ffn_hidden_size": 9216}, source_fingerprint="f").save(tmp_path / "a.plan.yaml")
+    worth = scores.ranked_by("minitron")
+    make_plan(shape, worth, {"ffn_hidden_size": 9216}, source_fingerprint="f" * 64).save(tmp_path / "a.plan.yaml")
     page, html, _ = pages(tmp_path)
     assert len(html) < 2**19 and "9,216 of 14,336 stay" in page.text
 

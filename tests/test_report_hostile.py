@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -19,11 +20,11 @@ import yaml
 from nemo_minitron.cli import main
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.plain import plain, short
-from nemo_minitron.importance.scores import Scores, array_sizes
 from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.report import curves, inventory, run_folder
 from nemo_minitron.report.page import render
 from nemo_minitron.report.run_folder import read_run
+from tests.importance.made import made
 from tests.test_report import (
     DISTILLED,
     PRUNED,
@@ -62,10 +63,9 @@ def make_hostile(folder: Path, names: tuple[str, ...] = NAMES, texts: tuple[str,
     (run / "metrics.json").write_text(json.dumps(said | {"teacher": said}))
     scores = make_scores()
     (run / f"scores{names[1]}").mkdir()
-    arrays = {name: getattr(scores, name) for name in array_sizes(SHAPE)}
     fingerprint = texts[0][:16] + "f" * 48
     other = {"source_fingerprint": fingerprint, "data_fingerprint": texts[0], "calibration": said}
-    Scores(shape=SHAPE, ranks=scores.ranks, **other, **arrays).write(run / f"scores{names[1]}")
+    dataclasses.replace(scores, **other).write(run / f"scores{names[1]}")
     plan = make_plan_of(scores, compensation=Compensation(texts[1].replace("$", "")))
     (run / f"{names[2]}.plan.yaml").write_text(plan.to_yaml())  # of other weights: a note shows both fingerprints
     log_events(run / f"distill{names[0]}" / names[1], {"train_kd_loss": {0: 2.0, 1: 1.0}, texts[0]: {0: 1.0}})
@@ -488,8 +488,8 @@ def test_shapes_and_scores_that_cannot_be_drawn_are_left_out(tmp_path, monkeypat
     (run / "scores").mkdir(parents=True)
     (run / "metrics.json").write_text(json.dumps({"pruned": PRUNED}))
     scores = make_scores()
-    arrays = {name: getattr(scores, name) for name in array_sizes(SHAPE)} | {"ffn": scores.ffn * 1e300}
-    Scores(shape=SHAPE, source_fingerprint="f" * 64, data_fingerprint="d", **arrays).write(run / "scores")
+    published = scores.published | {"ffn": scores.published["ffn"] * 1e300}
+    dataclasses.replace(scores, rankings={"minitron": published}).write(run / "scores")
     make_plan_of(scores).save(run / "pruned.plan.yaml")
     found = read_run(run)
     assert found.plan is not None and found.scores is None
@@ -503,9 +503,12 @@ def test_shapes_and_scores_that_cannot_be_drawn_are_left_out(tmp_path, monkeypat
 def test_scores_of_any_size_are_drawn(tmp_path, low):
     run = tmp_path / "run"
     (run / "scores").mkdir(parents=True)
-    arrays = {name: np.full(size, 1e30) for name, size in array_sizes(SHAPE).items()}
-    for array in arrays.values():
+
+    def draw(size: tuple[int, ...]) -> np.ndarray:
+        array = np.full(size, 1e30)
         array.flat[:1] = low
-    Scores(shape=SHAPE, source_fingerprint="f" * 64, data_fingerprint="d", **arrays).write(run / "scores")
+        return array
+
+    made(SHAPE, draw).write(run / "scores")
     page, html, _ = pages(run)
     assert page.count("svg") == 5 and "nan" not in html.lower()

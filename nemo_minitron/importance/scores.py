@@ -1,7 +1,8 @@
 """Importance scores of one checkpoint: full-size, layout-free arrays that any grid fills alike.
 
 A scores folder holds ``scores.json`` (what was measured, of which weights, on which text: readable) and
-``arrays.npz`` (numpy, never pickled). Legend of sizes: see :mod:`nemo_minitron.model.shape`.
+``arrays.npz`` (numpy, never pickled; :mod:`nemo_minitron.importance.scores_format`). Legend of sizes: see
+:mod:`nemo_minitron.model.shape`.
 """
 
 from __future__ import annotations
@@ -9,52 +10,56 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.arrays import ArrayFile
 from nemo_minitron.files.text import one_line, read_json
+from nemo_minitron.importance.scores_format import (
+    AXES,
+    FORMAT,
+    FORMAT_1,
+    Ranking,
+    StoredArrays,
+    axis_sizes,
+    check_count,
+    check_ranking,
+    in_order,
+    read_arrays,
+    statistic_sizes,
+)
 from nemo_minitron.model.shape import ModelShape
 
-FORMAT = "nemo_minitron.scores/1"
 JSON, NPZ = "scores.json", "arrays.npz"
-_MOST_TOKENS, _MOST_METADATA, _MOST_BYTES = 1 << 27, 1 << 20, 64 << 30
-"""Calibration tokens; bytes of ``scores.json`` and of ``arrays.npz`` (Llama-3.1-405B on 8 million tokens: 11 GB)."""
+_MOST_METADATA, _MOST_BYTES = 1 << 20, 64 << 30
+"""Bytes of ``scores.json`` and of ``arrays.npz`` (Llama-3.1-405B on 8 million tokens: 11 GB)."""
+PUBLISHED = "minitron"
+"""The ranking that all scores have."""
+
+Fact = str | int | float | bool | None
 
 
-def array_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Size of every array of :class:`Scores` for a model of this shape."""
-    layers, hidden, ffn = shape.num_layers, shape.hidden_size, shape.ffn_hidden_size
-    return {
-        "ffn": (layers, ffn),
-        "heads": (layers, shape.num_attention_heads),
-        "groups": (layers, shape.num_query_groups),
-        "hidden": (hidden,),
-        "block_influence": (layers,),
-        "residual_cosine": (layers + 1, layers + 1),
-        "hidden_norms": (2 * layers + 1, hidden),
-        "ffn_rms": (layers, ffn),
-        "proj_rms": (layers, shape.proj_columns),
-        "norm_rms": (2 * layers + 1, hidden),
-        "residual_rms": (layers + 1, hidden),
-    }
+@dataclass(frozen=True)
+class Worth:
+    """What :mod:`nemo_minitron.prune.choose` reads: one ranking, and the statistics that layers are chosen by.
 
+    Attributes:
+        ranking: its name. ffn, heads, groups, hidden: worth by axis; None for an axis that it leaves out.
+        block_influence, residual_cosine: as :class:`Scores` has them.
+    """
 
-RANKINGS = ("minitron", "reconstruction")
-
-
-def rank_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Size of every array of ``Scores.ranks``."""
-    ranks = {f"{name}_rank": array_sizes(shape)[name] for name in ("ffn", "heads", "groups", "hidden")}
-    return ranks | {"stream_moment": (shape.hidden_size, shape.hidden_size)}
+    ranking: str
+    block_influence: np.ndarray
+    residual_cosine: np.ndarray
+    ffn: np.ndarray | None = None
+    heads: np.ndarray | None = None
+    groups: np.ndarray | None = None
+    hidden: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,34 +70,33 @@ class Scores:
         shape: shape of the scored model; ``source_fingerprint`` identifies its weights.
         data_fingerprint: identifies the calibration text; ``calibration`` holds the settings (samples, lengths, seed,
             aggregations, tokens counted) as plain JSON values.
-        ffn: ``[L, F]``, heads: ``[L, A]`` (head a belongs to group ``a // r``), groups: ``[L, G]``, hidden: ``[H]``:
-            the published metric of arXiv 2407.14679 section 2.2, ``hidden`` being the sum of ``hidden_norms``.
+        rankings: by the metric's name, ``{axis: worth}`` with ``ffn [L, F]``, ``heads [L, A]`` (head a belongs to group
+            ``a // r``), ``groups [L, G]``, ``hidden [H]``. ``minitron``, the published metric of arXiv 2407.14679
+            section 2.2, is always there and has every axis; others may leave axes out
+            (:mod:`nemo_minitron.importance.metrics`).
         block_influence: ``[L]``, ``1 - E[cos(x_l, x_{l+1})]``.
         residual_cosine: ``[L+1, L+1]``, mean over tokens of the cosine between the residual streams entering layers
             i and j (index L: leaving the last layer); what contiguous-block selection reads (arXiv 2403.17887).
-        hidden_norms: ``[2L+1, H]``, the metric at the output of each norm: input and pre-MLP norm of layer 0, of
-            layer 1, ..., final norm.
+        hidden_norms: ``[2L+1, H]``, the published metric at the output of each norm: input and pre-MLP norm of layer 0,
+            of layer 1, ..., final norm; its ranking of ``hidden`` is their sum.
         ffn_rms ``[L, F]``, proj_rms ``[L, A*d]``, norm_rms ``[2L+1, H]``, residual_rms ``[L+1, H]``: root mean
             square over tokens of the same activations (the diagonal of their uncentred second moment), for rankings
             such as rms times downstream column norm.
-        ranks: ``ffn_rank``, ``heads_rank``, ``groups_rank``, ``hidden_rank``, sized like their namesakes: worth once
-            the others have been re-solved (:mod:`nemo_minitron.importance.reconstruction`), and ``stream_moment``
-            ``[H, H]``, from which compensation turns the stream; empty if not measured.
-        tokens: ``[n, s]`` int32, the calibration samples that ``ranks`` come from and compensation works with;
+        stream_moment: ``[H, H]``, second moment of the residual stream, from which compensation turns it
+            (:class:`nemo_minitron.importance.reconstruction.StreamMoment`); None if not measured.
+        tokens: ``[n, s]`` int32, the calibration samples that gradients were taken on and compensation works with;
             sensitivity: ``[2L, n, s]`` float32, how much an error in the residual stream matters at each of them, after
             the attention and after the FFN of each layer. Both or neither.
 
     Raises:
-        MinitronError: from the constructor, where an array has the wrong size or holds a NaN or infinity.
+        MinitronError: from the constructor, where an array has the wrong size or holds a NaN or infinity, a ranking has
+            no proper name or ranks nothing that is an axis, or the published one is not whole.
     """
 
     shape: ModelShape
     source_fingerprint: str
     data_fingerprint: str
-    ffn: np.ndarray
-    heads: np.ndarray
-    groups: np.ndarray
-    hidden: np.ndarray
+    rankings: Mapping[str, Ranking]
     block_influence: np.ndarray
     residual_cosine: np.ndarray
     hidden_norms: np.ndarray
@@ -100,20 +104,18 @@ class Scores:
     proj_rms: np.ndarray
     norm_rms: np.ndarray
     residual_rms: np.ndarray
-    calibration: Mapping[str, Any] = field(default_factory=dict)
-    ranks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    calibration: Mapping[str, Fact] = field(default_factory=dict)
+    stream_moment: np.ndarray | None = None
     tokens: np.ndarray | None = None
     sensitivity: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, size in array_sizes(self.shape).items():
+        object.__setattr__(self, "rankings", _checked_rankings(self.shape, self.rankings))
+        for name, size in statistic_sizes(self.shape).items():
             object.__setattr__(self, name, _checked(name, getattr(self, name), size))
-        if self.ranks:
-            sizes = rank_sizes(self.shape)
-            if self.ranks.keys() != sizes.keys():
-                raise MinitronError(f"scores: expected the ranks {', '.join(sizes)}, found {', '.join(self.ranks)}")
-            ranks = {name: _checked(name, self.ranks[name], size) for name, size in sizes.items()}
-            object.__setattr__(self, "ranks", ranks)
+        if self.stream_moment is not None:
+            size = (self.shape.hidden_size, self.shape.hidden_size)
+            object.__setattr__(self, "stream_moment", _checked("stream_moment", self.stream_moment, size))
         if self.tokens is not None:
             tokens = np.array(self.tokens, dtype=np.int32)
             if tokens.ndim != 2 or tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.shape.vocab_size:
@@ -123,29 +125,40 @@ class Scores:
                 )
             tokens.setflags(write=False)
             object.__setattr__(self, "tokens", tokens)
-            size = (2 * self.shape.num_layers, *tokens.shape)
-            weights = _checked("sensitivity", self.sensitivity, size).astype(np.float32)
+            size_of_weights = (2 * self.shape.num_layers, *tokens.shape)
+            weights = _checked("sensitivity", self.sensitivity, size_of_weights).astype(np.float32)
             weights.setflags(write=False)
             object.__setattr__(self, "sensitivity", weights)
 
-    def ranked_by(self, ranking: str) -> SimpleNamespace:
-        """The arrays that :mod:`nemo_minitron.prune.choose` reads, worth being what ``ranking`` says.
+    @property
+    def published(self) -> Ranking:
+        """The ranking ``minitron``."""
+        return self.rankings[PUBLISHED]
+
+    def ranked_by(self, ranking: str, axes: Iterable[str] = ()) -> Worth:
+        """What :mod:`nemo_minitron.prune.choose` reads, worth being what ``ranking`` says of the units of ``axes``.
 
         Raises:
-            MinitronError: ``reconstruction`` where it was not measured.
+            MinitronError: a ranking that was not measured, or that leaves one of ``axes`` out; the others are named.
         """
-        names = ("ffn", "heads", "groups", "hidden", "block_influence", "residual_cosine")
-        arrays = {name: getattr(self, name) for name in names}
-        if ranking == "reconstruction":
-            if not self.ranks:
+        known = ", ".join(self.rankings)
+        found = self.rankings.get(ranking)
+        if found is None:
+            key = (
+                "calibration.reconstruction=true" if ranking == "reconstruction" else f"importance.metrics=[{ranking}]"
+            )
+            raise MinitronError(
+                f"prune.ranking: these scores have no ranking '{ranking}', they have {known}; "
+                f"run `minitron importance {key}`, or choose one of these"
+            )
+        for axis in in_order(axes):
+            if axis not in found:
+                others = [name for name, other in self.rankings.items() if axis in other]
                 raise MinitronError(
-                    "prune.ranking: these scores have no ranks by reconstruction; "
-                    "run `minitron importance calibration.reconstruction=true`, or choose prune.ranking=minitron"
+                    f"prune.ranking: '{ranking}' ranks {', '.join(found)} and not '{axis}', which this target needs; "
+                    f"rankings with it: {', '.join(others)}"
                 )
-            arrays |= {
-                name.removesuffix("_rank"): array for name, array in self.ranks.items() if name.endswith("_rank")
-            }
-        return SimpleNamespace(**arrays)
+        return Worth(ranking, self.block_influence, self.residual_cosine, **found)
 
     def tokens_fingerprint(self) -> str | None:
         """SHA-256 of ``tokens``; None without them."""
@@ -155,18 +168,32 @@ class Scores:
         return hashlib.sha256(size + np.ascontiguousarray(self.tokens).astype("<i4").tobytes()).hexdigest()
 
     def fingerprint(self) -> str:
-        """SHA-256 over arrays and metadata, independent of how they are stored."""
+        """SHA-256 over arrays and metadata, independent of how they are stored.
+
+        What format 1 could hold is named and ordered as there, so that the same scores have the same fingerprint in
+        both formats, and plans and searches that refer to old ones still find them.
+        """
         digest = hashlib.sha256(json.dumps(self._metadata(), sort_keys=True).encode())
-        for name in array_sizes(self.shape):
+        for name, array in self._digested():
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(getattr(self, name)).astype("<f8").tobytes())
-        for name in sorted(self.ranks):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.ranks[name]).astype("<f8").tobytes())
+            digest.update(np.ascontiguousarray(array).astype("<f8").tobytes())
         if self.tokens is not None:
             digest.update(f"tokens {self.tokens_fingerprint()}".encode())
             digest.update(np.ascontiguousarray(self.sensitivity).astype("<f4").tobytes())
         return digest.hexdigest()
+
+    def _digested(self) -> Iterable[tuple[str, np.ndarray]]:
+        yield from self.published.items()
+        yield from self._statistics().items()
+        others = {f"{axis}_rank": array for axis, array in self.rankings.get("reconstruction", {}).items()}
+        if self.stream_moment is not None:
+            others["stream_moment"] = self.stream_moment
+        yield from sorted(others.items())
+        for ranking in sorted(self.rankings.keys() - {PUBLISHED, "reconstruction"}):
+            yield from ((f"rankings/{ranking}/{axis}", array) for axis, array in self.rankings[ranking].items())
+
+    def _statistics(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in statistic_sizes(self.shape)}
 
     def check_matches(self, source_fingerprint: str, shape: ModelShape) -> None:
         """Refuse scores that were measured on another checkpoint.
@@ -187,10 +214,10 @@ class Scores:
         To make a whole output appear at once, write into a :class:`nemo_minitron.files.staging.Staging` folder.
         """
         folder = Path(folder)
-        arrays = {name: getattr(self, name) for name in array_sizes(self.shape)} | dict(self.ranks)
-        if self.tokens is not None:
-            arrays |= {"tokens": self.tokens, "sensitivity": self.sensitivity}  # type: ignore[dict-item]
-        np.savez(folder / NPZ, **arrays)
+        stored = StoredArrays(
+            self.rankings, self._statistics(), self.stream_moment, self.tokens, self.sensitivity
+        ).by_name()
+        np.savez(folder / NPZ, **stored)  # type: ignore[arg-type]
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
         (folder / JSON).write_text(json.dumps(metadata, indent=2) + "\n")
 
@@ -209,13 +236,25 @@ class Scores:
             raise MinitronError(f"prune.scores: '{path}' is not a scores folder (no {JSON} in it)")
         try:
             metadata = read_json(path / JSON, _MOST_METADATA)
-            if metadata.get("format") != FORMAT:
+            version = metadata.get("format")
+            if version not in (FORMAT, FORMAT_1):
                 raise MinitronError(f"'{path / JSON}': expected format '{FORMAT}'")
             found = ModelShape.from_dict(metadata["shape"])
             if shape is not None:
                 found.check_same(shape, "measured on")
-            with ArrayFile(path / NPZ, _MOST_BYTES) as arrays:
-                scores = cls._from_arrays(arrays, found, metadata)
+            with ArrayFile(path / NPZ, _MOST_BYTES) as file:
+                arrays = read_arrays(file, found, version)
+            scores = cls(
+                shape=found,
+                source_fingerprint=str(metadata["source_fingerprint"]),
+                data_fingerprint=str(metadata["data_fingerprint"]),
+                calibration=dict(metadata["calibration"]),
+                rankings=arrays.rankings,
+                stream_moment=arrays.stream_moment,
+                tokens=arrays.tokens,
+                sensitivity=arrays.sensitivity,
+                **arrays.statistics,
+            )
             fingerprint = scores.fingerprint()
         except LookupError as error:
             raise MinitronError(f"prune.scores: '{path / JSON}' lacks {error!s:.80}") from None
@@ -227,29 +266,7 @@ class Scores:
             raise MinitronError(f"prune.scores: '{path}' was altered or damaged (its fingerprint does not match)")
         return scores
 
-    @classmethod
-    def _from_arrays(cls, arrays: ArrayFile, shape: ModelShape, metadata: Mapping[str, Any]) -> Scores:
-        values = {name: _bounded(arrays, name, size) for name, size in array_sizes(shape).items()}
-        ranks = {name: _bounded(arrays, name, size) for name, size in rank_sizes(shape).items() if name in arrays.names}
-        tokens = sensitivity = None
-        if "tokens" in arrays.names:
-            size = arrays.describe("tokens")[1]
-            if math.prod(size) > _MOST_TOKENS:
-                raise MinitronError(f"array 'tokens' must have at most {_MOST_TOKENS} values, found {list(size)}")
-            tokens = _bounded(arrays, "tokens", size)
-            sensitivity = _bounded(arrays, "sensitivity", (2 * shape.num_layers, *size))
-        return cls(
-            shape=shape,
-            source_fingerprint=str(metadata["source_fingerprint"]),
-            data_fingerprint=str(metadata["data_fingerprint"]),
-            calibration=dict(metadata["calibration"]),
-            ranks=ranks,
-            tokens=tokens,
-            sensitivity=sensitivity,
-            **values,
-        )
-
-    def _metadata(self) -> dict[str, Any]:
+    def _metadata(self) -> dict[str, object]:
         return {
             "source_fingerprint": self.source_fingerprint,
             "data_fingerprint": self.data_fingerprint,
@@ -258,7 +275,30 @@ class Scores:
         }
 
 
-def _checked(name: str, array: Any, size: tuple[int, ...]) -> np.ndarray:
+def _checked_rankings(shape: ModelShape, rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
+    """Copies of the rankings, the published one first, their axes in order."""
+    sizes = axis_sizes(shape)
+    check_count(rankings)
+    for name, ranking in rankings.items():
+        check_ranking(name)
+        strange = [axis for axis in ranking if axis not in sizes]
+        if strange or not ranking:
+            raise MinitronError(
+                f"scores: ranking '{name}': expected any of the axes {', '.join(sizes)}, "
+                f"found {', '.join(map(str, strange)) or 'none'}"
+            )
+    if set(rankings.get(PUBLISHED, ())) != set(AXES):
+        raise MinitronError(
+            f"scores: expected the ranking '{PUBLISHED}' of {', '.join(AXES)}, found it missing or not whole"
+        )
+    order = sorted(rankings, key=lambda name: (name != PUBLISHED, name))
+    return {
+        name: {axis: _checked(f"{name}/{axis}", rankings[name][axis], sizes[axis]) for axis in in_order(rankings[name])}
+        for name in order
+    }
+
+
+def _checked(name: str, array: np.ndarray | None, size: tuple[int, ...]) -> np.ndarray:
     """A read-only float64 copy (frozen means that nobody else can write it) of the right size, finite."""
     array = np.array(array, dtype=np.float64)
     if array.shape != size:
@@ -267,13 +307,3 @@ def _checked(name: str, array: Any, size: tuple[int, ...]) -> np.ndarray:
         raise MinitronError(f"scores: '{name}' holds {int((~np.isfinite(array)).sum())} NaN or infinite values")
     array.setflags(write=False)
     return array
-
-
-def _bounded(arrays: ArrayFile, name: str, size: tuple[int, ...]) -> np.ndarray:
-    """One array, its stored type and size checked before it is allocated."""
-    dtype, found = arrays.describe(name)
-    if found != size:
-        raise MinitronError(f"array '{name}' must have size {list(size)}, found {list(found)}")
-    if dtype.kind not in "fi" or dtype.itemsize > 8:
-        raise MinitronError(f"array '{name}' must hold numbers of at most 8 bytes, found {dtype!s:.80}")
-    return arrays.get(name)

@@ -22,6 +22,7 @@ from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.collect import Groups, collect
 from nemo_minitron.importance.measure import collect_by_layer, kept_tokens, rank_units
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
+from nemo_minitron.importance.scores_format import AXES
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -57,7 +58,10 @@ def measure_and_save(
                 _check_grid(calibration, blocks, Grid.of(model))
                 arrays, counts = collect_on_grid(source, blocks, calibration.micro_batch_size, model, trainer)
             kept = kept_tokens(reader, blocks, calibration) if calibration.reconstruction else None
+            rankings = {"minitron": {axis: arrays.pop(axis) for axis in AXES}}
             ranks, sensitivity = ({}, None) if kept is None else rank_units(reader, kept)
+            if kept is not None:
+                rankings["reconstruction"] = {axis: ranks[f"{axis}_rank"] for axis in AXES}
             scores = Scores(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
@@ -70,7 +74,8 @@ def measure_and_save(
                     "precision": str(Machines.of(trainer).precision),
                     **counts,
                 },
-                ranks=ranks,
+                rankings=rankings,
+                stream_moment=ranks.get("stream_moment"),
                 tokens=None if kept is None else kept.numpy(),
                 sensitivity=sensitivity,
                 **arrays,

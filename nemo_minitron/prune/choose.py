@@ -29,16 +29,16 @@ LOSS_SELECTIONS = ("leave_one_out", "contiguous_loss", "greedy", "beam")
 
 
 class ScoreArrays(Protocol):
-    """The arrays that planning reads, sizes as in :class:`nemo_minitron.importance.scores.Scores`."""
+    """The arrays that plans are chosen from (:class:`nemo_minitron.importance.scores.Worth`)."""
 
     @property
-    def ffn(self) -> np.ndarray: ...
+    def ffn(self) -> np.ndarray | None: ...
     @property
-    def heads(self) -> np.ndarray: ...
+    def heads(self) -> np.ndarray | None: ...
     @property
-    def groups(self) -> np.ndarray: ...
+    def groups(self) -> np.ndarray | None: ...
     @property
-    def hidden(self) -> np.ndarray: ...
+    def hidden(self) -> np.ndarray | None: ...
     @property
     def block_influence(self) -> np.ndarray: ...
     @property
@@ -92,6 +92,17 @@ def needs_scores(shape: ModelShape, new: ModelShape, drop_layers: Sequence[int] 
     return new != (shape.replace(num_layers=new.num_layers) if drop_layers else shape)
 
 
+def ranked_axes(shape: ModelShape, new: ModelShape) -> tuple[str, ...]:
+    """Axes of which some units go and a ranking says which."""
+    sizes = {
+        "ffn": new.ffn_hidden_size < shape.ffn_hidden_size,
+        "heads": new.heads_per_group < shape.heads_per_group,
+        "groups": new.num_query_groups < shape.num_query_groups,
+        "hidden": new.hidden_size < shape.hidden_size,
+    }
+    return tuple(axis for axis, smaller in sizes.items() if smaller)
+
+
 def make_plan(
     shape: ModelShape,
     scores: ScoreArrays | None,
@@ -101,6 +112,7 @@ def make_plan(
     layer_selection: str = "block_influence",
     source_fingerprint: str,
     compensation: Compensation | None = None,
+    ranking: str | None = None,
 ) -> Plan:
     """Choose what to keep.
 
@@ -114,6 +126,7 @@ def make_plan(
         layer_selection: for ``num_layers``: ``block_influence`` drops the layers of lowest Block Influence one by one
             (arXiv 2403.03853, 2407.14679), ``contiguous`` the one block of consecutive layers whose output is nearest
             in cosine to its input (arXiv 2403.17887). Layers that are chosen by loss come in ``drop_layers``.
+        ranking: name of what ``scores`` rank by; the plan says it where it decided something.
 
     Raises:
         MinitronError: nothing requested; a size larger than there is, not positive or not divisible; an unknown
@@ -142,7 +155,8 @@ def make_plan(
             _choose_heads(shape, scores, layer, kept, new.heads_per_group)
             for layer, kept in zip(layers, groups, strict=True)
         )
-    return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads, compensation)
+    made_by = ranking if ranked_axes(shape, new) else None
+    return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads, compensation, made_by)
 
 
 def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any], scores: Scores | None) -> Plan:
@@ -157,25 +171,31 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any
     """
     tokens = None if scores is None else scores.tokens_fingerprint()
     compensate = options.get("compensate")
-    ranked = bool(scores and scores.ranks)
+    ranked = scores is not None and "reconstruction" in scores.rankings
+    turnable = scores is not None and scores.stream_moment is not None
     narrower = (options.get("hidden_size") or shape.hidden_size) < shape.hidden_size
     rotate = options.get("rotate")
-    if rotate and not (ranked and narrower and tokens is not None and compensate is not False):
+    if rotate and not (turnable and narrower and tokens is not None and compensate is not False):
         raise MinitronError(
             "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
         )
     compensation = None
     if tokens is not None and compensate is not False:
-        compensation = Compensation(tokens, rotate=ranked and narrower and rotate is not False, rescale=True)
+        compensation = Compensation(tokens, rotate=turnable and narrower and rotate is not False, rescale=True)
     ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
+    target = {name: options.get(name) for name in TARGETS}
+    drop_layers = options.get("drop_layers")
+    selection = options.get("layer_selection") or "block_influence"
+    axes = ranked_axes(shape, target_shape(shape, target, drop_layers, selection))
     return make_plan(
         shape,
-        None if scores is None else scores.ranked_by(ranking),
-        {name: options.get(name) for name in TARGETS},
-        drop_layers=options.get("drop_layers"),
-        layer_selection=options.get("layer_selection") or "block_influence",
+        None if scores is None else scores.ranked_by(ranking, axes),
+        target,
+        drop_layers=drop_layers,
+        layer_selection=selection,
         source_fingerprint=fingerprint,
         compensation=compensation,
+        ranking=ranking,
     )
 
 

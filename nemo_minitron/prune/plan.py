@@ -21,6 +21,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import one_line, parse_plain_yaml, read_file
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.registry import check_name
 
 FORMAT = "nemo_minitron.plan/1"
 PLAN_LIMIT, MOST_INDICES = 32 << 20, 1 << 23
@@ -65,6 +66,8 @@ class Plan:
         ffn, groups, heads: one tuple per kept layer, in the order of ``layers``. Heads are absolute group-major ids
             (head a belongs to group ``a // r``) and belong to the kept groups, equally many to each.
         compensation: how the kept weights are re-solved; None: they are cut only.
+        ranking: of the scores, by which channels, neurons, groups and heads were chosen; None where none of them were,
+            or where a plan of an earlier version does not say. It explains the plan and changes nothing that it makes.
 
     Raises:
         MinitronError: from the constructor, where any of this does not hold.
@@ -79,6 +82,7 @@ class Plan:
     groups: tuple[Indices, ...]
     heads: tuple[Indices, ...]
     compensation: Compensation | None = None
+    ranking: str | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -112,6 +116,8 @@ class Plan:
     def validate(self) -> None:
         """Check every index against the shapes; called by the constructor."""
         source, target = self.source, self.target
+        if self.ranking is not None:
+            check_name(self.ranking, "plan: ranking")
         for field in dataclasses.fields(ModelShape):
             before, after = getattr(source, field.name), getattr(target, field.name)
             if field.name in TARGETS:
@@ -147,6 +153,7 @@ class Plan:
             "format": FORMAT,
             "source": {"fingerprint": self.source_fingerprint, "shape": dataclasses.asdict(self.source)},
             "target": {name: getattr(self.target, name) for name in TARGETS},
+            **({} if self.ranking is None else {"ranking": self.ranking}),
             "keep": {
                 "layers": format_ranges(self.layers),
                 "hidden": format_ranges(self.hidden),
@@ -215,6 +222,7 @@ class Plan:
             groups=tuple(parse_ranges(keep["groups"][layer], source.num_query_groups, groups) for layer in kept),
             heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads, heads) for layer in kept),
             compensation=_compensation(document.get("compensation")),
+            ranking=document.get("ranking"),
         )
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_minitron.importance.scores import RANKINGS, Scores
-from nemo_minitron.prune.choose import keep_top
 from nemo_minitron.prune.plan import Plan
 from nemo_minitron.report.run_folder import Run
 
@@ -26,9 +24,10 @@ class Axis:
     Attributes:
         name: ``hidden``, ``ffn``, ``heads`` or ``groups``; before, after: how many each layer has.
         worth: ``[rows, before]``, the published importance (size of activations); one row per source layer, one in all
-            for ``hidden``; None without scores. Ranks by reconstruction are not shown: they are places in an order.
+            for ``hidden``; None without scores. Other rankings are not shown: those by reconstruction are places in an
+            order, and of an unknown one nobody can tell.
         kept: bool, sized like ``worth``, False in the rows of dropped layers; None without a plan.
-        ranking: which of the scores' rankings the plan follows; None where it follows neither, or nothing was cut.
+        ranking: by which ranking the plan says that it chose; None where it does not say, or nothing was cut.
     """
 
     name: str
@@ -61,8 +60,8 @@ def axes(run: Run) -> list[Axis]:
         before = getattr(shape, size)
         after = before if plan is None else getattr(plan.target, size)
         kept = None if plan is None else _kept(plan, name, before)
-        ranking = None if plan is None or scores is None or after == before else _ranking(plan, scores, name)
-        worth = None if scores is None else _worth(scores, "minitron", name)
+        ranking = None if plan is None or after == before else plan.ranking
+        worth = None if scores is None else np.atleast_2d(scores.published[name])
         found.append(Axis(name, before, after, worth, kept, ranking))
     return found
 
@@ -81,34 +80,3 @@ def _kept(plan: Plan, name: str, before: int) -> np.ndarray:
     for layer, row in zip(plan.layers, getattr(plan, name), strict=True):
         mask[layer, list(row)] = True
     return mask
-
-
-def _worth(scores: Scores, ranking: str, name: str) -> np.ndarray:
-    return np.atleast_2d(getattr(scores.ranked_by(ranking), name))
-
-
-def _ranking(plan: Plan, scores: Scores, name: str) -> str | None:
-    """The ranking whose best units are those of the plan, which does not say what it was made by."""
-    for ranking in reversed(RANKINGS):
-        if ranking == "reconstruction" and not scores.ranks:
-            continue
-        worth = _worth(scores, ranking, name)
-        if name == "hidden":
-            rows = [(plan.hidden, worth[0])]
-        else:
-            rows = [(kept, worth[layer]) for layer, kept in zip(plan.layers, getattr(plan, name), strict=True)]
-        if name == "heads":  # heads are chosen within their groups
-            per_group = plan.source.heads_per_group
-            if all(_best_of_groups(kept, row, per_group) for kept, row in rows):
-                return ranking
-        elif all(keep_top(row, len(kept)) == kept for kept, row in rows):
-            return ranking
-    return None
-
-
-def _best_of_groups(kept: tuple[int, ...], worth: np.ndarray, per_group: int) -> bool:
-    for group in {head // per_group for head in kept}:
-        mine = tuple(head % per_group for head in kept if head // per_group == group)
-        if keep_top(worth[group * per_group : (group + 1) * per_group], len(mine)) != mine:
-            return False
-    return True

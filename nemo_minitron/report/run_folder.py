@@ -147,7 +147,7 @@ def _scores(run: Run) -> Scores | None:
         raise MinitronError(f"'{path.parent}': expected a plain file {NPZ} beside {JSON}, found none")
     scores = Scores.load(path.parent)
     _check_drawable(scores.shape, path)
-    drawn = (scores.ffn, scores.heads, scores.groups, scores.hidden, scores.block_influence)
+    drawn = (*scores.published.values(), scores.block_influence)
     if any(abs(array).max() > _LARGEST_SCORE for array in drawn):
         raise MinitronError(f"'{path.parent}': expected scores of at most {_LARGEST_SCORE:g}, found larger ones")
     if run.plan is not None and scores.source_fingerprint != run.plan.source_fingerprint:

@@ -41,9 +41,11 @@ _RANKED = {
     "minitron": "The plan keeps the units of most importance.",
     "reconstruction": "The plan ranks units by what would be lost after the best re-solving instead: others can stand "
     "in for some large ones, and for some small ones none can.",
-    None: "The plan follows neither this nor the scores' other ranking: it was made in another way.",
+    "taylor": "The plan ranks units by how much the loss would change without their weights instead, estimated from "
+    "the loss's gradient.",
+    None: "The plan does not say by what it ranks units.",
 }
-"""By which ranking the plan chose; see :class:`nemo_minitron.report.removal.Axis`."""
+"""By which ranking the plan chose, for those known by name; see :class:`nemo_minitron.report.removal.Axis`."""
 
 
 def title(axis: Axis) -> str:
@@ -166,7 +168,8 @@ def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:
             caption.append("Without scores, only what was kept is known.")
         else:
             caption.append("Importance is the published Minitron metric: average activation on the calibration text.")
-            caption.append(_RANKED[axis.ranking])
+            other = f"The plan ranks units by the metric '{axis.ranking}' instead."
+            caption.append(_RANKED.get(axis.ranking, other))
         if axis.name == "hidden" and rotated:
             caption.append("The stream was turned before the cut, so this shows what would go without the turn.")
     else:

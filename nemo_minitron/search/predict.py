@@ -64,18 +64,19 @@ class Features:
         """
         shape = scores.shape
         r = shape.heads_per_group
-        within = np.asarray(scores.heads).reshape(shape.num_layers, shape.num_query_groups, r)
-        if "stream_moment" in scores.ranks:
-            moment = np.asarray(scores.ranks["stream_moment"])
+        worth = scores.published
+        within = np.asarray(worth["heads"]).reshape(shape.num_layers, shape.num_query_groups, r)
+        if scores.stream_moment is not None:
+            moment = scores.stream_moment
             # 4096 channels: single precision halves the seconds, and shares need three digits
             energy = np.linalg.eigvalsh(moment.astype(np.float32 if len(moment) > 1024 else np.float64))
         else:
-            energy = np.square(scores.hidden)
+            energy = np.square(worth["hidden"])
         lost = {
             "num_layers": _tail(scores.block_influence),
             "hidden_size": _tail(energy),
-            "ffn_hidden_size": _tail(scores.ffn),
-            "num_query_groups": _tail(scores.groups),
+            "ffn_hidden_size": _tail(worth["ffn"]),
+            "num_query_groups": _tail(worth["groups"]),
             "heads_per_group": _tail(within),
         }
         if without_layers is not None and len(without_layers) > 1:

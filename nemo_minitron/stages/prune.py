@@ -13,7 +13,7 @@ from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.config.sections import Calibration
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.staging import Staging
-from nemo_minitron.importance.scores import RANKINGS, Scores
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.jobs.processes import notice
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import LOSS_SELECTIONS, needs_scores, plan_from_scores, target_shape
@@ -95,9 +95,6 @@ def table(plan: Plan) -> str:
 
 def _new_shape(shape: ModelShape, options: dict[str, Any], plan: Plan | None) -> ModelShape:
     """The student's shape, from the plan or from the request, which exclude each other."""
-    ranking = options.get("ranking")
-    if ranking not in (None, *RANKINGS):
-        raise MinitronError(f"prune.ranking: expected one of {', '.join(RANKINGS)}, found '{ranking}'")
     names = (*TARGETS, "drop_layers", *(("scores",) if plan is None or plan.compensation is None else ()))
     asked = [name for name in names if options.get(name)]
     if plan is not None and asked:
@@ -177,7 +174,7 @@ def _check_compensation(plan: Plan, options: dict[str, Any], scores: Scores | No
             f"prune.scores: the plan re-solves weights on calibration tokens {plan.compensation.tokens[:16]}, "
             f"found {'none' if found is None else found[:16]}; give the scores folder that it was made with"
         )
-    if plan.compensation.rotate and "stream_moment" not in scores.ranks:  # type: ignore[union-attr]
+    if plan.compensation.rotate and scores.stream_moment is None:  # type: ignore[union-attr]
         raise MinitronError("prune.scores: the plan turns the residual stream, but these scores lack 'stream_moment'")
 
 
@@ -218,7 +215,7 @@ def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Sco
     sensitivity = torch.tensor(scores.sensitivity)
     mine = slice(runtime.rank(), None, parallel.size(world))
     share, weights = tokens[mine].to(runtime.device()), sensitivity[:, mine].to(runtime.device())
-    moment = torch.tensor(scores.ranks["stream_moment"]) if plan.compensation.rotate else None
+    moment = torch.tensor(scores.stream_moment) if plan.compensation.rotate else None
     quiet = None if runtime.rank() == 0 else True
     with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=quiet) as bar:
         compensate(

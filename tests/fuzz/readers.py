@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import parse_json, parse_plain_yaml, parse_yaml
-from nemo_minitron.importance.scores import Scores, array_sizes
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import Plan
 from nemo_minitron.synthetic import make_llama
+from tests.importance.made import made, write_format_1
 
 TINY = ModelShape(
     num_layers=1,
@@ -77,6 +79,8 @@ class Readers:
             lambda data: self._other("tokens.idx", data, lambda path: token_blocks(path.with_suffix(""), 2)),
             _json,
             _yaml,
+            lambda data: self._other("old/scores.json", data, lambda path: Scores.load(path.parent)),
+            lambda data: self._other("old/arrays.npz", data, lambda path: Scores.load(path.parent)),
         ]
 
     def read(self, data: bytes) -> bool:
@@ -144,6 +148,8 @@ OTHERS = {
     "cache.json": 11,
     "train/00000000.npy": 12,
     "tokens.idx": 13,
+    "old/scores.json": 16,
+    "old/arrays.npz": 17,
 }
 """Files that are no checkpoints, and the first byte of an input for them."""
 
@@ -151,8 +157,12 @@ OTHERS = {
 def _write_others(folder: Path) -> dict[int, bytes]:
     """One good file of each of :data:`OTHERS`, and JSON and YAML by themselves."""
     Plan.identity(TINY, "f").save(folder / "plan.yaml")
-    scores = {name: np.full(size, 0.5) for name, size in array_sizes(TINY).items()}
-    Scores(TINY, "w", "d", **scores).write(folder)
+    facts = {"source_fingerprint": "w", "data_fingerprint": "d"}
+    (folder / "old").mkdir()
+    write_format_1(made(TINY, lambda size: np.full(size, 0.5), **facts), folder / "old")
+    scores = made(TINY, lambda size: np.full(size, 0.5), reconstruction=True, **facts)
+    others = {"taylor": scores.published, "mine": {"hidden": np.full(TINY.hidden_size, 2.0)}}
+    dataclasses.replace(scores, rankings=scores.rankings | others).write(folder)
     cache = TeacherCache(folder, CACHE)
     cache.create()
     halves = torch.full((2, 2, 2), 0.5).log()

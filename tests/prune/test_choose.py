@@ -1,5 +1,6 @@
 """Choices: the published ones, ties by index, impossible requests refused."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape, RopeScaling
-from nemo_minitron.prune.choose import keep_top, make_plan
+from nemo_minitron.prune.choose import keep_top, make_plan, plan_from_scores, ranked_axes
+from tests.importance.made import made
 
 L, H, F, A, G = 4, 16, 12, 6, 3
 SHAPE = ModelShape(L, H, F, A, G, 8, 30, 32, rope_scaling=RopeScaling())
@@ -143,6 +145,25 @@ def test_a_large_plan_is_small_and_quick():
 def test_impossible_requests(target, options, message):
     with pytest.raises(MinitronError, match=message):
         plan_for(target, **options)
+
+
+def test_axes_that_a_ranking_decides():
+    new = {"num_layers": 2}
+    assert ranked_axes(SHAPE, SHAPE.replace(**new)) == ()
+    new |= {"hidden_size": 8, "ffn_hidden_size": 6, "num_query_groups": 1, "num_attention_heads": 2}
+    assert ranked_axes(SHAPE, SHAPE.replace(**new)) == ("ffn", "groups", "hidden"), "the group's heads all stay"
+    assert ranked_axes(SHAPE, SHAPE.replace(num_attention_heads=3)) == ("heads",)
+
+
+def test_a_ranking_need_only_have_the_axes_that_are_cut():
+    ranking = {"ffn": np.arange(L * F, dtype=float).reshape(L, F)}
+    scores = made(SHAPE, np.random.default_rng(0).random)
+    scores = dataclasses.replace(scores, rankings=scores.rankings | {"mine": ranking})
+    options = {"ranking": "mine", "ffn_hidden_size": 7}
+    plan = plan_from_scores(SHAPE, "f" * 64, options, scores)
+    assert plan.ranking == "mine" and plan.ffn == (tuple(range(F - 7, F)),) * L
+    with pytest.raises(MinitronError, match="'mine' ranks ffn and not 'hidden', which this target needs"):
+        plan_from_scores(SHAPE, "f" * 64, options | {"hidden_size": 8}, scores)
 
 
 def test_missing_or_bad_scores():

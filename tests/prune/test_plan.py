@@ -104,6 +104,30 @@ def test_a_plan_from_before_rescaling_is_not_rescaled(tmp_path):
         Plan.load(path)
 
 
+def test_a_plan_says_the_ranking_that_chose_something(tmp_path):
+    plan = plan_for({"ffn_hidden_size": 7}, ranking="of_mine")
+    plan.save(tmp_path / "p.yaml")
+    assert "\nranking: of_mine\n" in plan.to_yaml() and Plan.load(tmp_path / "p.yaml") == plan
+    assert plan_for({"num_layers": 2}, ranking="of_mine").ranking is None, "layers are not chosen by it"
+    for sizes in ({"hidden_size": 8}, {"num_query_groups": 2}, {"num_attention_heads": 3}):
+        assert plan_for(sizes, ranking="of_mine").ranking == "of_mine"
+    assert dataclasses.replace(plan, ranking=None) == plan_for({"ffn_hidden_size": 7}), "it changes no index"
+
+
+def test_a_plan_of_an_earlier_version_says_no_ranking_and_keeps_its_bytes(tmp_path):
+    text = plan_for({"ffn_hidden_size": 7}).to_yaml()
+    assert "ranking" not in text
+    (tmp_path / "p.yaml").write_text(text)
+    assert Plan.load(tmp_path / "p.yaml").ranking is None and Plan.load(tmp_path / "p.yaml").to_yaml() == text
+
+
+@pytest.mark.parametrize("ranking", ["'my metric'", "7", "[minitron]", "a" * 65, "'<b>'", "''", "{a: b}"])
+def test_a_ranking_that_is_no_name_is_refused(tmp_path, ranking):
+    (tmp_path / "p.yaml").write_text(f"ranking: {ranking}\n" + plan_for({"ffn_hidden_size": 7}).to_yaml())
+    with pytest.raises(MinitronError, match=r"p\.yaml': plan: ranking: expected up to 64 letters"):
+        Plan.load(tmp_path / "p.yaml")
+
+
 def hostile(**sizes):
     """A plan file of a model with these sizes that asks to keep all."""
     shape = dataclasses.asdict(SHAPE) | {"vocab_size": 8, "padded_vocab_size": 8} | sizes

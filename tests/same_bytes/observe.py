@@ -52,7 +52,16 @@ def _scores_1(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found | {name: arrays[name] for name in STATISTICS if name in arrays}
 
 
-SCORES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {"nemo_minitron.scores/1": _scores_1}
+def _scores_2(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Format 2: every ranking's axes under ``rankings/RANKING/AXIS``."""
+    rankings = {name.removeprefix("rankings/"): array for name, array in arrays.items() if name.startswith("rankings/")}
+    return rankings | {name: arrays[name] for name in STATISTICS if name in arrays}
+
+
+SCORES: dict[str, Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]] = {
+    "nemo_minitron.scores/1": _scores_1,
+    "nemo_minitron.scores/2": _scores_2,
+}
 """Format of a scores folder → its arrays by what they mean: ``RANKING/AXIS``, or one of ``STATISTICS``."""
 
 

@@ -7,32 +7,31 @@ import pytest
 from scipy import optimize, stats
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.scores import Scores, array_sizes, rank_sizes
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.search import predict
 from nemo_minitron.search.space import Space
+from tests.importance.made import made
 from tests.llamas import GQA
 
 
 def make_scores(ranks: bool = False, seed: int = 0) -> Scores:
     generator = np.random.default_rng(seed)
-    arrays = {name: generator.lognormal(size=size) for name, size in array_sizes(GQA).items()}
-    found = {}
+    moment = {}
     if ranks:
-        found = {name: generator.lognormal(size=size) for name, size in rank_sizes(GQA).items()}
         basis = np.linalg.qr(generator.normal(size=(64, 64)))[0]
-        found["stream_moment"] = basis * 2.0 ** -np.arange(64) @ basis.T
-    return Scores(GQA, "a" * 64, "b" * 64, calibration={}, ranks=found, **arrays)
+        moment["stream_moment"] = basis * 2.0 ** -np.arange(64) @ basis.T
+    return made(GQA, lambda size: generator.lognormal(size=size), reconstruction=ranks, **moment)
 
 
 def test_shares_lost_are_those_of_the_units_cut():
     scores = make_scores()
     tables = predict.Features.of(scores).tables
     for kept in (0, 1, 40, 95, 96):
-        lost = [np.sort(row)[: 96 - kept].sum() / row.sum() for row in scores.ffn]
+        lost = [np.sort(row)[: 96 - kept].sum() / row.sum() for row in scores.published["ffn"]]
         assert tables["ffn_hidden_size"][kept] == pytest.approx([np.mean(lost), 1 - kept / 96, (1 - kept / 96) ** 2])
     ordered = np.sort(scores.block_influence)
     assert tables["num_layers"][2, 0] == pytest.approx(ordered[0] / ordered.sum())
-    halves = scores.heads.reshape(3, 4, 2)
+    halves = scores.published["heads"].reshape(3, 4, 2)
     assert tables["heads_per_group"][1, 0] == pytest.approx((halves.min(axis=2) / halves.sum(axis=2)).mean())
     assert all(np.abs(table[-1]).max() < 1e-12 for table in tables.values()), "nothing is lost where all is kept"
 
