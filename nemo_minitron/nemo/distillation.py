@@ -23,16 +23,19 @@ from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
 from nemo_minitron.distill.loss import Mix
 from nemo_minitron.distill.top_k import TopK
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
+from nemo_minitron.errors import MinitronError, required
+from nemo_minitron.nemo import vocabulary
+from nemo_minitron.nemo.anywhere import HeadlessGPT
+from nemo_minitron.nemo.model import MinitronGPTModel
 from nemo_minitron.nemo.restore import job_config, tokenizer_folder
-from nemo_minitron.nemo.teacher import SHARED_WITH_STUDENT, Teacher, check_vocabularies
+from nemo_minitron.nemo.teacher import SHARED_WITH_STUDENT, Teacher
 
 
 class MinitronDistillModel(MinitronGPTModel):
     """Student that learns from a frozen :class:`Teacher` on the same grid, or from the answers that one left in a
     cache. Sizes may differ in every dimension but the true vocabulary."""
 
+    command = "distill"
     loss_names: tuple[str, ...] = ("loss", "kd_loss", "lm_loss", "top1_agreement")
     _train_ds: Any
     _validation_ds: Any
@@ -41,22 +44,30 @@ class MinitronDistillModel(MinitronGPTModel):
         super().__init__(cfg, trainer)
         self._teacher: list[Teacher] = []  # in a list, so that it is no submodule
         self._cache: TeacherCache | None = None
+        self._teacher_path: str | Path | None = None
         self.mix = Mix()
         self.hidden_term = HiddenTerm()
         self.loss_memory_bytes: int | None = None
         self._projections: dict[tuple[int, int], Tensor] = {}
         self._student_layers: deque[dict[int, Tensor]] = deque()
 
-    @staticmethod
-    def check_teacher(path: str | Path, student: NemoReader, run: DictConfig) -> None:
-        """Whether a teacher can teach this student in this run, by the two files' configs and no weight.
+    @classmethod
+    def teacher_path(cls, cfg: DictConfig) -> str | None:
+        """``model.kd_teacher_restore_from_path``, without which only a cache can teach."""
+        if cfg.get("distill", {}).get("teacher_cache") is None:
+            return required(cfg, "model.kd_teacher_restore_from_path")
+        return cfg.model.get("kd_teacher_restore_from_path")
+
+    @classmethod
+    def check_teacher(cls, path: str | Path, student: NemoReader, run: DictConfig) -> None:
+        """Refuse a teacher that cannot teach this student in this run, by the two files' configs and no weight.
 
         Raises:
             MinitronError: vocabularies differ in size; the teacher has fewer positions than a sequence is long, or
                 fewer layers than there are pipeline stages.
         """
         with NemoReader(path) as teacher:
-            check_vocabularies(teacher.shape.vocab_size, student.shape.vocab_size)
+            vocabulary.check_sizes(teacher.shape.vocab_size, student.shape.vocab_size)
             asked = {key: run[key] for key in SHARED_WITH_STUDENT if key in run}
             asked |= {"global_batch_size": 0, "encoder_seq_length": run.data.get("seq_length")}
             if teacher.tokenizer_folder() is None:  # it will be taken for the student's
@@ -113,7 +124,7 @@ class MinitronDistillModel(MinitronGPTModel):
         if path is not None:
             with NemoReader(path) as reader:
                 teacher = reader.fingerprint()
-        tokenizer: Any = getattr(self.tokenizer, "tokenizer", None)
+        tokenizer = vocabulary.of_transformers(self.tokenizer)
         data = self.cfg.data
         lists = data.data_prefix
         parts: list[str] = [str(int(self.cfg.seed)), str(data.get("splits_string"))]
@@ -124,7 +135,7 @@ class MinitronDistillModel(MinitronGPTModel):
         return Identity(
             teacher=teacher,
             data=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
-            tokenizer=vocabulary_fingerprint(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else "unknown",
+            tokenizer="unknown" if tokenizer is None else vocabulary_fingerprint(tokenizer.get_vocab()),
             seq_length=int(data.seq_length),
             vocab_size=self.true_vocab_size,
             top_k=self.mix.top_k,

@@ -12,45 +12,50 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import megatron.core
 import numpy as np
-from omegaconf import OmegaConf, open_dict
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron import parallel
 from nemo_minitron.files.staging import Staging
-
-if TYPE_CHECKING:
-    from nemo_minitron.nemo.model import MinitronGPTModel
 
 _T = TypeVar("_T")
 _OURS = ("*.npy", "*.txt")
 
 
-def with_index(model: MinitronGPTModel, build: Callable[[], _T], contents: Mapping[str, str]) -> _T:
+def with_index(
+    cfg: DictConfig,
+    trainer: Trainer,
+    tokenizer: Mapping[str, Any],
+    build: Callable[[], _T],
+    contents: Mapping[str, str],
+) -> _T:
     """Run ``build`` with ``model.data.index_mapping_dir`` leading to an index of just these data; all ranks together.
 
     Rank 0 builds what is not there, the others wait and read. The index lies in ``model.data.index_mapping_dir``, or,
     where none is set, in the experiment's folder ``index``: never beside the data, which may be read-only or another's.
 
     Args:
+        cfg: a model's config, of which ``data.index_mapping_dir`` is changed while ``build`` runs.
+        tokenizer: what tells tokenizers apart for Megatron (``unique_identifiers``).
         contents: :func:`data_fingerprint` by prefix.
 
     Raises:
         MinitronError: the folder cannot be written.
     """
-    data = model.cfg.data
-    given = data.get("index_mapping_dir")
-    base = Path(given) if given else Path(model.trainer.default_root_dir) / "index"
-    place = Path(parallel.from_first(lambda: str(base / _name(model, contents))))
+    given = cfg.data.get("index_mapping_dir")
+    base = Path(given) if given else Path(trainer.default_root_dir) / "index"
+    place = Path(parallel.from_first(lambda: str(base / _name(cfg, trainer, tokenizer, contents))))
     try:
         if not parallel.from_first(lambda: is_whole(place)):
-            _build_at(place, model, build)
-        _use(model, place)
+            _build_at(place, cfg, build)
+        _use(cfg, place)
         return build()
     finally:
-        _use(model, given)
+        _use(cfg, given)
 
 
 def is_whole(place: Path) -> bool:
@@ -64,7 +69,7 @@ def is_whole(place: Path) -> bool:
     return bool(files)
 
 
-def _build_at(place: Path, model: MinitronGPTModel, build: Callable[[], Any]) -> None:
+def _build_at(place: Path, cfg: DictConfig, build: Callable[[], Any]) -> None:
     """Build beside ``place`` and rename; another job may have done so meanwhile."""
     staged: list[Staging] = []
 
@@ -77,7 +82,7 @@ def _build_at(place: Path, model: MinitronGPTModel, build: Callable[[], Any]) ->
             staged[0].commit()
 
     try:
-        _use(model, parallel.from_first(stage))
+        _use(cfg, parallel.from_first(stage))
         build()
         parallel.barrier()
         parallel.from_first(commit)
@@ -86,25 +91,24 @@ def _build_at(place: Path, model: MinitronGPTModel, build: Callable[[], Any]) ->
             staging.abort()
 
 
-def _use(model: MinitronGPTModel, place: Any) -> None:
-    with open_dict(model.cfg):
-        model.cfg.data.index_mapping_dir = None if place is None else str(place)
+def _use(cfg: DictConfig, place: Path | str | None) -> None:
+    with open_dict(cfg):
+        cfg.data.index_mapping_dir = None if place is None else str(place)
 
 
-def _name(model: MinitronGPTModel, contents: Mapping[str, str]) -> str:
+def _name(cfg: DictConfig, trainer: Any, tokenizer: Mapping[str, Any], contents: Mapping[str, str]) -> str:
     """Digest of all that the order of samples follows from; a little more than that only builds an index again."""
-    trainer: Any = model.trainer
-    data: Any = OmegaConf.to_container(model.cfg.data, resolve=True)
+    data: Any = OmegaConf.to_container(cfg.data, resolve=True)
     data.pop("index_mapping_dir", None)
     what = {
         "contents": dict(contents),
         "data": data,
-        "seed": model.cfg.seed,
-        "global_batch_size": model.cfg.global_batch_size,
+        "seed": cfg.seed,
+        "global_batch_size": cfg.global_batch_size,
         "max_steps": trainer.max_steps,
         "val_check_interval": trainer.val_check_interval,
         "limits": [trainer.limit_val_batches, trainer.limit_test_batches],
-        "tokenizer": getattr(model.tokenizer, "unique_identifiers", None),
+        "tokenizer": tokenizer,
         "megatron": megatron.core.__version__,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -6,15 +6,19 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.nemo import weights
 from nemo_minitron.nemo.run_record import RunRecord, content_of
+
+if TYPE_CHECKING:
+    from nemo_minitron.nemo.anywhere import AnywhereGPTModel
 
 
 class KeepBest(Callback):
@@ -96,4 +100,25 @@ class KeepBest(Callback):
 
     @staticmethod
     def _save(module: LightningModule, path: Path) -> None:
-        weights.save(module, path, module.storage_dtype)  # type: ignore[arg-type]
+        model = cast("AnywhereGPTModel", module)  # no others are trained here
+        weights.save(model, path, model.storage_dtype)
+
+
+class FinishLoop(_FitLoop):
+    """The loop of a run that took all its steps before: ``fit`` restores it, and what is asked for is written.
+
+    Lightning's own would do nothing at all.
+    """
+
+    def __init__(self, trainer: Trainer, keep: KeepBest) -> None:
+        before = trainer.fit_loop
+        super().__init__(trainer, before.min_epochs, before.max_epochs)
+        self.epoch_loop, self.epoch_progress = before.epoch_loop, before.epoch_progress
+        self._data_source = before._data_source
+        self._keep = keep
+
+    def run(self) -> None:
+        """Called by ``fit`` once the checkpoint is restored."""
+        self.setup_data()
+        self._keep.on_train_start(self.trainer, self.trainer.lightning_module)
+        self._keep.on_train_end(self.trainer, self.trainer.lightning_module)

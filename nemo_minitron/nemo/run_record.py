@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -144,10 +144,18 @@ def _said(value: Any) -> str:
 
 
 class KeepRecord(Callback):
-    """Write the record when the data are known, and compare their order when another number of steps is asked for."""
+    """Write the record when the data are known, and compare their order when another number of steps is asked for.
 
-    def __init__(self, record: RunRecord, resumed_at: int | None) -> None:
-        self.record, self._resumed_at = record, resumed_at
+    Nothing is done in a run without checkpoints, which has no record (:meth:`begin` is not called).
+    """
+
+    def __init__(self) -> None:
+        self._record: RunRecord | None = None
+        self._resumed_at: int | None = None
+
+    def begin(self, record: RunRecord, resumed_at: int | None) -> None:
+        """Take the run's record; ``resumed_at`` is the step that it goes on from, None where it begins anew."""
+        self._record, self._resumed_at = record, resumed_at
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Refuse a resumption under which the first steps would have been taken on other samples.
@@ -155,32 +163,33 @@ class KeepRecord(Callback):
         Raises:
             MinitronError: naming ``trainer.max_steps``.
         """
-        model: Any = module
-        dataset, batch = model._train_ds, int(model.cfg.global_batch_size)
-        parallel.from_first(lambda: self._compare(dataset, batch, trainer.max_steps))
-
-    def _compare(self, dataset: Any, batch: int, max_steps: int) -> None:
-        if dataset is None:
+        record, model = self._record, cast(Any, module)
+        if record is None or model._train_ds is None:
             return
+        dataset, batch = model._train_ds, int(model.cfg.global_batch_size)
+        parallel.from_first(lambda: self._compare(record, dataset, batch, trainer.max_steps))
+
+    def _compare(self, record: RunRecord, dataset: Any, batch: int, max_steps: int) -> None:
         count = len(dataset)
         numbers = sorted({0, *(2**k for k in range(40)), *range(0, max(count, 1), max(1, count // 32))})
-        if self._resumed_at is not None and self.record.content.get("max_steps") != max_steps:
-            before = self.record.content.get("samples") or {}
+        if self._resumed_at is not None and record.content.get("max_steps") != max_steps:
+            before = record.content.get("samples") or {}
             for number, known in before.items():
                 taken = int(number) < self._resumed_at * batch
                 if taken and (int(number) >= count or _hash(dataset, int(number)) != known):
                     raise MinitronError(
                         f"trainer.max_steps: over {max_steps} steps the data would have been walked in another order "
-                        f"than over the {self.record.content.get('max_steps')} that the training in "
-                        f"{self.record.path.parent} was laid out for, which is at step {self._resumed_at}; resume with "
+                        f"than over the {record.content.get('max_steps')} that the training in "
+                        f"{record.path.parent} was laid out for, which is at step {self._resumed_at}; resume with "
                         "that number, or begin a new training from its result (model.restore_from_path) elsewhere"
                     )
         samples = {str(number): _hash(dataset, number) for number in numbers if number < count}
-        self.record.write(samples=samples, max_steps=max_steps)
+        record.write(samples=samples, max_steps=max_steps)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         # NeMo keeps the checkpoint that a run resumed from for ever; as any earlier one it goes when the next is there
-        trainer.ckpt_path = None
+        if self._record is not None:
+            trainer.ckpt_path = None
 
 
 def _hash(dataset: Any, number: int) -> str:

@@ -20,8 +20,9 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.cache import SHARD, TeacherCache
 from nemo_minitron.distill.fused import Head, head_top_k
 from nemo_minitron.distill.hidden import outputs_of
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.nemo.model import HeadlessGPT, MinitronGPTModel
+from nemo_minitron.nemo import vocabulary
+from nemo_minitron.nemo.anywhere import HeadlessGPT
+from nemo_minitron.nemo.model import MinitronGPTModel
 from nemo_minitron.nemo.restore import load_model
 
 SHARED_WITH_STUDENT = (
@@ -64,9 +65,8 @@ class Teacher:
             run |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
         with self._grid(), _own_app_state():
             model = load_model(path, student.trainer, run)
-        check_vocabularies(model.true_vocab_size, student.true_vocab_size)
-        if model.tokenizer is not None and student.tokenizer is not None:
-            _check_tokenizers(model.tokenizer, student.tokenizer)
+        vocabulary.check_sizes(model.true_vocab_size, student.true_vocab_size)
+        vocabulary.check_tokenizers(model.tokenizer, student.tokenizer)
         self.shape = model.shape
         self._module: HeadlessGPT
         (self._module,) = model.get_model_module_list()
@@ -166,15 +166,6 @@ class Teacher:
             return head_top_k(Head(hidden, head.weight), identity.top_k, identity.temperature, **student.head_place())
 
 
-def check_vocabularies(teacher: int, student: int) -> None:
-    """Refuse vocabularies of different sizes."""
-    if teacher != student:
-        raise MinitronError(
-            f"model.kd_teacher_restore_from_path: the teacher's vocabulary has {teacher} tokens, the student's "
-            f"{student}; distillation compares them token by token"
-        )
-
-
 @contextmanager
 def _own_app_state() -> Iterator[None]:
     """Keep what NeMo remembers of the student's grid and step while another model is built."""
@@ -184,16 +175,3 @@ def _own_app_state() -> Iterator[None]:
         yield
     finally:
         state.__dict__.update(before)
-
-
-def _check_tokenizers(teacher: Any, student: Any) -> None:
-    """Same vocabulary, token for token: equal sizes alone would let a permuted vocabulary through."""
-    if not all(hasattr(getattr(t, "tokenizer", None), "get_vocab") for t in (student, teacher)):
-        return  # not from transformers: sizes have been compared
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    if ours != theirs:
-        token = next(iter(sorted(t for t in {**ours, **theirs} if ours.get(t) != theirs.get(t))))
-        raise MinitronError(
-            f"teacher and student tokenizers differ: token {token!r} is {theirs.get(token)} for the teacher and "
-            f"{ours.get(token)} for the student"
-        )

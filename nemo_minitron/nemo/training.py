@@ -4,7 +4,8 @@ differ in the model class alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +16,17 @@ from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
-from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.splits import check_splits
-from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import experiment
-from nemo_minitron.nemo.keep_best import KeepBest
+from nemo_minitron.nemo.keep_best import FinishLoop, KeepBest
 from nemo_minitron.nemo.restore import job_config, load_model
 from nemo_minitron.nemo.resume import Start, decide, name_checkpoints
 from nemo_minitron.nemo.run_record import KeepRecord, RunRecord, content_of, identity
 from nemo_minitron.nemo.settings import settle
 from nemo_minitron.nemo.trainer import build_trainer, plain
+from nemo_minitron.nemo.vocabulary import check_tokens
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -46,47 +46,27 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     """
     runtime.prepare()
     cfg = settle(cfg)
-    source = required(cfg, "model.restore_from_path")
-    path = Path(required(cfg, "model.nemo_path"))
-    model_cfg = plain(cfg.model)
-    with open_dict(model_cfg):
-        model_cfg.seed = cfg.get("seed", 1234)
-        model_cfg.precision = cfg.trainer.get("precision", 32)
-    if model_cfg.seed < 1:
-        raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")
-    keep = KeepBest(path, monitor)
-    teacher = None
-    if hasattr(cls, "set_teacher"):
-        teacher = cfg.model.get("kd_teacher_restore_from_path")
-        if cfg.get("distill", {}).get("teacher_cache") is None:
-            teacher = required(cfg, "model.kd_teacher_restore_from_path")
-    for name in filter(None, (source, teacher)):
-        if Path(name).resolve() in (path.resolve(), keep.last_path.resolve()):
-            raise MinitronError(f"model.nemo_path: '{path}' would replace '{name}', which is read; choose another name")
+    source, keep = required(cfg, "model.restore_from_path"), KeepBest(Path(required(cfg, "model.nemo_path")), monitor)
+    model_cfg = _model_section(cfg)
+    teacher = cls.teacher_path(cfg)
+    _check_outputs(keep, source, teacher)
     with NemoReader(source) as reader:
         job, grid = job_config(reader, model_cfg)
         vocab_size = reader.shape.vocab_size
         if teacher is not None:
-            cls.check_teacher(teacher, reader, model_cfg)  # type: ignore[attr-defined]
-    with open_dict(model_cfg):
-        data = model_cfg.data
-        data.data_prefix, data.splits_string = check_splits(
-            data.get("data_prefix"),
-            data.get("splits_string"),
-            int(data.seq_length),
-            int(model_cfg.global_batch_size),
-            cfg.trainer.get("limit_val_batches", 1.0),
-        )
+            cls.check_teacher(teacher, reader, model_cfg)
+    _settle_splits(model_cfg, cfg.trainer.get("limit_val_batches", 1.0))
     if runtime.rank() == 0:
-        for output in (path, keep.last_path):
+        for output in (keep.path, keep.last_path):
             ArchiveWriter(output).abort()  # proves that it can be written, and leaves nothing
     runtime.init_distributed(*grid, seed=int(model_cfg.seed))
     prefixes = prefixes_of(model_cfg)
     contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
-    trainer = build_trainer(cfg, [keep])
+    keep_record = KeepRecord()
+    trainer = build_trainer(cfg, [keep, keep_record])
     manager = plain(cfg.exp_manager)
-    command = "distill" if hasattr(cls, "set_teacher") else "finetune"
-    start = _start(command, cfg, job, manager, trainer, keep, teacher, contents, grid)
+    run = partial(identity, cls.command, cfg, job, teacher, contents)
+    start = _start(cls.command, run, manager, trainer, keep, keep_record, grid)
     if start.done:
         return None
     experiment.start(trainer, manager, start.step if start.checkpoint else None)
@@ -96,33 +76,72 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     model = load_model(source, trainer, model_cfg, cls)
     model.data_contents = contents
     check_tokens(model, prefixes, "model.data.data_prefix")
-    if hasattr(model, "set_teacher"):
-        model.set_teacher(teacher, cfg.get("distill", {}))
+    model.set_teacher(teacher, cfg.get("distill", {}))
     if start.step == trainer.max_steps:
-        _only_finish(trainer, model, keep)
+        trainer.fit_loop = FinishLoop(trainer, keep)
     trainer.fit(model)
+    _say_and_record(trainer, model, keep)
+    return model
+
+
+def _model_section(cfg: DictConfig) -> DictConfig:
+    """The run's ``model`` section, with its seed and precision."""
+    model_cfg = plain(cfg.model)
+    with open_dict(model_cfg):
+        model_cfg.seed = cfg.get("seed", 1234)
+        model_cfg.precision = cfg.trainer.get("precision", 32)
+    if model_cfg.seed < 1:
+        raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")
+    return model_cfg
+
+
+def _check_outputs(keep: KeepBest, source: str, teacher: str | None) -> None:
+    """Refuse outputs that would replace what is read."""
+    for name in filter(None, (source, teacher)):
+        if Path(name).resolve() in (keep.path.resolve(), keep.last_path.resolve()):
+            raise MinitronError(
+                f"model.nemo_path: '{keep.path}' would replace '{name}', which is read; choose another name"
+            )
+
+
+def _settle_splits(model_cfg: DictConfig, limit_val_batches: int | float) -> None:
+    """Have the data's prefixes and splits as Megatron takes them."""
+    with open_dict(model_cfg):
+        data = model_cfg.data
+        data.data_prefix, data.splits_string = check_splits(
+            data.get("data_prefix"),
+            data.get("splits_string"),
+            int(data.seq_length),
+            int(model_cfg.global_batch_size),
+            limit_val_batches,
+        )
+
+
+def _say_and_record(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:
+    """At a training's end: what was done, in a line, and in the record that a later run of the same finds."""
     if keep.record is not None and parallel.is_first():
-        outputs = {str(output.absolute()): content_of(output) for output in (path, keep.last_path)}
+        outputs = {str(output.absolute()): content_of(output) for output in (keep.path, keep.last_path)}
         keep.record.write(finished={"step": trainer.global_step, "outputs": outputs})
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
         spent = f"{trainer.global_step} steps, {model.consumed_tokens:,} tokens"
-        print(f"\n{spent}, {best} -> {path} (last: {keep.last_path})")
-    return model
+        print(f"\n{spent}, {best} -> {keep.path} (last: {keep.last_path})")
 
 
 def _start(
     command: str,
-    cfg: DictConfig,
-    job: DictConfig,
+    identify: Callable[[], dict[str, Any]],
     manager: DictConfig,
     trainer: Trainer,
     keep: KeepBest,
-    teacher: str | None,
-    contents: dict[str, str],
+    keep_record: KeepRecord,
     grid: tuple[int, int],
 ) -> Start:
-    """Decide where to begin, say so, and have the record of a run with checkpoints begun or continued."""
+    """Decide where to begin, say so, and have the record of a run with checkpoints begun or continued.
+
+    Args:
+        identify: makes the :func:`identity` of this run; called on rank 0 alone.
+    """
     name_checkpoints(manager)
     saves = bool(manager.get("create_checkpoint_callback", True))
     if not (saves or manager.get("resume_if_exists") or manager.get("resume_from_checkpoint")):
@@ -130,7 +149,7 @@ def _start(
     sizes = [*grid, runtime.world_size() // (grid[0] * grid[1])]
 
     def begin() -> tuple[Start, dict[str, Any]]:
-        asked = identity(command, cfg, job, teacher, contents)
+        asked = identify()
         start = decide(manager, trainer, asked, sizes, (keep.path, keep.last_path))
         record = RunRecord(start.folder)
         if saves and not start.done and not (start.checkpoint and record.read()):
@@ -143,19 +162,8 @@ def _start(
     if saves:
         keep.record = RunRecord(start.folder)
         keep.record.content = content
-        trainer.callbacks.append(KeepRecord(keep.record, start.step if start.checkpoint else None))  # type: ignore[attr-defined]
+        keep_record.begin(keep.record, start.step if start.checkpoint else None)
     return start
-
-
-def _only_finish(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:
-    """Have ``fit`` restore a run that took all its steps and write what is asked for; Lightning would do nothing."""
-
-    def run() -> None:
-        trainer.fit_loop.setup_data()
-        keep.on_train_start(trainer, model)
-        keep.on_train_end(trainer, model)
-
-    trainer.fit_loop.run = run  # type: ignore[method-assign]
 
 
 def prefixes_of(model_cfg: DictConfig) -> list[str]:
@@ -163,26 +171,3 @@ def prefixes_of(model_cfg: DictConfig) -> list[str]:
     lists = plain(model_cfg.data).data_prefix
     items = [item for part in lists.values() for item in part or []] if isinstance(lists, Mapping) else list(lists)
     return list(dict.fromkeys(item for item in items if isinstance(item, str)))
-
-
-def check_tokens(model: MinitronGPTModel, prefixes: Sequence[str], key: str) -> None:
-    """Refuse token files that were made with another vocabulary than the checkpoint's.
-
-    Known where ``minitron preprocess`` left its record beside them; other tools' files are taken as they are.
-
-    Raises:
-        MinitronError: naming the key and the file.
-    """
-    tokenizer: Any = getattr(model.tokenizer, "tokenizer", None)
-    if not hasattr(tokenizer, "get_vocab"):
-        return
-    ours = vocabulary_fingerprint(tokenizer.get_vocab())
-    for prefix in prefixes:
-        if not Path(f"{prefix}.json").is_file():
-            continue
-        theirs = read_facts(prefix)["tokenizer"]
-        if theirs["fingerprint"] != ours:
-            raise MinitronError(
-                f"{key}: '{prefix}' was tokenized with another vocabulary ({theirs['vocab_size']} tokens) than the "
-                f"checkpoint's ({len(tokenizer)}); run minitron preprocess with tokenizer.type=CHECKPOINT.nemo"
-            )

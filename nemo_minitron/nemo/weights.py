@@ -21,7 +21,7 @@ from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape
 
 if TYPE_CHECKING:
-    from nemo_minitron.nemo.model import MinitronGPTModel
+    from nemo_minitron.nemo.anywhere import AnywhereGPTModel
 
 
 def split(parameter: layout.Parameter, tensor: Tensor, rank: int, size: int) -> Tensor:
@@ -59,7 +59,7 @@ def pad_vocab(parameter: layout.Parameter, tensor: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def load(model: MinitronGPTModel, reader: NemoReader) -> None:
+def load(model: AnywhereGPTModel, reader: NemoReader) -> None:
     """Copy the checkpoint's weights into ``model`` (this rank's stages and shards), in the parameters' dtype.
 
     Raises:
@@ -82,7 +82,7 @@ def load(model: MinitronGPTModel, reader: NemoReader) -> None:
 
 
 @torch.no_grad()
-def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
+def save(model: AnywhereGPTModel, path: Path, dtype: torch.dtype) -> None:
     """Write ``model`` as a ``.nemo`` at ``path`` (atomically, from rank 0) in ``dtype``; all ranks must call it.
 
     Raises:
@@ -102,7 +102,7 @@ def save(model: MinitronGPTModel, path: Path, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def gather(
-    model: MinitronGPTModel, part_of: Callable[[Tensor], Tensor] = Tensor.detach
+    model: AnywhereGPTModel, part_of: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Iterator[tuple[layout.Parameter, int | None, Tensor]]:
     """Canonical tensors of ``model``, one at a time, on rank 0 and every rank of its pipeline group.
 
@@ -130,7 +130,7 @@ def gather(
 
 
 def _visit(
-    model: MinitronGPTModel, shape: ModelShape, action: Callable[[layout.Parameter, int | None, Tensor], None]
+    model: AnywhereGPTModel, shape: ModelShape, action: Callable[[layout.Parameter, int | None, Tensor], None]
 ) -> None:
     """Call ``action`` on every parameter that this rank holds, with its canonical row and global layer number."""
     (module,) = model.get_model_module_list()
