@@ -1,4 +1,4 @@
-"""The two-model distillation step on NeMo's training loop."""
+"""The two-model distillation step on NeMo's training loop; docs/distillation_step.md walks through one."""
 
 from __future__ import annotations
 
