@@ -118,7 +118,7 @@ def _layers(shape: ModelShape, run: Run, stage: int) -> int:
 
 
 def _activations(run: Run) -> int:
-    """Of the micro-batches in flight: as many as there are stages on the first one."""
+    """Activations of the micro-batches in flight: as many as there are stages on the first one."""
     layers = max(_layers(run.student, run, stage) for stage in (0, run.pipeline_parallel - 1))
     in_flight = min(run.pipeline_parallel, run.micro_batches)
     kept = layers * layer_activations(run.student, run) * in_flight

@@ -1,6 +1,6 @@
 """How much of a head's logits exists at a time: chunks, blocks and columns within a budget of bytes.
 
-:mod:`nemo_minitron.distill.fused` computes in these sizes, and :mod:`nemo_minitron.distill.memory` foretells from them
+:mod:`nemo_minitron.distill.fused` computes in these sizes, and :mod:`nemo_minitron.distill.memory` predicts from them
 what memory it takes.
 """
 
