@@ -248,11 +248,6 @@ def _as_launched(key: str, asked: int, started: int, what: str) -> int:
     return started
 
 
-def launched() -> bool:
-    """Whether torchrun or Slurm (with more than one task) started this process."""
-    return place() is not None
-
-
 def help_text() -> str:
     """What ``minitron --help`` prints."""
     from nemo_minitron.config.schema import COMMANDS, summary

@@ -21,6 +21,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a ``value`` that is none of ``known``; ``what`` names its key.
+
+    Raises:
+        MinitronError: with all that is known, and the nearest.
+    """
+    names = list(known)
+    if value not in names:
+        raise MinitronError(
+            f"{what}: expected one of {', '.join(names)}, found {value!r:.80}.{did_you_mean(str(value), names)}"
+        )
+
+
 def required(cfg: Mapping[Any, Any], key: str) -> str:
     """The value of a dotted key that must be given, as text.
 

@@ -13,8 +13,6 @@ from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rop
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 # What transformers assumes where config.json is silent, and a Llama's would differ.
 _ABSENT: dict[str, dict[str, Any]] = {

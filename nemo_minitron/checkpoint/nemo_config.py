@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint import known
-from nemo_minitron.checkpoint.hf_config import DTYPES
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 
@@ -299,10 +298,3 @@ _DEFAULTS: dict[str, Any] = {
         "sched": {"name": "CosineAnnealing", "warmup_steps": 50, "constant_steps": 0, "min_lr": 1e-5},
     },
 }
-
-
-def storage_dtype(name: str) -> torch.dtype:
-    """Dtype for HF's ``torch_dtype`` spelling."""
-    if name not in DTYPES:
-        raise MinitronError(f"torch_dtype must be one of {', '.join(DTYPES)}, found '{name}'")
-    return DTYPES[name]

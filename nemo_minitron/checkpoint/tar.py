@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -16,6 +17,7 @@ from nemo_minitron.errors import MinitronError
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 20_000
 _MAX_EXTENSION, _MAX_RECORDS = 1 << 16, 64  # bytes of a long name or of pax records; pax records of one header
+_EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 
 
@@ -30,8 +32,8 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
             sparse file, a name given twice, absurd sizes or numbers of members, text in a header that is not
             printable.
     """
-    total, at, long_name = file.seek(0, io.SEEK_END), 0, None
-    pax: dict[str, str] = {}
+    total, at = file.seek(0, io.SEEK_END), 0
+    following = _Extension()
     members: dict[str, tuple[int, int]] = {}
     while at + BLOCK <= total:
         file.seek(at)
@@ -43,29 +45,22 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
         except (tarfile.TarError, ValueError, OverflowError) as error:
             raise MinitronError(f"{path}: expected a .nemo (tar), found at byte {at}: {error}") from None
         at += BLOCK
-        name = pax.get("path") or long_name or info.name
-        size = _size(path, name, pax.get("size", info.size))
+        name = following.pax.get("path") or following.long_name or info.name
+        size = _size(path, name, following.pax.get("size", info.size))
         for text in (info.name, info.linkname, info.uname, info.gname):  # of a header that only names another, too
             _check_text(path, name, text)
-        extension = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
-        if extension:
+        if info.type in _EXTENSIONS:
             _check_name(path, info.name)
             if not 0 <= info.size <= min(_MAX_EXTENSION, total - at):
                 raise MinitronError(
                     f"{path}: expected at most {_MAX_EXTENSION} bytes of header extension before member "
                     f"{name!r}, found {info.size}"
                 )
-            data = file.read(info.size)
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                long_name = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-            elif info.type == tarfile.XHDTYPE:
-                pax = _pax_records(path, data)
-            elif info.type == tarfile.XGLTYPE and {"path", "linkpath", "size"} & _pax_records(path, data).keys():
-                raise MinitronError(f"{path}: a global pax header must not give a path or a size")
+            following.read(path, info.type, file.read(info.size))
             at += _padded(info.size)
             continue
-        sparse = any(key.startswith("GNU.sparse") for key in pax)
-        pax, long_name = {}, None
+        sparse = any(key.startswith("GNU.sparse") for key in following.pax)
+        following = _Extension()
         _check_name(path, name)
         if info.isdir():
             continue
@@ -85,6 +80,27 @@ def read_members(path: Path, file: IO[bytes]) -> dict[str, tuple[int, int]]:
     raise MinitronError(
         f"{path}: the archive is truncated, found an unexpected end of data instead of the mark of its end"
     )
+
+
+@dataclass
+class _Extension:
+    """What headers before a member say of it."""
+
+    pax: dict[str, str] = field(default_factory=dict)
+    long_name: str | None = None
+
+    def read(self, path: Path, kind: bytes, data: bytes) -> None:
+        """Take the content of one extension.
+
+        Raises:
+            MinitronError: a damaged one, or one that would name or resize all members to come.
+        """
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            self.long_name = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+        elif kind == tarfile.XHDTYPE:
+            self.pax = _pax_records(path, data)
+        elif kind == tarfile.XGLTYPE and {"path", "linkpath", "size"} & _pax_records(path, data).keys():
+            raise MinitronError(f"{path}: a global pax header must not give a path or a size")
 
 
 def _padded(size: int) -> int:

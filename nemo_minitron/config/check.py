@@ -12,7 +12,7 @@ from nemo_minitron.config.keys import choices_of, keys, tree_of
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY
 from nemo_minitron.config.sections import Recipe, Stage, WithCluster
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
 
@@ -167,8 +167,5 @@ def _refuse_other_choices(cls: type, cfg: DictConfig, prefix: str = "") -> None:
         if not choices or OmegaConf.is_missing(cfg, item.name) or OmegaConf.is_interpolation(cfg, item.name):
             continue
         value = cfg[item.name]
-        if value is not None and value not in choices:
-            raise MinitronError(
-                f"{prefix}{item.name}: expected one of {', '.join(choices)}, found '{value}'."
-                + did_you_mean(str(value), choices)
-            )
+        if value is not None:
+            check_choice(f"{prefix}{item.name}", value, choices)

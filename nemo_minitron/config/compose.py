@@ -23,7 +23,7 @@ from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY
 from nemo_minitron.config.sections import WithCluster
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.files.text import check_aliases
 from nemo_minitron.registry import load_extensions
 from nemo_minitron.values.check import check as check_values
@@ -198,9 +198,7 @@ def _load_group(override: Override, source: Source) -> DictConfig:
         if not file.is_file():
             raise MinitronError(f"{group}={option}: no such file")
         return cast(DictConfig, OmegaConf.create({group: _load(file.name, Source(path=str(file.parent)))}))
-    options = group_options(group, source)
-    if option not in options:
-        raise MinitronError(f"{group}={option}: expected one of {', '.join(options)}.{did_you_mean(option, options)}")
+    check_choice(group, option, group_options(group, source))
     return _load(f"{group}/{option}", source)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_minitron.data.readers import Row
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice
 
 PYDOC_SPLITS = ("train", "validation", "test", "all")
 _BROWN_FILE = re.compile(r"c[a-r]\d\d")
@@ -21,11 +21,7 @@ def pydoc_topics(split: str = "train") -> Iterator[Row]:
     The rule of the splits is fixed: counting documents from 0, number i belongs to ``validation`` when i % 10 == 0,
     to ``test`` when i % 10 == 1, and to ``train`` otherwise; ``all`` is every one.
     """
-    if split not in PYDOC_SPLITS:
-        raise MinitronError(
-            f"dataset.split must be one of {list(PYDOC_SPLITS)} for pydoc_topics, found {split!r}."
-            f"{did_you_mean(split, PYDOC_SPLITS)}"
-        )
+    check_choice("dataset.split (of pydoc_topics)", split, PYDOC_SPLITS)
     from pydoc_data.topics import topics
 
     for index, name in enumerate(sorted(topics)):

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -18,7 +18,7 @@ import numpy as np
 from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.files.text import one_line, read_json
 from nemo_minitron.jobs import lifeline
 
@@ -67,11 +67,7 @@ def preprocess(
     Raises:
         MinitronError: anything wrong with the input, the tokenizer or the destination.
     """
-    if on_bad_record not in ON_BAD_RECORD:
-        raise MinitronError(
-            f"on_bad_record must be one of {list(ON_BAD_RECORD)}, found {on_bad_record!r}."
-            f"{did_you_mean(str(on_bad_record), ON_BAD_RECORD)}"
-        )
+    check_choice("on_bad_record", on_bad_record, ON_BAD_RECORD)
     stop = on_bad_record == "stop"
     source = input if isinstance(input, Source) else Source(str(input))
     keys = _check_keys(json_keys)
@@ -80,23 +76,30 @@ def preprocess(
     if not Path(output_prefix).name or str(output_prefix).endswith(os.sep):
         raise MinitronError(f"output_prefix must end in a name, such as data/train, found '{output_prefix}'")
     spec = TokenizerSpec(tokenizer_library, tokenizer_type, tokenizer_model, split_special_tokens)
-    tokenizer = spec.load()
-    if append_eod and tokenizer.eod is None:
-        raise MinitronError(
-            f"append_eod: the tokenizer '{tokenizer_type or tokenizer_model}' has no EOS token; "
-            "set append_eod=false or give it one"
-        )
+    tokenizer = _load(spec, append_eod)
     prefixes = [Path(f"{output_prefix}_{key}_document") for key in keys]
     try:
         with closing(source.records(keys)) as documents, ExitStack() as stack:
             outputs = [stack.enter_context(_Output.at(prefix, tokenizer, append_eod)) for prefix in prefixes]
-            encoded = _encode_all(documents, tokenizer, spec, workers, apply_ftfy, stop)
-            skipped = _add_all(outputs, _with_progress(encoded, progress), stop)
+            encoded = stack.enter_context(closing(_encode_all(documents, tokenizer, spec, workers, apply_ftfy, stop)))
+            shown = stack.enter_context(closing(_with_progress(encoded, progress)))
+            skipped = _add_all(outputs, shown, stop)
             for output, key in zip(outputs, keys, strict=True):
                 output.finish({"source": source.facts(), "key": key} | skipped)
     except OSError as error:
         raise MinitronError(f"output_prefix: '{output_prefix}' cannot be written: {error}") from error
     return prefixes
+
+
+def _load(spec: TokenizerSpec, append_eod: bool) -> TextTokenizer:
+    """The tokenizer, which must have an EOS token where one is to be appended."""
+    tokenizer = spec.load()
+    if append_eod and tokenizer.eod is None:
+        raise MinitronError(
+            f"append_eod: the tokenizer '{spec.type or spec.model}' has no EOS token; "
+            "set append_eod=false or give it one"
+        )
+    return tokenizer
 
 
 def read_facts(prefix: str | Path) -> dict[str, Any]:
@@ -255,7 +258,7 @@ def _batches(documents: Iterable[Row], stop: bool) -> Iterator[list[Row]]:
 
 def _encode_all(
     documents: Iterable[Row], tokenizer: TextTokenizer, spec: TokenizerSpec, workers: int, apply_ftfy: bool, stop: bool
-) -> Iterator[_Encoded]:
+) -> Generator[_Encoded, None, None]:
     """Token ids of every document in order; at most a few batches per worker are in flight."""
     batches = _batches(documents, stop)
     if workers == 1:
@@ -346,7 +349,7 @@ def _encode_in_worker(batch: list[Row]) -> list[_Encoded]:
     return _encode(batch, *_worker)
 
 
-def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Iterator[_Encoded]:
+def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Generator[_Encoded, None, None]:
     """Pass documents through a bar over the fraction of the input read, which gives its remaining time."""
     from tqdm import tqdm
 

@@ -11,7 +11,7 @@ from nemo_minitron.data.folders import data_files
 from nemo_minitron.data.lines import regular_size
 from nemo_minitron.data.readers import ARROW, CSV, JSONL, LINES, PARQUET, TEXT, Row
 from nemo_minitron.data.tables import SPLITS
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice
 
 DOCUMENTS = ("article", "line", "file")
 PARTS = ("train", "heldout")
@@ -52,16 +52,8 @@ class Source:
     def __post_init__(self) -> None:
         if not self.input and not self.name:
             raise MinitronError("input must name a file, a folder, a Hugging Face dataset or pydoc_topics; found none")
-        if self.document not in DOCUMENTS:
-            raise MinitronError(
-                f"document must be one of {list(DOCUMENTS)}, found {self.document!r}."
-                f"{did_you_mean(str(self.document), DOCUMENTS)}"
-            )
-        if self.heldout_part not in PARTS:
-            raise MinitronError(
-                f"heldout_part must be one of {list(PARTS)}, found {self.heldout_part!r}."
-                f"{did_you_mean(str(self.heldout_part), PARTS)}"
-            )
+        check_choice("document", self.document, DOCUMENTS)
+        check_choice("heldout_part", self.heldout_part, PARTS)
         if self.heldout_every is None and self.heldout_part == "heldout":
             raise MinitronError("heldout_part=heldout needs heldout_every (which documents are held out); found none")
         if self.heldout_every is not None and (not isinstance(self.heldout_every, int) or self.heldout_every < 2):

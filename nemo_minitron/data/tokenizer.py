@@ -17,7 +17,7 @@ from nemo_minitron.checkpoint.tokenizer_open import (
     load_hf,
     load_sentencepiece,
 )
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice
 
 LIBRARIES = ("huggingface", "sentencepiece")
 
@@ -40,11 +40,7 @@ class TokenizerSpec:
     split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if self.library not in LIBRARIES:
-            raise MinitronError(
-                f"tokenizer.library must be one of {list(LIBRARIES)}, found {self.library!r}."
-                f"{did_you_mean(str(self.library), LIBRARIES)}"
-            )
+        check_choice("tokenizer.library", self.library, LIBRARIES)
         wanted, unused = ("type", "model") if self.library == "huggingface" else ("model", "type")
         if not getattr(self, wanted):
             hint = "a Hugging Face name, folder or .nemo" if wanted == "type" else "the sentencepiece .model file"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import parallel
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, check_choice
 
 KINDS = ("cosine", "mse")
 
@@ -36,8 +36,7 @@ class HiddenTerm:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise MinitronError(f"distill.hidden_loss must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        check_choice("distill.hidden_loss", self.kind, KINDS)
 
     @classmethod
     def of(cls, distill: Any) -> HiddenTerm:

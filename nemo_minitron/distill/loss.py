@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.top_k import TopK
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.registry import LOSSES
 
 
@@ -113,8 +113,7 @@ class Mix:
     top_k: int = 64
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES.names():
-            raise MinitronError(f"distill.loss must be one of {', '.join(LOSSES.names())}, found {self.loss!r}")
+        check_choice("distill.loss", self.loss, LOSSES.names())
         if not isinstance(self.divergence, Loss):
             raise MinitronError(f"distill.loss={self.loss}: expected an instance of nemo_minitron.distill.loss.Loss, "
                                 f"found {self.divergence!r:.80}")  # fmt: skip

@@ -131,7 +131,15 @@ def run_tasks(
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise MinitronError(f"evaluate.lm_eval: the harness could not run {', '.join(tasks.names)}: {said}") from error
     assert found is not None  # it is on its rank 0, which this only process is
-    summary = {
+    gc.collect()
+    return _summary(found, dtype, limit, seed), [
+        {"task": name, **_item(sample)} for name, items in (found.get("samples") or {}).items() for sample in items
+    ]
+
+
+def _summary(found: Mapping[str, Any], dtype: str, limit: float | None, seed: int) -> dict[str, Any]:
+    """The harness's results under the names that a ``metrics.json`` has for them."""
+    return {
         "version": importlib.metadata.version("lm_eval"),
         "dtype": dtype,
         "num_fewshot": found.get("n-shot"),
@@ -140,11 +148,6 @@ def run_tasks(
         "items": {name: count["effective"] for name, count in found["n-samples"].items()},
         "tasks": {name: _plain(values) for name, values in {**found["results"], **(found.get("groups") or {})}.items()},
     }
-    samples = [
-        {"task": name, **_item(sample)} for name, items in (found.get("samples") or {}).items() for sample in items
-    ]
-    gc.collect()
-    return summary, samples
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, float]:

@@ -49,7 +49,6 @@ def throughput(
         with a meter that works ``joules_per_token`` of both phases.
     """
     from megatron.core import parallel_state
-    from megatron.core.inference.contexts import StaticInferenceContext
 
     (module,) = model.get_model_module_list()
     module.eval()
@@ -58,22 +57,7 @@ def throughput(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.true_vocab_size, (batch_size, length), generator=generator).to(runtime.device())
     replicas = parallel_state.get_data_parallel_world_size()
-    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
-    joules = {"prefill": 0.0, "decode": 0.0}
-    cache = 0
-    bar = None if torch.distributed.get_rank() == 0 else True
-    for number in tqdm(range(repeats + 1), desc="throughput", unit="run", disable=bar):
-        context = StaticInferenceContext(batch_size, length)
-        context.materialize_only_last_token_logits = True
-        for phase, passes in (("prefill", [tokens[:, :prefill_tokens]]), ("decode", _single(tokens, prefill_tokens))):
-            before, start = meter.read() if meter else None, _now()
-            for part in passes:
-                step(model, part, context)
-            end = _now()
-            if number:
-                seconds[phase].append(end - start)
-                joules[phase] += meter.since(before) if meter and before is not None else 0.0
-        cache = sum(t.nbytes for pair in context.key_value_memory_dict.values() for t in pair)
+    seconds, joules, cache = _measure(model, tokens, prefill_tokens, repeats, meter)
     made = {
         "prefill": batch_size * prefill_tokens * replicas,
         "decode": batch_size * decode_tokens * replicas,
@@ -97,6 +81,31 @@ def throughput(
             phase: value / (repeats * made[phase]) for phase, value in zip(joules, total, strict=True)
         }
     return found
+
+
+def _measure(
+    model: MinitronGPTModel, tokens: Tensor, prefill_tokens: int, repeats: int, meter: Meter | None
+) -> tuple[dict[str, list[float]], dict[str, float], int]:
+    """Seconds of each run and joules of all, by phase, over ``tokens [b, s]``; and bytes of the key-value cache."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
+    joules = {"prefill": 0.0, "decode": 0.0}
+    cache = 0
+    bar = None if torch.distributed.get_rank() == 0 else True
+    for number in tqdm(range(repeats + 1), desc="throughput", unit="run", disable=bar):
+        context = StaticInferenceContext(*tokens.shape)
+        context.materialize_only_last_token_logits = True
+        for phase, passes in (("prefill", [tokens[:, :prefill_tokens]]), ("decode", _single(tokens, prefill_tokens))):
+            before, start = meter.read() if meter else None, _now()
+            for part in passes:
+                step(model, part, context)
+            end = _now()
+            if number:
+                seconds[phase].append(end - start)
+                joules[phase] += meter.since(before) if meter and before is not None else 0.0
+        cache = sum(t.nbytes for pair in context.key_value_memory_dict.values() for t in pair)
+    return seconds, joules, cache
 
 
 def step(model: MinitronGPTModel, tokens: Tensor, context: StaticInferenceContext) -> Tensor | None:

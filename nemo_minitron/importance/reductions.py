@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.errors import check_choice
 
 HOW = ("mean", "l2", "var")
 UNITS = ("l2", "mean")
@@ -39,8 +39,7 @@ class Aggregation:
 
     def __post_init__(self) -> None:
         for name, known in (("sequence", HOW), ("batch", HOW), ("unit", UNITS)):
-            if getattr(self, name) not in known:
-                raise MinitronError(f"calibration.{name}: expected one of {known}, found '{getattr(self, name)}'")
+            check_choice(f"calibration.{name}", getattr(self, name), known)
 
 
 def sequence_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nemo_minitron.errors import MinitronError, did_you_mean
+from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS, Compensation, Indices, Plan
@@ -54,12 +54,7 @@ def target_shape(
     """Shape that a request leads to, refusing impossible ones; needs no scores. See :func:`make_plan`."""
     wanted = _check_target(shape, target)
     dropped = _check_drop_layers(shape, wanted, drop_layers)
-    known = (*SELECTIONS, *LOSS_SELECTIONS)
-    if layer_selection not in known:
-        raise MinitronError(
-            f"prune.layer_selection: expected one of {', '.join(known)}, found '{layer_selection}'."
-            + did_you_mean(layer_selection, known)
-        )
+    check_choice("prune.layer_selection", layer_selection, (*SELECTIONS, *LOSS_SELECTIONS))
     if not wanted and not dropped:
         keys = ", ".join(f"prune.{name}" for name in (*TARGETS, "drop_layers"))
         raise MinitronError(f"prune: nothing requested; set at least one of {keys}")

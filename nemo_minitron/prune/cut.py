@@ -8,7 +8,6 @@ with fewer hidden channels sees another mean square in each RMSNorm.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -87,19 +86,6 @@ def rewrite(plan: Plan, parameter: Parameter, layer: int | None, tensor: Tensor)
         if indices is not None and len(indices) < tensor.shape[dim]:
             tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor
-
-
-def rewrite_layer(plan: Plan, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """:func:`rewrite` for all parameters of one source layer, by canonical key.
-
-    Raises:
-        MinitronError: a parameter that is missing or does not belong to a layer of this shape.
-    """
-    table = {parameter.key: parameter for parameter in layout.layer_parameters(plan.source)}
-    if table.keys() != tensors.keys():
-        odd = sorted(table.keys() ^ tensors.keys())
-        raise MinitronError(f"layer {layer}: expected its {len(table)} parameters, missing or unexpected: {odd}")
-    return {key: rewrite(plan, parameter, layer, tensors[key]) for key, parameter in table.items()}
 
 
 def check_source(plan: Plan, reader: TensorReader) -> None:

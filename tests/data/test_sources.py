@@ -258,7 +258,7 @@ def test_bad_splits_and_configurations(wikitext, jsonl, tmp_path):
         ({"document": "artcle"}, "Did you mean 'article'?"),
         ({"heldout_every": 1}, "heldout_every must be an integer of at least 2, found 1"),
         ({"heldout_part": "heldout"}, "needs heldout_every"),
-        ({"heldout_every": 3, "heldout_part": "held"}, "heldout_part must be one of"),
+        ({"heldout_every": 3, "heldout_part": "held"}, "heldout_part: expected one of train, heldout"),
         ({"document": "file"}, "document=file applies to .txt files"),
         ({"heldout_every": 1000, "heldout_part": "train"}, None),
     ],

@@ -11,7 +11,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import make_plan
-from nemo_minitron.prune.cut import prune_checkpoint, rewrite, rewrite_layer
+from nemo_minitron.prune.cut import prune_checkpoint, rewrite
 from nemo_minitron.prune.plan import Plan
 from tests.canonical import FINGERPRINT, Memory, logits, random_model, slots
 
@@ -167,17 +167,10 @@ def test_all_axes_at_once_have_the_planned_sizes():
     assert logits(out).isfinite().all()
 
 
-def test_rewrite_layer_equals_rewrite():
+def test_a_layer_that_is_not_kept_has_no_part():
     model, plan = random_model(SHAPE), plan_for({"ffn_hidden_size": 10}, scores_with(), drop_layers=[1])
-    tensors = {p.key: model.tensors[p.key, 2] for p in layout.layer_parameters(SHAPE)}
-    out = rewrite_layer(plan, 2, tensors)
-    for parameter in layout.layer_parameters(SHAPE):
-        assert torch.equal(out[parameter.key], rewrite(plan, parameter, 2, tensors[parameter.key]))
     with pytest.raises(MinitronError, match="layer 0 is not kept; kept layers: 1-2"):
-        rewrite_layer(plan, 0, tensors)
-    del tensors[layout.FC2_WEIGHT.key]
-    with pytest.raises(MinitronError, match="linear_fc2"):
-        rewrite_layer(plan, 2, tensors)
+        rewrite(plan, layout.FC2_WEIGHT, 0, model.tensors[layout.FC2_WEIGHT.key, 0])
 
 
 def test_bad_input_is_named_and_nothing_is_written():
