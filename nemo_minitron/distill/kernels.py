@@ -94,25 +94,37 @@ def _sums(
         tl.store(values + 3 * rows + row, tl.sum(plain * tl.exp(top_s - top), 0))
     else:
         tl.store(values + 3 * rows + row, tl.sum(sum_s * scale, 0))
-    if TEACHER:
-        above = tl.max(top_t, 0)
-        scale_t = tl.exp((top_t - above) * inverse_tau)
-        tl.store(values + rows + row, above)
-        tl.store(values + 4 * rows + row, tl.sum(sum_t * scale_t, 0))
-        if REVERSE:
-            tl.store(values + 5 * rows + row, tl.sum(cross * scale, 0))
-        else:
-            tl.store(values + 5 * rows + row, tl.sum(cross * scale_t, 0))
-        tl.store(best + rows + row, tl.min(tl.where(top_t == above, best_t, width), 0).to(tl.int64))
-    else:
-        tl.store(values + rows + row, lowest)
-        tl.store(values + 4 * rows + row, 0.0)
-        tl.store(values + 5 * rows + row, 0.0)
-        tl.store(best + rows + row, tl.zeros((), tl.int64))
+    _store_teacher(
+        values + row, best + rows + row, top_t, best_t, sum_t, cross, scale, width, rows, inverse_tau,
+        TEACHER=TEACHER, REVERSE=REVERSE,
+    )  # fmt: skip
     label = tl.load(columns + row)
     ours = (label >= 0) & (label < width)
     at_label = tl.load(z_rows + label, mask=ours, other=0.0).to(tl.float32)
     tl.store(values + 6 * rows + row, at_label)
+
+
+@triton.jit
+def _store_teacher(
+    values, best, top_t, best_t, sum_t, cross, scale_s, width, rows, inverse_tau,
+    TEACHER: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a token's lanes have of the teacher, as one number each; what no teacher has where there is none."""
+    if TEACHER:
+        above = tl.max(top_t, 0)
+        scale_t = tl.exp((top_t - above) * inverse_tau)
+        tl.store(values + rows, above)
+        tl.store(values + 4 * rows, tl.sum(sum_t * scale_t, 0))
+        if REVERSE:
+            tl.store(values + 5 * rows, tl.sum(cross * scale_s, 0))
+        else:
+            tl.store(values + 5 * rows, tl.sum(cross * scale_t, 0))
+        tl.store(best, tl.min(tl.where(top_t == above, best_t, width), 0).to(tl.int64))
+    else:
+        tl.store(values + rows, -1e30)
+        tl.store(values + 4 * rows, 0.0)
+        tl.store(values + 5 * rows, 0.0)
+        tl.store(best, tl.zeros((), tl.int64))
 
 
 @triton.jit
