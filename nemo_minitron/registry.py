@@ -94,6 +94,10 @@ class Registry:
             raise MinitronError(f"extensions: {file}: there is a {self.kind} '{name}' already; give it another name")
         self._files[name], self._loaded[name] = file, entry
 
+    def file_of(self, name: str) -> Path | None:
+        """The extension file that holds this entry; None for those of packages, whose version tells them apart."""
+        return self._files.get(name)
+
     def _own(self) -> tuple[str, ...]:
         folder = ROOT.joinpath(*self._room.split("."))
         names = sorted(path.stem for path in folder.glob("[!_]*.py"))

@@ -107,6 +107,18 @@ def test_a_cache_is_refused_for_a_loss_that_needs_all_logits(mine):
         Mix("hellinger").check_learns_from_top_k()
 
 
+def test_another_loss_of_the_same_name_is_another_training(mine):
+    from nemo_minitron.nemo.run_record import loss_identity
+
+    load_extensions([mine])
+    before, text = loss_identity("hellinger"), Path(mine).read_text()
+    Path(mine).write_text(text.replace("1 - overlap", "2 - overlap"))
+    after = loss_identity("hellinger")
+    Path(mine).write_text(text)
+    assert before["is"] == after["is"] == "hellinger" and before["content"] != after["content"]
+    assert loss_identity("forward_kl") == "forward_kl"
+
+
 def _repeat(prefix: Path, block: torch.Tensor, times: int) -> None:
     """Token files in which every block of this length is the same, wherever a data set begins."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

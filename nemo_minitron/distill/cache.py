@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class TeacherCache:
                 "the teacher to write them"
             )
 
-    def _check(self, found: dict[str, Any]) -> None:
+    def _check(self, found: Mapping[str, object]) -> None:
         for name, expected in asdict(self.identity).items():
             if found.get(name) != expected and not (name == "teacher" and expected is None):
                 raise MinitronError(

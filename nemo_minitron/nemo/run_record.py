@@ -16,6 +16,7 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.cache import keys_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
+from nemo_minitron.registry import LOSSES
 
 NAME = "run.json"
 _LIMIT = 1 << 24
@@ -61,7 +62,15 @@ def identity(
     sections = {"model.data": job.data, "model.optim": job.get("optim"), "distill": cfg.get("distill")}
     for name, section in sections.items():
         found |= _flat(name, None if section is None else OmegaConf.to_container(section, resolve=True))
+    if "distill.loss" in found:
+        found["distill.loss"] = loss_identity(found["distill.loss"])
     return json.loads(json.dumps(found, default=str))
+
+
+def loss_identity(name: str) -> str | dict[str, str]:
+    """A distillation loss by its name, and by the content of its file where that is a user's own."""
+    file = LOSSES.file_of(name)
+    return name if file is None else {"is": name, "content": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def _flat(name: str, value: Any) -> dict[str, Any]:

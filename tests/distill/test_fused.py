@@ -327,21 +327,6 @@ def test_a_second_backward_is_refused():
         found.loss.backward()
 
 
-@pytest.mark.parametrize(
-    "options,key",
-    [
-        ({"temperature": 0.0}, "temperature"),
-        ({"kd_weight": 0.0}, "kd_weight"),
-        ({"jsd_beta": 1.0}, "jsd_beta"),
-        ({"top_k": 0}, "top_k"),
-        ({"loss": "mse"}, "loss"),
-    ],
-)
-def test_bad_options_name_their_key(options, key):
-    with pytest.raises(MinitronError, match=rf"distill\.{key}"):
-        Mix(**options)
-
-
 def test_only_top_k_learns_from_a_known_head():
     hidden, weight, hidden_t, weight_t, labels, weights = _inputs()
     known = head_top_k(Head(hidden_t, weight_t), K, 1.0, vocab_size=V)
