@@ -153,7 +153,7 @@ def to(source: Path, target: Path) -> None:
 def prune(source: Path, target: Path, sizes: dict[str, int]) -> None:
     """As ``minitron prune`` does it, with scores given (random ones: they decide what is kept, not what it costs)."""
     from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.config.compose import compose
+    from nemo_minitron.config.compose import configure
     from nemo_minitron.stages import prune as stage
 
     with NemoReader(source) as reader:
@@ -163,7 +163,7 @@ def prune(source: Path, target: Path, sizes: dict[str, int]) -> None:
     scores.write(folder)
     overrides = [f"prune.{name}={value}" for name, value in sizes.items()]
     stage.run(
-        compose(
+        configure(
             "prune",
             [f"model.restore_from_path={source}", f"export.save_path={target}", f"prune.scores={folder}", *overrides],
         )

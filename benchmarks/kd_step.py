@@ -113,6 +113,7 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     from nemo_minitron.checkpoint import NemoReader, NemoWriter, update_shape
+    from nemo_minitron.config.sections import Distill
     from nemo_minitron.convert import convert
     from nemo_minitron.nemo.distillation import MinitronDistillModel
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -138,7 +139,7 @@ def prepare(source: Path, folder: Path, options: argparse.Namespace) -> dict[str
     plain = load_model(student, trainer, run, MinitronGPTModel)
     destroy_num_microbatches_calculator()
     distilled = load_model(student, trainer, run, MinitronDistillModel)
-    distilled.set_teacher(teacher, {})  # type: ignore[attr-defined]
+    distilled.set_teacher(teacher, Distill())
     reference = load_model(teacher, trainer, run | {"global_batch_size": 0})
     (module,) = reference.get_model_module_list()
     module.eval()

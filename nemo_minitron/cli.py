@@ -188,15 +188,11 @@ def _main(argv: list[str]) -> int:
 
 
 def dispatch(command: str, cfg: DictConfig) -> None:
-    """Import the command's module, and only that, and run it."""
-    from nemo_minitron.config.schema import JOURNEYS
+    """Import the command's module, and only that, and run it on the command's own dataclass."""
+    from nemo_minitron.config.check import instance
+    from nemo_minitron.config.schema import COMMANDS
 
-    if command in JOURNEYS:
-        from nemo_minitron.config.compose import compose
-
-        importlib.import_module(f"nemo_minitron.{'recipe' if command == 'run' else command}").run(cfg, compose)
-        return
-    importlib.import_module(f"nemo_minitron.stages.{command}").run(cfg)
+    importlib.import_module(f"nemo_minitron.stages.{command}").run(instance(COMMANDS[command], cfg))
 
 
 def processes_to_launch(cfg: DictConfig) -> int:

@@ -24,6 +24,7 @@ from nemo_minitron.checkpoint.nemo_file import check_digest
 from nemo_minitron.checkpoint.nemo_gate import not_taken_over
 from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_files
 from nemo_minitron.checkpoint.tokenizer_open import choose, facts
+from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.jobs.processes import notice
@@ -37,7 +38,7 @@ def convert(
     precision: str | int | None = None,
     make_vocab_size_divisible_by: int | None = None,
     verify: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = ConvertConfig.max_shard_size,
     tokenizer: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert a checkpoint; the direction follows from the input. Return the output's path.

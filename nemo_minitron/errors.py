@@ -34,15 +34,15 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
         )
 
 
-def required(cfg: Mapping[Any, Any], key: str) -> str:
-    """The value of a dotted key that must be given, as text.
+def required(cfg: Any, key: str) -> str:
+    """The value of a dotted key that must be given, as text; ``cfg`` has mappings or attributes.
 
     Raises:
         MinitronError: naming the key.
     """
     node: Any = cfg
     for name in key.split("."):
-        node = node.get(name) if node is not None else None
+        node = node.get(name) if isinstance(node, Mapping) else getattr(node, name, None)
     if node in (None, "", "???"):
         raise MinitronError(f"{key} is required: expected a path, found nothing")
     return str(node)

@@ -24,12 +24,12 @@ from dataclasses import dataclass, fields
 from importlib import metadata
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import __version__
-from nemo_minitron.config.schema import COMMANDS
+from nemo_minitron.config.schema import COMMANDS, RunConfig
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import read_json
@@ -72,7 +72,7 @@ class Stage:
     work: Path | None
 
 
-def run(cfg: DictConfig, compose: Compose) -> None:
+def run(cfg: RunConfig, compose: Compose) -> None:
     """Run the recipe of a composed ``run`` config: ``recipe``, ``run_dir``, ``stages``, ``force``.
 
     Every stage's configuration is checked before the first one starts. Writes, in ``run_dir``,
@@ -90,8 +90,8 @@ def run(cfg: DictConfig, compose: Compose) -> None:
             raise MinitronError(f"stages: the recipe has no stage '{name}'." + did_you_mean(name, stages))
     run_dir = Path(cfg.run_dir)
     records = Records(run_dir / ".stages")
-    write_file(run_dir / "recipe.yaml", OmegaConf.to_yaml(cfg.recipe))
-    print(f"recipe {cfg.recipe.name}: {len(chosen)} stages in {run_dir}", flush=True)
+    write_file(run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg.recipe)))
+    print(f"recipe {cfg.recipe['name']}: {len(chosen)} stages in {run_dir}", flush=True)
     started = time.monotonic()
     for number, name in enumerate(chosen, start=1):
         run_stage(stages[name], records, f"[{number}/{len(chosen)}] {name}", force=cfg.force)
@@ -99,43 +99,44 @@ def run(cfg: DictConfig, compose: Compose) -> None:
     for stage in stages.values():
         if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
             print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
-    print(f"recipe {cfg.recipe.name}: done in {duration(time.monotonic() - started)}", flush=True)
+    print(f"recipe {cfg.recipe['name']}: done in {duration(time.monotonic() - started)}", flush=True)
 
 
-def load_stages(cfg: DictConfig, compose: Compose) -> dict[str, Stage]:
+def load_stages(cfg: RunConfig, compose: Compose) -> dict[str, Stage]:
     """The recipe's stages in order, each configuration composed and checked."""
     recipe = cfg.recipe
-    if not isinstance(recipe, DictConfig) or not recipe.get("order"):
+    if not isinstance(recipe, Mapping) or not recipe.get("order"):
         raise MinitronError(f"recipe: expected recipe=NAME of a file that says its order of stages, found {recipe!r}")
     stages: dict[str, Stage] = {}
-    for name in recipe.order:
-        if name not in recipe.stages:
-            raise MinitronError(f"recipe.order: there is no stage '{name}'." + did_you_mean(name, recipe.stages))
-        node = recipe.stages[name]
+    known = recipe.get("stages") or {}
+    for name in recipe["order"]:
+        if name not in known:
+            raise MinitronError(f"recipe.order: there is no stage '{name}'." + did_you_mean(name, known))
+        node = known[name]
         if not node.get("command"):
             raise MinitronError(f"recipe.stages.{name}.command is missing")
         try:
-            config = compose(node.command, node.get("overrides") or (), config=_stage_config(node, cfg))
+            config = compose(node["command"], node.get("overrides") or (), config=_stage_config(node, cfg))
         except MinitronError as error:
             raise MinitronError(f"stage '{name}': {error}") from None
         if "cluster" in config:
             raise MinitronError(f"stage '{name}': a stage of a recipe runs here; its cluster section is not for it")
-        work = Path(node.work) if node.get("work") else None
+        work = Path(node["work"]) if node.get("work") else None
         if work is not None and not _is_inside(work, Path(cfg.run_dir)):
             raise MinitronError(f"recipe.stages.{name}.work: expected a folder inside {cfg.run_dir}, found {work}")
         inputs, outputs = (tuple(node.get(key) or ()) for key in ("inputs", "outputs"))
         inputs += tuple(config.get("extensions") or ())
-        stages[name] = Stage(name, node.command, config, inputs, outputs, work)
+        stages[name] = Stage(name, node["command"], config, inputs, outputs, work)
     for role, path in (recipe.get("roles") or {}).items():
         if role not in ROLES:
             raise MinitronError(f"recipe.roles: expected {', '.join(ROLES)}, found '{role}' ({path})")
     return stages
 
 
-def _stage_config(node: DictConfig, cfg: DictConfig) -> DictConfig:
+def _stage_config(node: Mapping[str, Any], cfg: RunConfig) -> dict[str, Any]:
     """A stage's own keys; the extensions of the run are those of every stage that takes some."""
-    config = cast(DictConfig, OmegaConf.create({**(node.get("config") or {})}))
-    if cfg.get("extensions") and any(item.name == "extensions" for item in fields(COMMANDS[node.command])):
+    config = {**(node.get("config") or {})}
+    if cfg.extensions and any(item.name == "extensions" for item in fields(COMMANDS[node["command"]])):
         config["extensions"] = [*cfg.extensions, *(config.get("extensions") or [])]
     return config
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from nemo_minitron.config.keys import SEED
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import lifeline
 from nemo_minitron.jobs.processes import place, slurm_rendezvous
@@ -182,7 +183,7 @@ def check_world_size(tensor_parallel: int = 1, pipeline_parallel: int = 1) -> No
         )
 
 
-def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = 1234) -> None:
+def init_distributed(tensor_parallel: int = 1, pipeline_parallel: int = 1, seed: int = SEED) -> None:
     """Initialise torch.distributed (NCCL or gloo) and Megatron's groups, before any model is built.
 
     Megatron-Core's local modules look up real process groups while they are built, earlier than NeMo's

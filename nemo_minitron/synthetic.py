@@ -13,6 +13,7 @@ import torch
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
 from nemo_minitron.checkpoint.hf import HfWriter
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
+from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import EMBEDDING, FC2_WEIGHT, OUTPUT, PROJ_WEIGHT, Parameter, parameters
 from nemo_minitron.model.shape import ModelShape
@@ -28,7 +29,7 @@ def make_llama(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tokenizer_texts: Iterable[str] | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = ConvertConfig.max_shard_size,
 ) -> Path:
     """Write a random model of ``shape`` and a byte-level BPE tokenizer of exactly V entries; return ``folder``.
 

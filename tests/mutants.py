@@ -395,7 +395,7 @@ MUTANTS = [
         "search/test_space.py::test_blocks_hold_every_shape_once",
     ),
     Mutant(
-        "search/space.py",
+        "search/scan.py",
         'self.costs["num_parameters"], self.loss))',
         'self.loss, self.costs["num_parameters"]))',
         "search/test_space.py::test_scan_agrees_with_one_shape_at_a_time",

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 import types
+from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from nemo_minitron import __version__, cli
 from nemo_minitron.config.keys import keys
-from nemo_minitron.config.schema import COMMANDS
+from nemo_minitron.config.schema import COMMANDS, ConvertConfig
+from nemo_minitron.config.sections import Tokenizer
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import launch
 from nemo_minitron.jobs.processes import Place, place, slurm_rendezvous
@@ -23,7 +25,7 @@ from nemo_minitron.jobs.processes import Place, place, slurm_rendezvous
 @pytest.fixture
 def stage(monkeypatch):
     """Stand in for a stage module; the configs it was given."""
-    calls: list[DictConfig] = []
+    calls: list[Any] = []
 
     def install(command: str, run=calls.append):
         monkeypatch.setitem(sys.modules, f"nemo_minitron.stages.{command}", types.SimpleNamespace(run=run))
@@ -173,6 +175,7 @@ def test_defects_keep_their_traceback(stage):
 def test_dispatch_gives_the_stage_its_checked_config(stage):
     calls = stage("convert")
     assert cli.main([*CONVERT, "precision=bf16"]) == 0
+    assert isinstance(calls[0], ConvertConfig) and isinstance(calls[0].tokenizer, Tokenizer)
     assert calls[0].precision == "bf16" and calls[0].verify is False
 
 
@@ -230,7 +233,7 @@ def test_under_a_launcher_the_stage_runs_here_on_its_grid(stage, launched, monke
         monkeypatch.setenv(name, value)
     assert place() == Place(rank=9, local_rank=1, world_size=16, local_world_size=8)
     assert cli.main([*EVALUATE, *asked]) == 0
-    assert (calls[0].trainer.devices, calls[0].trainer.num_nodes) == (8, 2) and not launched
+    assert (calls[0].trainer["devices"], calls[0].trainer["num_nodes"]) == (8, 2) and not launched
 
 
 @LAUNCHERS
@@ -272,7 +275,7 @@ def test_auto_devices_without_cuda_is_one_process(stage, launched, monkeypatch):
     calls = stage("evaluate")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cli.main([*EVALUATE, "trainer.devices=auto"]) == 0
-    assert calls[0].trainer.devices == 1
+    assert calls[0].trainer["devices"] == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert cli.main([*EVALUATE, "trainer.devices=-1"]) == 7
     assert launched[0][0] == 4

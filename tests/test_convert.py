@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
+from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.convert import compare, convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import FC1_WEIGHT, FC2_WEIGHT
@@ -206,8 +207,7 @@ def test_tokenizer_travels_inside(llama, tmp_path, monkeypatch):
 
 
 def test_stage(llama, tmp_path):
-    cfg = OmegaConf.create({"input_name_or_path": str(llama), "output_path": str(tmp_path / "deep/er/m.nemo")})
-    stage.run(cfg)
+    stage.run(ConvertConfig(input_name_or_path=str(llama), output_path=str(tmp_path / "deep/er/m.nemo")))
     with NemoReader(tmp_path / "deep/er/m.nemo") as reader:
         assert reader.shape == GQA
 

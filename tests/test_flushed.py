@@ -188,7 +188,7 @@ INSIDE_A_STAGING = {
     "data/preprocess.py",
     "report/page.py",
     "importance/scores.py",  # into the folder that its caller stages
-    "stages/prune.py",
+    "prune/student.py",
     "synthetic.py",
 }
 NO_OUTPUT = {

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_minitron import recipe
-from nemo_minitron.config.compose import compose, group_options
+from nemo_minitron.config.compose import compose, configure, group_options
 from nemo_minitron.errors import MinitronError
 
 METRICS = {
@@ -91,7 +91,7 @@ class Demo:
 
     def __call__(self, *overrides: str) -> list[str]:
         self.ran = []
-        cfg = compose("run", [f"recipe={self.folder}/demo.yaml", f"run_dir={self.run_dir}", *overrides])
+        cfg = configure("run", [f"recipe={self.folder}/demo.yaml", f"run_dir={self.run_dir}", *overrides])
         recipe.run(cfg, compose)
         return self.ran
 
@@ -161,10 +161,10 @@ def test_the_recipe_and_the_versions_are_kept(demo):
     record = json.loads((demo.run_dir / ".stages" / "second.json").read_text())
     assert record["versions"]["torch"] == metadata.version("torch") and "nemo_minitron" in record["versions"]
     kept = demo.run_dir / "recipe.yaml"
-    cfg = compose("run", [f"recipe={kept}", f"run_dir={demo.run_dir}"])
+    cfg = configure("run", [f"recipe={kept}", f"run_dir={demo.run_dir}"])
     demo.ran = []
     recipe.run(cfg, compose)
-    assert demo.ran == [] and cfg.recipe.settings.precision == "bf16"
+    assert demo.ran == [] and cfg.recipe["settings"]["precision"] == "bf16"
 
 
 def test_another_version_of_the_package_runs_again(demo, monkeypatch):
@@ -279,15 +279,15 @@ def test_shipped_recipes_fit_together(name, tmp_path):
     """Every stage's config is valid, and what a stage reads is given or written by an earlier one."""
     source = tmp_path / "given"
     overrides = [] if name == "tiny" else [f"recipe.settings.source={source}"]
-    cfg = compose("run", [f"recipe={name}", f"run_dir={tmp_path}/run", *overrides])
-    assert cfg.recipe.name == name and cfg.recipe.description
+    cfg = configure("run", [f"recipe={name}", f"run_dir={tmp_path}/run", *overrides])
+    assert cfg.recipe["name"] == name and cfg.recipe["description"]
     written = {str(source), f"{tmp_path}/run/recipe.yaml"}
     for stage in recipe.load_stages(cfg, compose).values():
         for pattern in stage.inputs:
             prefix = pattern.partition("*")[0]
             assert any(path.startswith(prefix) for path in written), f"{stage.name} reads {pattern}"
         written |= set(stage.outputs)
-    assert set(cfg.recipe.roles.values()) <= written
+    assert set(cfg.recipe["roles"].values()) <= written
 
 
 def test_smollm2_keeps_71_percent():

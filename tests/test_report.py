@@ -17,7 +17,7 @@ import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from nemo_minitron.config.compose import compose
+from nemo_minitron.config.compose import configure
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
@@ -500,7 +500,7 @@ def test_without_tokens_steps_are_counted(folder):
 
 
 def run_command(*overrides: str) -> None:
-    report.run(compose("report", list(overrides)))
+    report.run(configure("report", list(overrides)))
 
 
 def test_the_command_writes_both_pages_into_the_run(folder, capsys):

@@ -20,6 +20,7 @@ from nemo_minitron.checkpoint.hf_config import dtype_name, hf_config_from_shape,
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_file import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
+from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing, Staging
 from nemo_minitron.files.text import JSON_LIMIT, parse_json
@@ -325,7 +326,7 @@ class HfWriter(AllOrNothing):
         tokenizer: Path | None = None,
         without_tokenizer: str = "",
         token_ids: Mapping[str, int | None] | None = None,
-        max_shard_size: int | str = "5GB",
+        max_shard_size: int | str = ConvertConfig.max_shard_size,
         check: Callable[[Path], None] | None = None,
     ) -> None:
         self.destination, self.shape, self.dtype = Path(folder), shape, dtype

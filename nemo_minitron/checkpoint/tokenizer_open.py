@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.config.sections import TOKENIZER_LIBRARIES, Tokenizer
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
 from nemo_minitron.jobs.processes import notice
@@ -132,8 +133,8 @@ def asked_for(asked: Mapping[str, Any] | None, key: str) -> dict[str, str]:
     if asked is not None and not isinstance(asked, Mapping):
         raise MinitronError(f"{key} must be a section with type or model, found {asked!r:.80}")
     given = {name: value for name, value in (asked or {}).items() if value not in (None, "", False)}
-    library = str(given.pop("library", "huggingface"))
-    if library not in ("huggingface", "sentencepiece"):
+    library = str(given.pop("library", Tokenizer.library))
+    if library not in TOKENIZER_LIBRARIES:
         raise MinitronError(f"{key}.library must be huggingface or sentencepiece, found {library!r:.80}")
     for name in given.keys() - {"type", "model", "use_fast", "sentencepiece_legacy"}:
         raise MinitronError(

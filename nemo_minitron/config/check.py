@@ -81,6 +81,16 @@ def typed(schema: type, cfg: DictConfig) -> DictConfig:
     return plain
 
 
+def instance(schema: type, cfg: DictConfig) -> Any:
+    """The dataclass ``schema`` with the values of ``cfg``, a composed and resolved config.
+
+    Sections of ours are dataclasses of their own, those of NeMo and Lightning plain mappings. Top-level keys that are
+    not the command's (:data:`nemo_minitron.config.schema.STRAY`, ``cluster``) are left out.
+    """
+    names = [item.name for item in dataclasses.fields(schema) if item.name in cfg]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.masked_copy(cfg, names)))
+
+
 def to_plain(cfg: Any) -> DictConfig:
     """An untyped copy, interpolations kept."""
     return cast(DictConfig, OmegaConf.create(OmegaConf.to_container(cfg, resolve=False)))

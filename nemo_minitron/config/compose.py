@@ -96,15 +96,7 @@ def compose(
             f"cluster: `minitron {command}` is not submitted itself, as its stages need different machines; submit the "
             "stages one by one with +cluster=slurm, or start it inside an allocation (salloc, sbatch --wrap)"
         )
-    cfg = _load(command, Source())
-    if source.names_a_file(command):
-        found = _load(source.name or command, source)
-        check.refuse_unknown(found, tree, where=f"config '{source.name or command}'")
-        cfg = _merge(cfg, found)
-    if config:
-        mapping = cast(DictConfig, OmegaConf.create(dict(config)))
-        check.refuse_unknown(mapping, tree)
-        cfg = _merge(cfg, mapping)
+    cfg = _base(command, source, config, tree)
     for override in groups:
         check.refuse_unknown_path(override.key_or_group, tree, cfg)
         cfg = _merge(cfg, _load_group(override, source))
@@ -114,19 +106,49 @@ def compose(
         _apply(cfg, override, tree)
     check.refuse_unknown(cfg, tree)
     _load_extensions(cfg)
+    plain = _typed(command, cfg)
+    if complete:
+        _complete(command, plain)
+    return plain
+
+
+def configure(command: str, overrides: Sequence[str] = (), source: Source | None = None) -> Any:
+    """The command's own dataclass (:data:`nemo_minitron.config.schema.COMMANDS`), filled by :func:`compose`."""
+    return check.instance(COMMANDS[command], compose(command, overrides, source))
+
+
+def _base(command: str, source: Source, config: Mapping[str, Any] | None, tree: Tree) -> DictConfig:
+    """The command's defaults, the file that ``source`` names and the mapping ``config``, one over the other."""
+    cfg = _load(command, Source())
+    if source.names_a_file(command):
+        found = _load(source.name or command, source)
+        check.refuse_unknown(found, tree, where=f"config '{source.name or command}'")
+        cfg = _merge(cfg, found)
+    if config:
+        mapping = cast(DictConfig, OmegaConf.create(dict(config)))
+        check.refuse_unknown(mapping, tree)
+        cfg = _merge(cfg, mapping)
+    return cfg
+
+
+def _typed(command: str, cfg: DictConfig) -> DictConfig:
+    """``cfg`` over the schema's defaults, types and choices checked; top-level strays of NeMo's files as they are."""
     stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command not in JOURNEYS and name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
     if "cluster" in stray:
         stray |= check.typed(WithCluster, OmegaConf.masked_copy(cfg, "cluster"))
     for name, node in stray.items():
         plain[name] = node
-    if complete:
-        if missing := check.missing(plain):
-            options = "".join(f"; {name} is one of {', '.join(o)}" for name in missing if (o := group_options(name)))
-            raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
-        check.resolve(plain)
-        check_values(command, cast(dict, OmegaConf.to_container(plain)))
     return plain
+
+
+def _complete(command: str, plain: DictConfig) -> None:
+    """Require every mandatory key, resolve interpolations in place and check the values of foreign keys."""
+    if missing := check.missing(plain):
+        options = "".join(f"; {name} is one of {', '.join(o)}" for name in missing if (o := group_options(name)))
+        raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
+    check.resolve(plain)
+    check_values(command, cast(dict, OmegaConf.to_container(plain)))
 
 
 def _load_extensions(cfg: DictConfig) -> None:

@@ -11,6 +11,9 @@ from nemo_minitron.config.nemo_keys import Tree
 
 REQUIRED = "???"
 
+SEED = 1234
+"""Of everything random, where a config says no other."""
+
 
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 

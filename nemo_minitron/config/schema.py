@@ -11,9 +11,12 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.config.keys import REQUIRED, key, known, section
+from nemo_minitron.config.keys import REQUIRED, SEED, key, known, section
 from nemo_minitron.config.nemo_keys import EXP_MANAGER, INFERENCE, MODEL, S3_CHECKPOINTING, TRAINER, Tree
 from nemo_minitron.config.sections import (
+    DOCUMENTS,
+    HELDOUT_PARTS,
+    ON_BAD_RECORD,
     Budget,
     Calibration,
     Dataset,
@@ -68,13 +71,13 @@ class PreprocessConfig:
     )
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
     json_keys: list[str] = key(["text"], "fields of a record that hold text; meta.text is text inside of meta")
-    on_bad_record: str = key("stop", "what a record that cannot be read or tokenized does", ("stop", "skip"))
+    on_bad_record: str = key("stop", "what a record that cannot be read or tokenized does", ON_BAD_RECORD)
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
     dataset: Dataset = section(Dataset, "which part of a data set")
-    document: str = key("article", "what becomes one document", ("article", "line", "file"))
+    document: str = key("article", "what becomes one document", DOCUMENTS)
     append_eod: bool = key(True, "end every document with the end-of-text token")
     heldout_every: int | None = key(None, "hold every n-th document out")
-    heldout_part: str = key("train", "which side of it to write", ("train", "heldout"))
+    heldout_part: str = key("train", "which side of it to write", HELDOUT_PARTS)
     workers: int = key(1, "tokenizing processes")
     apply_ftfy: bool = key(False, "repair broken unicode first")
 
@@ -85,7 +88,7 @@ class SynthesizeConfig:
 
     output_path: str = key(REQUIRED, "HF folder to write")
     model: dict[str, Any] = known(MODEL, "shape of the model; choose one with model=NAME")
-    seed: int = key(1234, "seed of the weights")
+    seed: int = key(SEED, "seed of the weights")
 
 
 @dataclass
@@ -100,7 +103,7 @@ class FinetuneConfig:
     model: dict[str, Any] = _nemo()
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
-    seed: int = key(1234, "seed of everything random")
+    seed: int = key(SEED, "seed of everything random")
     extensions: list[str] = _extensions()
 
 
@@ -133,7 +136,7 @@ class SearchConfig:
     distill: Distill = section(Distill, "the loss of the distillation")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, of every stage")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager, of the distillations")
-    seed: int = key(1234, "seed of everything random")
+    seed: int = key(SEED, "seed of everything random")
     extensions: list[str] = _extensions()
 
 
@@ -151,7 +154,7 @@ class PruneConfig:
     export: Export = section(Export, "what to write")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments, for computing scores")
     inference: dict[str, Any] = known(INFERENCE, "of NeMo's own pruning config; accepted and not used")
-    seed: int = key(1234, "seed of the calibration data")
+    seed: int = key(SEED, "seed of the calibration data")
     extensions: list[str] = _extensions()
 
 
@@ -168,7 +171,7 @@ class DistillConfig:
     distill: Distill = section(Distill, "the loss")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")
-    seed: int = key(1234, "seed of everything random")
+    seed: int = key(SEED, "seed of everything random")
     extensions: list[str] = _extensions()
 
 
@@ -186,7 +189,7 @@ class EvaluateConfig:
     evaluate: Evaluate = section(Evaluate, "what to measure")
     output_path: str = key(REQUIRED, "JSON file to write")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
-    seed: int = key(1234, "seed of everything random")
+    seed: int = key(SEED, "seed of everything random")
     extensions: list[str] = _extensions()
 
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.config.keys import REQUIRED, key, known, section
+from nemo_minitron.config.keys import REQUIRED, SEED, key, known, section
+from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
 from nemo_minitron.registry import LOSSES
+
+TOKENIZER_LIBRARIES = ("huggingface", "sentencepiece")
+ON_BAD_RECORD = ("stop", "skip")
+DOCUMENTS = ("article", "line", "file")
+"""What becomes one document of a text (:class:`nemo_minitron.data.sources.Source`)."""
+HELDOUT_PARTS = ("train", "heldout")
+HIDDEN_LOSSES = ("cosine", "mse")
+"""Distances between hidden states (:mod:`nemo_minitron.distill.hidden`)."""
 
 
 @dataclass
 class Tokenizer:
-    library: str = key("huggingface", "tokenizer family, as NeMo names it", ("huggingface", "sentencepiece"))
+    library: str = key("huggingface", "tokenizer family, as NeMo names it", TOKENIZER_LIBRARIES)
     type: str | None = key(None, "HF tokenizer: its name, a folder, or a .nemo that holds one")
     model: str | None = key(None, "SentencePiece tokenizer.model file")
     split_special_tokens: bool = key(False, "take <|endoftext|> and the like in a text as text, not as control tokens")
@@ -31,12 +40,12 @@ class Dataset:
 class Calibration:
     data_prefix: Any = key(None, "preprocessed .bin/.idx prefix, or a weighted list of them as NeMo takes")
     path: str | None = key(None, "text instead of a prefix, as preprocess.input, tokenized with the model's tokenizer")
-    on_bad_record: str = key("stop", "of calibration.path: as preprocess has it", ("stop", "skip"))
+    on_bad_record: str = key("stop", "of calibration.path: as preprocess has it", ON_BAD_RECORD)
     split_special_tokens: bool = key(False, "of calibration.path: as preprocess's tokenizer.split_special_tokens")
     num_samples: int = key(1024, "token blocks drawn, shuffled, without padding")
     seq_length: int | None = key(None, "tokens per block; the model's own length when null")
     micro_batch_size: int = key(1, "blocks per forward pass")
-    seed: int = key(1234, "seed of the drawing")
+    seed: int = key(SEED, "seed of the drawing")
     reconstruction: bool = key(True, "also rank units by what is lost once the others are re-solved; for compensation")
     reconstruction_tokens: int = key(65536, "tokens that serve for that and are kept for compensation")
     own_samples: int = key(
@@ -60,7 +69,7 @@ class Prune:
     layer_selection: str = key(
         "block_influence",
         "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
-        ("block_influence", "contiguous", "leave_one_out", "contiguous_loss", "greedy", "beam"),
+        tuple(LAYER_SELECTIONS),
     )
     layer_tokens: int = key(4096, "calibration tokens on which layers are chosen by loss")
     beam_width: int = key(3, "of prune.layer_selection=beam: sets of layers that are kept at every size")
@@ -96,7 +105,7 @@ class Distill:
     jsd_beta: float = key(0.5, "of distill.loss=jsd: the teacher's share of the mixture; near 0 it is forward_kl")
     top_k: int = key(64, "of distill.loss=topk: the teacher's likeliest tokens; all others share one bucket")
     hidden_pairs: list[Any] = key([], "[student layer, teacher layer] pairs whose outputs are to agree, 1-indexed")
-    hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", ("cosine", "mse"))
+    hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", HIDDEN_LOSSES)
     hidden_weight: float = key(1.0, "weight of the sum over distill.hidden_pairs")
     teacher_cache: str | None = key(None, "folder of the teacher's top-k answers (distill.loss=topk): written once")
     loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 896 on GPU, else 384")
@@ -167,7 +176,7 @@ class Search:
     layer_selection: str = key(
         "block_influence",
         "how layers are chosen; greedy: by one search by loss, which also predicts what depth costs",
-        ("block_influence", "contiguous", "greedy"),
+        tuple(name for name, selection in LAYER_SELECTIONS.items() if selection.in_search),
     )
     layer_tokens: int = key(4096, "calibration tokens of search.layer_selection=greedy")
     compensate: bool | None = key(None, "as prune.compensate")

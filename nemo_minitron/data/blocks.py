@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemo_minitron.config.keys import SEED
+from nemo_minitron.config.sections import Calibration
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import check_range, data_fingerprint, open_tokens, token_files
@@ -26,7 +28,7 @@ def token_blocks(
     seq_length: int,
     *,
     num_samples: int | None = None,
-    seed: int = 1234,
+    seed: int = SEED,
     shuffle: bool = True,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
@@ -167,10 +169,10 @@ def text_blocks(
     seq_length: int,
     *,
     num_samples: int | None = None,
-    seed: int = 1234,
+    seed: int = SEED,
     shuffle: bool = True,
     vocab_size: int | None = None,
-    on_bad_record: str = "stop",
+    on_bad_record: str = Calibration.on_bad_record,
 ) -> tuple[torch.Tensor, str]:
     """Blocks as :func:`token_blocks` gives them, straight from text, and the :func:`data_fingerprint` of its tokens.
 

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nemo_minitron.config.schema import PreprocessConfig
+from nemo_minitron.config.sections import ON_BAD_RECORD, Tokenizer
 from nemo_minitron.data.readers import Row, not_unicode
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.files.text import one_line, read_json
 from nemo_minitron.jobs import lifeline
-
-ON_BAD_RECORD = ("stop", "skip")
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_DOCUMENTS = 256
@@ -33,15 +33,15 @@ def preprocess(
     input: str | Path | Source,
     output_prefix: str | Path,
     *,
-    tokenizer_library: str = "huggingface",
+    tokenizer_library: str = Tokenizer.library,
     tokenizer_type: str | None = None,
     tokenizer_model: str | None = None,
     json_keys: Sequence[str] = ("text",),
-    append_eod: bool = True,
-    workers: int = 1,
-    apply_ftfy: bool = False,
-    split_special_tokens: bool = False,
-    on_bad_record: str = "stop",
+    append_eod: bool = PreprocessConfig.append_eod,
+    workers: int = PreprocessConfig.workers,
+    apply_ftfy: bool = PreprocessConfig.apply_ftfy,
+    split_special_tokens: bool = Tokenizer.split_special_tokens,
+    on_bad_record: str = PreprocessConfig.on_bad_record,
     progress: bool = False,
 ) -> list[Path]:
     """Tokenize documents into ``<output_prefix>_<key>_document.bin`` and ``.idx``, with ``.json`` facts beside them.

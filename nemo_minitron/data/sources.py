@@ -6,15 +6,14 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemo_minitron.config.schema import PreprocessConfig
+from nemo_minitron.config.sections import DOCUMENTS, HELDOUT_PARTS
 from nemo_minitron.data import corpora, readers, tables, wikitext
 from nemo_minitron.data.folders import data_files
 from nemo_minitron.data.lines import regular_size
 from nemo_minitron.data.readers import ARROW, CSV, JSONL, LINES, PARQUET, TEXT, Row
 from nemo_minitron.data.tables import SPLITS
 from nemo_minitron.errors import MinitronError, check_choice
-
-DOCUMENTS = ("article", "line", "file")
-PARTS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,15 @@ class Source:
     name: str | None = None
     config: str | None = None
     split: str = "train"
-    document: str = "article"
+    document: str = PreprocessConfig.document
     heldout_every: int | None = None
-    heldout_part: str = "train"
+    heldout_part: str = PreprocessConfig.heldout_part
 
     def __post_init__(self) -> None:
         if not self.input and not self.name:
             raise MinitronError("input must name a file, a folder, a Hugging Face dataset or pydoc_topics; found none")
         check_choice("document", self.document, DOCUMENTS)
-        check_choice("heldout_part", self.heldout_part, PARTS)
+        check_choice("heldout_part", self.heldout_part, HELDOUT_PARTS)
         if self.heldout_every is None and self.heldout_part == "heldout":
             raise MinitronError("heldout_part=heldout needs heldout_every (which documents are held out); found none")
         if self.heldout_every is not None and (not isinstance(self.heldout_every, int) or self.heldout_every < 2):

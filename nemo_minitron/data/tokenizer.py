@@ -17,9 +17,8 @@ from nemo_minitron.checkpoint.tokenizer_open import (
     load_hf,
     load_sentencepiece,
 )
+from nemo_minitron.config import sections
 from nemo_minitron.errors import MinitronError, check_choice
-
-LIBRARIES = ("huggingface", "sentencepiece")
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ class TokenizerSpec:
             sentencepiece, control symbols always are.
     """
 
-    library: str = "huggingface"
+    library: str = sections.Tokenizer.library
     type: str | None = None
     model: str | None = None
-    split_special_tokens: bool = False
+    split_special_tokens: bool = sections.Tokenizer.split_special_tokens
 
     def __post_init__(self) -> None:
-        check_choice("tokenizer.library", self.library, LIBRARIES)
+        check_choice("tokenizer.library", self.library, sections.TOKENIZER_LIBRARIES)
         wanted, unused = ("type", "model") if self.library == "huggingface" else ("model", "type")
         if not getattr(self, wanted):
             hint = "a Hugging Face name, folder or .nemo" if wanted == "type" else "the sentencepiece .model file"

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron import parallel
+from nemo_minitron.config.sections import HIDDEN_LOSSES, Distill
 from nemo_minitron.errors import MinitronError, check_choice
-
-KINDS = ("cosine", "mse")
 
 
 @dataclass(frozen=True)
@@ -32,21 +31,21 @@ class HiddenTerm:
     """
 
     pairs: tuple[tuple[int, int], ...] = ()
-    kind: str = "cosine"
-    weight: float = 1.0
+    kind: str = Distill.hidden_loss
+    weight: float = Distill.hidden_weight
 
     def __post_init__(self) -> None:
-        check_choice("distill.hidden_loss", self.kind, KINDS)
+        check_choice("distill.hidden_loss", self.kind, HIDDEN_LOSSES)
 
     @classmethod
-    def of(cls, distill: Any) -> HiddenTerm:
+    def of(cls, distill: Distill) -> HiddenTerm:
         """From the config's ``distill`` section."""
-        pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in distill.get("hidden_pairs") or []]
+        pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in distill.hidden_pairs]
         if any(len(pair) != 2 or not all(isinstance(n, int) for n in pair) for pair in pairs):
             raise MinitronError(
                 f"distill.hidden_pairs must be a list of [student layer, teacher layer], found {list(pairs)}"
             )
-        return cls(tuple(pairs), str(distill.get("hidden_loss") or "cosine"), float(distill.get("hidden_weight", 1.0)))
+        return cls(tuple(pairs), distill.hidden_loss, distill.hidden_weight)
 
     def check(self, student_layers: int, teacher_layers: int) -> None:
         """Refuse layers that one of the models does not have."""

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError, check_choice
@@ -105,12 +106,12 @@ class Mix:
         MinitronError: a value that is out of range or unknown, or nothing to learn from.
     """
 
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    kd_weight: float = 1.0
-    lm_weight: float = 0.0
-    jsd_beta: float = 0.5
-    top_k: int = 64
+    loss: str = Distill.loss
+    temperature: float = Distill.temperature
+    kd_weight: float = Distill.kd_weight
+    lm_weight: float = Distill.lm_weight
+    jsd_beta: float = Distill.jsd_beta
+    top_k: int = Distill.top_k
 
     def __post_init__(self) -> None:
         check_choice("distill.loss", self.loss, LOSSES.names())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron import runtime
+from nemo_minitron.config.sections import LmEval
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 _DTYPES = {"32": "float32", "bf16": "bfloat16", "16": "float16"}
@@ -83,23 +84,14 @@ def _is_group(path: Path) -> bool:
 
 
 def run_tasks(
-    folder: Path,
-    tasks: Tasks,
-    *,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    batch_size: int = 1,
-    precision: str | int = 32,
-    seed: int = 1234,
-    log_samples: bool = False,
+    folder: Path, tasks: Tasks, options: LmEval, precision: str | int, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Run ``tasks`` on the HF model in ``folder``, on the GPU where there is one.
 
     Args:
-        limit: items of every task, or the share of them if below 1; all of them when None.
+        options: ``num_fewshot``, ``limit``, ``batch_size``; with ``log_samples`` every item is returned.
         precision: 32, bf16 or 16: what the weights are computed in.
         seed: of few-shot examples and of everything random in the harness.
-        log_samples: return every item with its log-likelihoods.
 
     Returns:
         The ``lm_eval`` entry of a ``metrics.json`` (every task's metrics, each with its ``_stderr``), and the items.
@@ -117,11 +109,11 @@ def run_tasks(
             model_args={"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False},
             tasks=list(tasks.names),
             task_manager=tasks.manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_size=batch_size,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            batch_size=options.batch_size,
             device="cuda" if runtime.has_cuda() else "cpu",
-            log_samples=log_samples,
+            log_samples=options.log_samples,
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,
@@ -132,7 +124,7 @@ def run_tasks(
         raise MinitronError(f"evaluate.lm_eval: the harness could not run {', '.join(tasks.names)}: {said}") from error
     assert found is not None  # it is on its rank 0, which this only process is
     gc.collect()
-    return _summary(found, dtype, limit, seed), [
+    return _summary(found, dtype, options.limit, seed), [
         {"task": name, **_item(sample)} for name, items in (found.get("samples") or {}).items() for sample in items
     ]
 

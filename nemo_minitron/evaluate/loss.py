@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel, runtime
+from nemo_minitron.config.sections import Evaluate
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.nemo.scoring import forward_micro_batch, micro_batches
@@ -31,7 +32,9 @@ def facts(shape: ModelShape) -> dict[str, int]:
 
 
 @torch.no_grad()
-def evaluate(model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = 1) -> dict[str, Any]:
+def evaluate(
+    model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = Evaluate.micro_batch_size
+) -> dict[str, Any]:
     """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's cost.
 
     Blocks are unpadded, so every token counts alike. Runs at any TP and PP, data-parallel ranks take every n-th

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.config.sections import Budget
 from nemo_minitron.errors import MinitronError
 
 _SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
@@ -168,7 +169,7 @@ class ModelShape:
         attention = seq_length * self.proj_columns  # QK^T and AV, each s/2 keys on average
         return 2.0 * (self.num_layers * (matmul + attention) + self.hidden_size * self.padded_vocab_size)
 
-    def kv_cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+    def kv_cache_bytes_per_token(self, bytes_per_value: int = Budget.bytes_per_value) -> int:
         """Keys and values of every layer for one token."""
         return 2 * self.num_layers * self.num_query_groups * self.kv_channels * bytes_per_value
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
 from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
@@ -54,7 +55,7 @@ class MinitronDistillModel(MinitronGPTModel):
     @classmethod
     def teacher_path(cls, cfg: DictConfig) -> str | None:
         """``model.kd_teacher_restore_from_path``, without which only a cache can teach."""
-        if cfg.get("distill", {}).get("teacher_cache") is None:
+        if cfg.distill.teacher_cache is None:
             return required(cfg, "model.kd_teacher_restore_from_path")
         return cfg.model.get("kd_teacher_restore_from_path")
 
@@ -76,7 +77,7 @@ class MinitronDistillModel(MinitronGPTModel):
                 asked |= {"tensor_model_parallel_size": 1, "sequence_parallel": False}
             job_config(teacher, asked)
 
-    def set_teacher(self, path: str | Path | None, distill: DictConfig | dict[str, Any]) -> None:
+    def set_teacher(self, path: str | Path | None, distill: Distill) -> None:
         """Load the teacher and check that it can teach this student; with ``distill.teacher_cache`` that waits until
         it is known whether the cache has all answers.
 
@@ -84,11 +85,11 @@ class MinitronDistillModel(MinitronGPTModel):
             MinitronError: vocabularies or tokenizers differ, a key of ``distill`` has a value that cannot be, or
                 what it asks for is not to be had together.
         """
-        self.mix = Mix(**{f.name: distill[f.name] for f in fields(Mix) if f.name in distill})
+        self.mix = Mix(**{item.name: getattr(distill, item.name) for item in fields(Mix)})
         self.hidden_term = HiddenTerm.of(distill)
-        if distill.get("loss_memory_mib") is not None:
-            self.loss_memory_bytes = int(distill["loss_memory_mib"]) << 20
-        cache = distill.get("teacher_cache")
+        if distill.loss_memory_mib is not None:
+            self.loss_memory_bytes = distill.loss_memory_mib << 20
+        cache = distill.teacher_cache
         if self.hidden_term.pairs:
             self._check_hidden_term(cache)
         if cache is not None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from nemo_minitron import parallel
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.nemo import weights
@@ -32,7 +33,7 @@ class KeepBest(Callback):
         record: of a run with checkpoints: told what was written, before the next checkpoint knows of it.
     """
 
-    def __init__(self, path: Path, monitor: str = "val_loss", record: RunRecord | None = None) -> None:
+    def __init__(self, path: Path, monitor: str = Distill.monitor, record: RunRecord | None = None) -> None:
         self.path, self.monitor, self.best, self.record = path, monitor, math.inf, record
         self._saved: dict[str, Any] | None = None
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.distill.fused import TokenLosses, head_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.anywhere import AnywhereGPTModel, HeadlessGPT
@@ -68,8 +69,8 @@ class MinitronGPTModel(AnywhereGPTModel):
             path: what :meth:`teacher_path` returned. run: the run's ``model`` section.
         """
 
-    def set_teacher(self, path: str | Path | None, distill: DictConfig | dict[str, Any]) -> None:
-        """Take what ``distill`` says of the losses, and load the teacher; called once, when the weights are loaded."""
+    def set_teacher(self, path: str | Path | None, distill: Distill) -> None:
+        """Take what ``distill`` says of the losses, and load the teacher; once, after the weights."""
 
     def teacher_outputs(self, batches: list[dict[str, Tensor]]) -> None:
         """Have ready what :meth:`losses` needs for a step's micro-batches; called before the student's schedule runs,

@@ -11,6 +11,7 @@ from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader, known
 from nemo_minitron.checkpoint.nemo_gate import for_model_class
 from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, library_of
+from nemo_minitron.config.keys import SEED
 from nemo_minitron.errors import MinitronError
 
 if TYPE_CHECKING:
@@ -242,7 +243,7 @@ def load_model(
     path = Path(path)
     with NemoReader(path) as reader:
         cfg, grid = job_config(reader, run or {})
-        runtime.init_distributed(*grid, seed=int(cfg.get("seed", 1234) or 1234))
+        runtime.init_distributed(*grid, seed=int(cfg.get("seed") or SEED))
         from nemo_minitron.nemo.model import MinitronGPTModel
 
         model = (cls or MinitronGPTModel)(cfg, trainer)

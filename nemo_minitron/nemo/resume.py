@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.run_record import RunRecord, content_of
+from nemo_minitron.values.trainer import MONITOR
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -58,7 +59,7 @@ def name_checkpoints(manager: DictConfig) -> None:
         return
     name = params.get("filename")
     if name is None:
-        monitor = params.get("monitor") or "val_loss"
+        monitor = params.get("monitor") or MONITOR
         params.filename = f"{manager.get('name') or 'default'}--{{{monitor}:.2f}}-{{step}}-{{consumed_samples}}"
     elif "{step" not in str(name):
         raise MinitronError(

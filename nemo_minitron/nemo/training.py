@@ -3,6 +3,7 @@ differ in the model class alone."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
+from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.data.splits import check_splits
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
 
 
-def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss") -> MinitronGPTModel | None:
+def train(
+    config: FinetuneConfig | DistillConfig, cls: type[MinitronGPTModel], monitor: str = Distill.monitor
+) -> MinitronGPTModel | None:
     """Run one training from a command's full config and return the trained model; None where it is done already.
 
     Logs every named loss to TensorBoard and CSV under the experiment's folder. A run is resumed from its last
@@ -45,7 +50,7 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
             vocabulary, or a loss that is not finite.
     """
     runtime.prepare()
-    cfg = settle(cfg)
+    cfg = settle(OmegaConf.create(dataclasses.asdict(config)))
     source, keep = required(cfg, "model.restore_from_path"), KeepBest(Path(required(cfg, "model.nemo_path")), monitor)
     model_cfg = _model_section(cfg)
     teacher = cls.teacher_path(cfg)
@@ -76,7 +81,8 @@ def train(cfg: DictConfig, cls: type[MinitronGPTModel], monitor: str = "val_loss
     model = load_model(source, trainer, model_cfg, cls)
     model.data_contents = contents
     check_tokens(model, prefixes, "model.data.data_prefix")
-    model.set_teacher(teacher, cfg.get("distill", {}))
+    if isinstance(config, DistillConfig):
+        model.set_teacher(teacher, config.distill)
     if start.step == trainer.max_steps:
         trainer.fit_loop = FinishLoop(trainer, keep)
     trainer.fit(model)
@@ -88,7 +94,7 @@ def _model_section(cfg: DictConfig) -> DictConfig:
     """The run's ``model`` section, with its seed and precision."""
     model_cfg = plain(cfg.model)
     with open_dict(model_cfg):
-        model_cfg.seed = cfg.get("seed", 1234)
+        model_cfg.seed = cfg.seed
         model_cfg.precision = cfg.trainer.get("precision", 32)
     if model_cfg.seed < 1:
         raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")

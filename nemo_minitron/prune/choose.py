@@ -12,20 +12,19 @@ take the noise, could still be read either way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
+from nemo_minitron.config.sections import Prune
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS, Compensation, Indices, Plan
 
 TIE = 1e-6
-SELECTIONS = ("block_influence", "contiguous")
-LOSS_SELECTIONS = ("leave_one_out", "contiguous_loss", "greedy", "beam")
-"""Ways to choose layers from scores, and by running the model without them (nemo_minitron.importance.layer_loss)."""
 
 
 class ScoreArrays(Protocol):
@@ -49,12 +48,12 @@ def target_shape(
     shape: ModelShape,
     target: Mapping[str, int | None],
     drop_layers: Sequence[int] | None = None,
-    layer_selection: str = "block_influence",
+    layer_selection: str = Prune.layer_selection,
 ) -> ModelShape:
     """Shape that a request leads to, refusing impossible ones; needs no scores. See :func:`make_plan`."""
     wanted = _check_target(shape, target)
     dropped = _check_drop_layers(shape, wanted, drop_layers)
-    check_choice("prune.layer_selection", layer_selection, (*SELECTIONS, *LOSS_SELECTIONS))
+    check_choice("prune.layer_selection", layer_selection, LAYER_SELECTIONS)
     if not wanted and not dropped:
         keys = ", ".join(f"prune.{name}" for name in (*TARGETS, "drop_layers"))
         raise MinitronError(f"prune: nothing requested; set at least one of {keys}")
@@ -104,7 +103,7 @@ def make_plan(
     target: Mapping[str, int | None],
     *,
     drop_layers: Sequence[int] | None = None,
-    layer_selection: str = "block_influence",
+    layer_selection: str = Prune.layer_selection,
     source_fingerprint: str,
     compensation: Compensation | None = None,
     ranking: str | None = None,
@@ -132,9 +131,9 @@ def make_plan(
     if drop_layers:
         layers = tuple(layer for layer in layers if layer + 1 not in drop_layers)
     elif new.num_layers < shape.num_layers:
-        if layer_selection in LOSS_SELECTIONS:
+        if LAYER_SELECTIONS[layer_selection].by_loss:
             raise ValueError(f"layer_selection={layer_selection}: the layers must be chosen before and be given")
-        layers = _choose_layers(shape, scores, new.num_layers, layer_selection)
+        layers = BY_SCORES[layer_selection](shape, scores, new.num_layers)
     plan = Plan.identity(shape.replace(num_layers=len(layers)), source_fingerprint)
     hidden, ffn, groups, heads = plan.hidden, plan.ffn, plan.groups, plan.heads
     if new.hidden_size < shape.hidden_size:
@@ -154,40 +153,41 @@ def make_plan(
     return Plan(source_fingerprint, shape, new, layers, hidden, ffn, groups, heads, compensation, made_by)
 
 
-def plan_from_scores(shape: ModelShape, fingerprint: str, options: dict[str, Any], scores: Scores | None) -> Plan:
-    """The plan that the keys of ``prune`` in ``options`` ask for; no weights are needed.
+def targets_of(prune: Prune) -> dict[str, int | None]:
+    """Sizes that a ``prune`` section asks for, by the names of ``TARGETS``; None where nothing is said."""
+    return {name: getattr(prune, name) for name in TARGETS}
+
+
+def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: Scores | None) -> Plan:
+    """The plan that a ``prune`` section asks for; no weights are needed.
 
     Args:
-        fingerprint: of the weights of the source. options: with layers named in ``drop_layers`` where they are chosen
-            by loss.
+        fingerprint: of the weights of the source.
+        prune: with layers named in ``drop_layers`` where they are chosen by loss.
 
     Raises:
         MinitronError: as :func:`make_plan`; ``prune.rotate`` where nothing can be rotated.
     """
     tokens = None if scores is None else scores.tokens_fingerprint()
-    compensate = options.get("compensate")
     ranked = scores is not None and "reconstruction" in scores.rankings
     turnable = scores is not None and scores.stream_moment is not None
-    narrower = (options.get("hidden_size") or shape.hidden_size) < shape.hidden_size
-    rotate = options.get("rotate")
-    if rotate and not (turnable and narrower and tokens is not None and compensate is not False):
+    narrower = (prune.hidden_size or shape.hidden_size) < shape.hidden_size
+    if prune.rotate and not (turnable and narrower and tokens is not None and prune.compensate is not False):
         raise MinitronError(
             "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
         )
     compensation = None
-    if tokens is not None and compensate is not False:
-        compensation = Compensation(tokens, rotate=turnable and narrower and rotate is not False, rescale=True)
-    ranking = options.get("ranking") or ("reconstruction" if compensation and ranked else "minitron")
-    target = {name: options.get(name) for name in TARGETS}
-    drop_layers = options.get("drop_layers")
-    selection = options.get("layer_selection") or "block_influence"
-    axes = ranked_axes(shape, target_shape(shape, target, drop_layers, selection))
+    if tokens is not None and prune.compensate is not False:
+        compensation = Compensation(tokens, rotate=turnable and narrower and prune.rotate is not False, rescale=True)
+    ranking = prune.ranking or ("reconstruction" if compensation and ranked else "minitron")
+    target = targets_of(prune)
+    axes = ranked_axes(shape, target_shape(shape, target, prune.drop_layers, prune.layer_selection))
     return make_plan(
         shape,
         None if scores is None else scores.ranked_by(ranking, axes),
         target,
-        drop_layers=drop_layers,
-        layer_selection=selection,
+        drop_layers=prune.drop_layers,
+        layer_selection=prune.layer_selection,
         source_fingerprint=fingerprint,
         compensation=compensation,
         ranking=ranking,
@@ -249,16 +249,26 @@ def _check_drop_layers(
     return dropped
 
 
-def _choose_layers(shape: ModelShape, scores: ScoreArrays | None, count: int, selection: str) -> Indices:
-    """Kept layers when only their number was asked for."""
+def _most_influential(shape: ModelShape, scores: ScoreArrays | None, count: int) -> Indices:
+    """Kept layers: all but those of lowest Block Influence."""
+    return keep_top(_array(scores, "block_influence", (shape.num_layers,)), count)
+
+
+def _around_one_block(shape: ModelShape, scores: ScoreArrays | None, count: int) -> Indices:
+    """Kept layers: all but the one block of consecutive layers whose output is nearest in cosine to its input."""
     total = shape.num_layers
-    if selection == "block_influence":
-        return keep_top(_array(scores, "block_influence", (total,)), count)
     cosine = _array(scores, "residual_cosine", (total + 1, total + 1))
     block = total - count
     distance = 1.0 - np.array([cosine[first, first + block] for first in range(count + 1)])
     (first,) = keep_top(-distance, 1)
     return tuple(layer for layer in range(total) if not first <= layer < first + block)
+
+
+BY_SCORES: dict[str, Callable[[ModelShape, ScoreArrays | None, int], Indices]] = {
+    "block_influence": _most_influential,
+    "contiguous": _around_one_block,
+}
+"""What each way of ``LAYER_SELECTIONS`` that goes by scores keeps where only the number of layers was asked for."""
 
 
 def _choose_heads(

@@ -5,31 +5,45 @@ The ways of choosing are :mod:`nemo_minitron.importance.layer_loss`'s.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.sections import Prune
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance import layer_loss
-from nemo_minitron.importance.layer_loss import Step
+from nemo_minitron.importance.layer_loss import (
+    TRIED,
+    LayerLoss,
+    Removed,
+    Step,
+    contiguous,
+    leave_one_out,
+    search,
+)
 from nemo_minitron.importance.scores import Scores
 
+BY_LOSS: dict[str, Callable[[LayerLoss, int, int], list[Step]]] = {
+    "leave_one_out": lambda losses, count, beam: leave_one_out(losses, count),
+    "contiguous_loss": lambda losses, count, beam: contiguous(losses, count),
+    "greedy": lambda losses, count, beam: search(losses, count),
+    "beam": search,
+}
+"""What each way of ``LAYER_SELECTIONS`` that goes by loss removes, up to ``count`` layers; one heeds ``beam``."""
 
-def drop_by_loss(
-    reader: NemoReader, selection: str, options: dict[str, Any], scores: Scores | None, half: bool
-) -> list[int]:
-    """Layers to drop, 1-indexed, by the loss without them; every process of the job takes part."""
+
+def drop_by_loss(reader: NemoReader, prune: Prune, num_layers: int, scores: Scores | None, half: bool) -> list[int]:
+    """Layers to drop so that ``num_layers`` stay, 1-indexed, by the loss without them; every process takes part."""
     whole, steps = layers_by_loss(
         reader,
-        selection,
-        reader.shape.num_layers - int(options["num_layers"]),
+        prune.layer_selection,
+        reader.shape.num_layers - num_layers,
         scores,
-        tokens=int(options.get("layer_tokens") or 4096),
-        beam=int(options.get("beam_width") or 3) if selection == "beam" else 1,
-        stand_ins=options.get("compensate") is not False,
+        tokens=prune.layer_tokens,
+        beam=prune.beam_width,
+        stand_ins=prune.compensate is not False,
         half=half,
     )
     if runtime.rank() == 0:
@@ -46,7 +60,7 @@ def layers_by_loss(
     scores: Scores | None,
     *,
     tokens: int,
-    beam: int = 1,
+    beam: int = Prune.beam_width,
     stand_ins: bool = True,
     half: bool = False,
     section: str = "prune",
@@ -58,7 +72,9 @@ def layers_by_loss(
     Every process of the job takes part, each with its share of the samples; progress is shown.
 
     Args:
-        selection: one of ``LOSS_SELECTIONS``; the last step is its answer. section: of the keys that errors name.
+        selection: one of ``BY_LOSS``; the last step is its answer.
+        beam: sets that ``beam`` keeps at every size.
+        section: of the keys that errors name.
 
     Raises:
         MinitronError: the scores hold no calibration tokens.
@@ -75,21 +91,22 @@ def layers_by_loss(
     everything = torch.from_numpy(scores.tokens.astype("int64"))
     mine = slice(runtime.rank(), None, parallel.size(world))
     share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
-    total = reader.shape.num_layers
-    sets = {"leave_one_out": total + 1, "contiguous_loss": total - count + 2}.get(
-        selection, 1 + total + (count - 1) * beam * layer_loss.TRIED
-    )
-    sets += int(stand_ins)
-    with tqdm(total=sets * total, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
-        losses = layer_loss.LayerLoss(
+    sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
+    work = sets * reader.shape.num_layers
+    with tqdm(total=work, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
+        losses = LayerLoss(
             reader, share, stand_ins=fitted if stand_ins else None, half=half, group=world, progress=bar.update
         )
-        (whole,) = losses([layer_loss.Removed()])
-        if selection == "leave_one_out":
-            steps = layer_loss.leave_one_out(losses, count)
-        elif selection == "contiguous_loss":
-            steps = layer_loss.contiguous(losses, count)
-        else:
-            steps = layer_loss.search(losses, count, beam)
+        (whole,) = losses([Removed()])
+        steps = BY_LOSS[selection](losses, count, beam)
         bar.total = bar.n
     return whole, steps
+
+
+def _sets(selection: str, layers: int, count: int, beam: int) -> int:
+    """About how many sets of removed layers are run, the empty one included."""
+    if selection == "leave_one_out":
+        return layers + 1
+    if selection == "contiguous_loss":
+        return layers - count + 2
+    return 1 + layers + (count - 1) * TRIED * (beam if selection == "beam" else 1)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,7 @@ class Plan:
             raise MinitronError(f"prune.plan: {where}{error}") from None
 
     @classmethod
-    def _from_document(cls, document: dict[str, Any], shape: ModelShape | None) -> Plan:
+    def _from_document(cls, document: Mapping[str, Any], shape: ModelShape | None) -> Plan:
         keep = document["keep"]
         source = ModelShape.from_dict(document["source"]["shape"])
         if shape is not None:

@@ -64,7 +64,7 @@ def device_name() -> str:
     return f"cpu, {torch.get_num_threads()} threads"
 
 
-def measure(bytes_per_value: int = 2) -> Rates:
+def measure(bytes_per_value: int) -> Rates:
     """Measure the present device; takes a second or two. Best of several repetitions, as other work only slows down.
 
     On CUDA everything is replayed from a captured graph, as serving runtimes decode: what Python needs to start a

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.config.schema import SearchConfig
+from nemo_minitron.config.sections import Prune
+from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.text import read_json
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import plan_from_scores
 from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.recipe import Compose, Records, Stage, run_stage, settled
 from nemo_minitron.report.measures import duration
@@ -35,7 +36,7 @@ class Bench:
     """Makes and measures students of one source.
 
     Args:
-        cfg: a composed ``search`` config with ``model.restore_from_path``. folder: its ``output_path``.
+        cfg: with ``model.restore_from_path``; folder: its ``output_path``.
         scores: that students are made from, ``scores_path`` where they lie. removed: layers to drop (0-based) by
             number of layers dropped, where they are chosen by loss.
 
@@ -45,7 +46,7 @@ class Bench:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: SearchConfig,
         compose: Compose,
         folder: Path,
         records: Records,
@@ -55,12 +56,11 @@ class Bench:
     ) -> None:
         self.cfg, self.compose, self.folder, self.records = cfg, compose, folder, records
         self.scores, self.scores_path, self.removed = scores, scores_path, removed
-        self.teacher = str(cfg.model.restore_from_path)
-        trainer = OmegaConf.to_container(cfg.trainer)
-        self._running = {name: trainer[name] for name in RUNNING if name in trainer}  # type: ignore[operator,call-overload,index]
+        self.teacher = required(cfg, "model.restore_from_path")
+        self._running = {name: cfg.trainer[name] for name in RUNNING if name in cfg.trainer}
         self._grid = {name: cfg.model.get(name) for name in GRID}
         if cfg.model.get("tokenizer") is not None:  # of a teacher that carries none
-            self._grid["tokenizer"] = OmegaConf.to_container(cfg.model.tokenizer, resolve=True)
+            self._grid["tokenizer"] = cfg.model["tokenizer"]
         self._stages: dict[str, Stage] = {}
         self._plans: dict[str, Plan] = {}
 
@@ -145,7 +145,7 @@ class Bench:
         target = self.distilled_path(shape, steps)
         name = f"distill-{target.stem}"
         work = self.folder / "work" / name
-        cfg: Any = OmegaConf.to_container(self.cfg)
+        cfg = dataclasses.asdict(self.cfg)
         config = {
             "model": {
                 **cfg["model"],
@@ -170,10 +170,10 @@ class Bench:
 
     def _seed(self, part: int) -> int:
         """Every round sees other text; all students of a round see the same."""
-        return int(self.cfg.seed) + part - 1
+        return self.cfg.seed + part - 1
 
     def _evaluation(self, key: str, model: str, output: Path) -> Stage:
-        evaluate: Any = OmegaConf.to_container(self.cfg.evaluate)
+        evaluate = dataclasses.asdict(self.cfg.evaluate)
         config = {
             "model": {"restore_from_path": model, **self._grid},
             "evaluate": evaluate,
@@ -195,7 +195,7 @@ class Bench:
     ) -> Stage:
         if name not in self._stages:  # composing takes longer than all else that is done to see what is known
             try:
-                config = self.compose(command, config={**config, "extensions": list(self.cfg.get("extensions") or [])})
+                config = self.compose(command, config={**config, "extensions": self.cfg.extensions})
             except MinitronError as error:
                 raise MinitronError(f"stage '{name}': {error}") from None
             inputs += tuple(config.get("extensions") or ())
@@ -232,24 +232,19 @@ class Table:
         )
 
 
-def plan_of(cfg: DictConfig, scores: Scores, shape: ModelShape, removed: Sequence[Sequence[int]] = ()) -> Plan:
+def plan_of(cfg: SearchConfig, scores: Scores, shape: ModelShape, removed: Sequence[Sequence[int]] = ()) -> Plan:
     """The plan that ``minitron prune`` would make of these scores for a shape."""
-    from nemo_minitron.prune.choose import plan_from_scores
-
     source = scores.shape
-    options: dict[str, Any] = {
-        name: getattr(shape, name) for name in TARGETS if getattr(shape, name) != getattr(source, name)
-    }
-    if "num_query_groups" in options:
-        options["num_attention_heads"] = shape.num_attention_heads
+    sizes = {name: getattr(shape, name) for name in TARGETS if getattr(shape, name) != getattr(source, name)}
+    if "num_query_groups" in sizes:
+        sizes["num_attention_heads"] = shape.num_attention_heads
+    prune = Prune(**sizes, compensate=cfg.search.compensate)
     count = source.num_layers - shape.num_layers
     if count and removed:
-        options["drop_layers"] = [layer + 1 for layer in removed[count]]
+        prune.drop_layers = [layer + 1 for layer in removed[count]]
     else:
-        options["layer_selection"] = cfg.search.layer_selection
-    if cfg.search.compensate is not None:
-        options["compensate"] = cfg.search.compensate
-    return plan_from_scores(source, scores.source_fingerprint, options, scores)
+        prune.layer_selection = cfg.search.layer_selection
+    return plan_from_scores(source, scores.source_fingerprint, prune, scores)
 
 
 def write_plan(plan: Plan, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -12,22 +12,34 @@ import yaml
 from nemo_minitron import __version__
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.prune.plan import TARGETS
+from nemo_minitron.search.candidate import Candidate, Outcome
 from nemo_minitron.search.space import count, describe
 
-if TYPE_CHECKING:
-    from nemo_minitron.search.journey import Candidate, Outcome
-
 FORMAT = "nemo_minitron.candidates/1"
+COLOURS = {"searched": "#1e6fb3", "validation": "#5f9e6e", "probe": "#999999", "given": "#b3541e"}
 UNITS = {"num_parameters": "parameters", "memory_gib": "weights and KV cache, GiB", "latency_ms": "decoding step, ms"}
 
 
 def ordered(outcome: Outcome) -> list[Candidate]:
     """Best first: by how far it came, then by the loss there; probes and what is over the budget last."""
 
-    def place(one: Candidate) -> tuple[Any, ...]:
-        outside = one.role == "probe" or (one.role == "given" and one.rank is None)
-        loss = one.distilled[-1] if one.distilled else one.zero_shot if one.zero_shot is not None else one.predicted
-        return (one is not outcome.winner, outside, -len(one.distilled), one.zero_shot is None, loss, one.key)
+    def place(candidate: Candidate) -> tuple[Any, ...]:
+        outside = candidate.role == "probe" or (candidate.role == "given" and candidate.rank is None)
+        loss = (
+            candidate.distilled[-1]
+            if candidate.distilled
+            else candidate.zero_shot
+            if candidate.zero_shot is not None
+            else candidate.predicted
+        )
+        return (
+            candidate is not outcome.winner,
+            outside,
+            -len(candidate.distilled),
+            candidate.zero_shot is None,
+            loss,
+            candidate.key,
+        )
 
     return sorted(outcome.candidates, key=place)
 
@@ -60,26 +72,28 @@ def document(outcome: Outcome, folder: Path) -> str:
         },
         "distilled_steps": [int(total) for total in np.cumsum(outcome.steps)],
         "winner": None if outcome.winner is None else outcome.winner.key,
-        "candidates": [_entry(one, folder) for one in ordered(outcome)],
+        "candidates": [_entry(candidate, folder) for candidate in ordered(outcome)],
     }
     if budget.rates is not None:
         content["budget"]["rates"] = budget.rates.to_dict()
     return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _entry(one: Candidate, folder: Path) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": one.key, "role": one.role}
-    entry |= {name: getattr(one.shape, name) for name in TARGETS}
-    entry |= {name: int(value) if name == "num_parameters" else _round(value) for name, value in one.costs.items()}
-    entry["predicted"] = _round(one.predicted)
-    if one.role == "given":
-        entry["rank"] = one.rank
-    if one.zero_shot is not None:
-        entry["zero_shot"] = _round(one.zero_shot)
-    if one.distilled:
-        entry["distilled"] = [_round(loss) for loss in one.distilled]
-    if one.plan is not None:
-        entry["plan"] = os.path.relpath(one.plan, folder)
+def _entry(candidate: Candidate, folder: Path) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": candidate.key, "role": candidate.role}
+    entry |= {name: getattr(candidate.shape, name) for name in TARGETS}
+    entry |= {
+        name: int(value) if name == "num_parameters" else _round(value) for name, value in candidate.costs.items()
+    }
+    entry["predicted"] = _round(candidate.predicted)
+    if candidate.role == "given":
+        entry["rank"] = candidate.rank
+    if candidate.zero_shot is not None:
+        entry["zero_shot"] = _round(candidate.zero_shot)
+    if candidate.distilled:
+        entry["distilled"] = [_round(loss) for loss in candidate.distilled]
+    if candidate.plan is not None:
+        entry["plan"] = os.path.relpath(candidate.plan, folder)
     return entry
 
 
@@ -90,17 +104,17 @@ def _round(value: float | None) -> float | None:
 def summary(outcome: Outcome, rows: int = 8) -> str:
     """The best candidates as a table."""
     lines = [f"\n{'':<26}{'size':>9}{'GiB':>8}{'ms':>8}{'predicted':>11}{'zero-shot':>11}{'distilled':>11}  role"]
-    for one in ordered(outcome)[:rows]:
+    for candidate in ordered(outcome)[:rows]:
         cells = [
-            count(one.costs["num_parameters"]),
-            f"{one.costs['memory_gib']:.2g}",
-            f"{one.costs['latency_ms']:.3g}" if "latency_ms" in one.costs else "-",
+            count(candidate.costs["num_parameters"]),
+            f"{candidate.costs['memory_gib']:.2g}",
+            f"{candidate.costs['latency_ms']:.3g}" if "latency_ms" in candidate.costs else "-",
         ]
-        losses = [one.predicted, one.zero_shot, one.distilled[-1] if one.distilled else None]
+        losses = [candidate.predicted, candidate.zero_shot, candidate.distilled[-1] if candidate.distilled else None]
         cells += ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         widths = (9, 8, 8, 11, 11, 11)
         text = "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{one.key:<26}{text}  {one.role}")
+        lines.append(f"{candidate.key:<26}{text}  {candidate.role}")
     if outcome.winner is not None:
         lines.append(f"best: {describe(outcome.winner.shape)}; prune.plan={outcome.winner.plan}")
     return "\n".join(lines)
@@ -113,63 +127,69 @@ def plots(outcome: Outcome, folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    measured = [one for one in outcome.candidates if one.zero_shot is not None]
     unit = "loss, times the source's" if outcome.source_loss is None else "loss, nats/token"
-    colours = {"searched": "#1e6fb3", "validation": "#5f9e6e", "probe": "#999999", "given": "#b3541e"}
-    if measured:
+    if any(candidate.zero_shot is not None for candidate in outcome.candidates):
         figure, panel = pyplot.subplots(figsize=(4.6, 4.2))
-        for role, colour in colours.items():
-            some = [one for one in measured if one.role == role]
-            if some:
-                label = f"{role} (fitted)" if role == "probe" else role
-                panel.scatter(
-                    [o.predicted for o in some],
-                    [float(o.zero_shot or 0) for o in some],
-                    s=18,
-                    color=colour,
-                    label=label,
-                )
-        ends = [min(o.predicted for o in measured), max(o.predicted for o in measured)]
-        panel.plot(ends, ends, color="grey", linewidth=0.8, linestyle=":")
-        rho = outcome.rank_correlation
-        panel.set(xlabel="predicted " + unit, ylabel="measured before training, " + unit.partition(", ")[2])
-        panel.set_title("prediction" + ("" if rho is None else f", rank correlation {rho:.2f}"), fontsize=10)
-        panel.legend(frameon=False, fontsize=8)
+        _prediction(panel, outcome, unit)
         _save(figure, folder / "prediction.png")
     costs = [name for name in UNITS if name in outcome.found.fronts]
     figure, panels = pyplot.subplots(1, len(costs), figsize=(4.6 * len(costs), 4.0), squeeze=False)
     for panel, cost in zip(panels[0], costs, strict=True):
-        sample, front = outcome.found.sample, outcome.found.fronts[cost]
-        if sample is not None:
-            panel.scatter(sample.costs[cost], sample.loss, s=3, color="#dddddd", label="within the budget, predicted")
-        panel.plot(front.costs[cost], front.loss, color="#444444", linewidth=1, label="Pareto front, predicted")
-        for role, colour in colours.items():
-            some = [one for one in measured if one.role == role]
-            if some and role != "probe":
-                panel.scatter(
-                    [o.costs[cost] for o in some],
-                    [float(o.zero_shot or 0) for o in some],
-                    s=18,
-                    color=colour,
-                    label=role,
-                )
-        final = [one for one in measured if one.distilled]
-        if final:
-            at = [o.costs[cost] for o in final]
-            panel.scatter(at, [o.distilled[-1] for o in final], s=26, marker="v", color="black", label="distilled")
-        limit = getattr(outcome.budget, cost)
-        if limit is not None:
-            panel.axvline(limit, color="grey", linestyle=":", linewidth=0.8)
-        shown = [loss for o in measured for loss in (o.zero_shot, *o.distilled) if loss is not None]
-        top = max([*shown, *(sample.loss[:] if sample is not None else [])], default=None)
-        if top is not None:
-            panel.set_ylim(float(front.loss.min()) * 0.98, float(top) * 1.02)
-        panel.set(xlabel=UNITS[cost], ylabel=unit, title=f"loss against {UNITS[cost].partition(',')[0]}")
-        panel.locator_params(axis="x", nbins=5)  # long numbers of small models
-        if cost == "num_parameters":
-            panel.xaxis.set_major_formatter(lambda value, _: count(value))
+        _pareto(panel, outcome, cost, unit)
     panels[0][0].legend(frameon=False, fontsize=7)
     _save(figure, folder / "pareto.png")
+
+
+def _measured(outcome: Outcome, role: str | None = None) -> tuple[list[Candidate], list[float]]:
+    """Measured candidates, those of a role or all, and their losses before training."""
+    some = [
+        candidate
+        for candidate in outcome.candidates
+        if candidate.zero_shot is not None and role in (None, candidate.role)
+    ]
+    return some, [float(candidate.zero_shot or 0) for candidate in some]
+
+
+def _prediction(panel: Any, outcome: Outcome, unit: str) -> None:
+    for role, colour in COLOURS.items():
+        some, losses = _measured(outcome, role)
+        if some:
+            label = f"{role} (fitted)" if role == "probe" else role
+            panel.scatter([candidate.predicted for candidate in some], losses, s=18, color=colour, label=label)
+    predicted = [candidate.predicted for candidate in _measured(outcome)[0]]
+    ends = [min(predicted), max(predicted)]
+    panel.plot(ends, ends, color="grey", linewidth=0.8, linestyle=":")
+    rho = outcome.rank_correlation
+    panel.set(xlabel="predicted " + unit, ylabel="measured before training, " + unit.partition(", ")[2])
+    panel.set_title("prediction" + ("" if rho is None else f", rank correlation {rho:.2f}"), fontsize=10)
+    panel.legend(frameon=False, fontsize=8)
+
+
+def _pareto(panel: Any, outcome: Outcome, cost: str, unit: str) -> None:
+    sample, front = outcome.found.sample, outcome.found.fronts[cost]
+    if sample is not None:
+        panel.scatter(sample.costs[cost], sample.loss, s=3, color="#dddddd", label="within the budget, predicted")
+    panel.plot(front.costs[cost], front.loss, color="#444444", linewidth=1, label="Pareto front, predicted")
+    for role, colour in COLOURS.items():
+        some, losses = _measured(outcome, role)
+        if some and role != "probe":
+            panel.scatter([candidate.costs[cost] for candidate in some], losses, s=18, color=colour, label=role)
+    measured, _ = _measured(outcome)
+    final = [candidate for candidate in measured if candidate.distilled]
+    if final:
+        costs, losses = [candidate.costs[cost] for candidate in final], [candidate.distilled[-1] for candidate in final]
+        panel.scatter(costs, losses, s=26, marker="v", color="black", label="distilled")
+    limit = getattr(outcome.budget, cost)
+    if limit is not None:
+        panel.axvline(limit, color="grey", linestyle=":", linewidth=0.8)
+    shown = [loss for candidate in measured for loss in (candidate.zero_shot, *candidate.distilled) if loss is not None]
+    top = max([*shown, *(sample.loss[:] if sample is not None else [])], default=None)
+    if top is not None:
+        panel.set_ylim(float(front.loss.min()) * 0.98, float(top) * 1.02)
+    panel.set(xlabel=UNITS[cost], ylabel=unit, title=f"loss against {UNITS[cost].partition(',')[0]}")
+    panel.locator_params(axis="x", nbins=5)  # long numbers of small models
+    if cost == "num_parameters":
+        panel.xaxis.set_major_formatter(lambda value, _: count(value))
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -2,212 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
-from nemo_minitron.errors import MinitronError, required
-
-if TYPE_CHECKING:
-    from nemo_minitron.evaluate.harness import Tasks
-    from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.config.schema import EvaluateConfig
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Measure what ``evaluate`` asks for; write and return the metrics.
-
-    Raises:
-        MinitronError: before any weight is read: missing files, unwritable output, tokens that the model does not have,
-            a grid that does not fit, unknown tasks; later: tokens of another vocabulary, or a loss that is not finite.
-    """
+def run(cfg: EvaluateConfig) -> Mapping[str, object]:
+    """Measure what ``evaluate`` asks for (:func:`nemo_minitron.evaluate.measure.measure`), print it, write it to
+    ``output_path``, and return it."""
     from nemo_minitron import runtime
-    from nemo_minitron.evaluate import facts
-    from nemo_minitron.files.staging import Staging
+    from nemo_minitron.evaluate.measure import lines_of, measure
 
-    source, options = Path(required(cfg, "model.restore_from_path")), cfg.evaluate
-    on_grid, tasks = bool(options.perplexity or options.throughput), list(options.lm_eval.tasks)
-    if not on_grid and not tasks:
-        raise MinitronError(
-            "evaluate: nothing is asked for; set evaluate.perplexity, evaluate.throughput or evaluate.lm_eval.tasks"
-        )
-    if cfg.get("output_path") and runtime.rank() == 0:
-        Staging(cfg.output_path).abort()  # proves that it can be written, before the work
-    shape = _shape(source, on_grid)
-    found_tasks = _check_harness(cfg) if tasks else None
-    metrics: dict[str, Any] = _on_grid(cfg, source) if on_grid else {**facts(shape)}
-    if found_tasks is not None:
-        gc.collect()  # the model that was measured above
-        metrics["lm_eval"] = _harness(cfg, source, found_tasks)
+    metrics = measure(cfg)
     if runtime.rank() == 0:
-        _show(metrics)
-        if cfg.get("output_path"):
+        print("\n".join(lines_of(metrics)))
+        if cfg.output_path:
             write_json(Path(cfg.output_path), metrics)
     return metrics
 
 
-def _shape(source: Path, on_grid: bool) -> ModelShape:
-    """Sizes of the model; an HF folder, which only the harness reads, is refused where NeMo's model is wanted."""
-    from nemo_minitron.checkpoint import HfReader, NemoReader
-    from nemo_minitron.checkpoint.hf_rope import older_reads
-
-    if (source / "config.json").is_file():
-        if on_grid:
-            raise MinitronError(
-                f"model.restore_from_path: expected a .nemo, found the HF folder {source}; convert it with `minitron "
-                "convert`, or ask for evaluate.lm_eval.tasks alone (evaluate.perplexity=false)"
-            )
-        with HfReader(source) as reader:
-            shape = reader.shape
-            if not older_reads(reader.hf_config, (shape.rotary_base, shape.rope_scaling)):  # the harness reads by them
-                raise MinitronError(
-                    f"{source}: config.json: expected RoPE in rope_theta and rope_scaling, which the harness's "
-                    "transformers reads, found it in rope_parameters alone; convert it to a .nemo and evaluate that"
-                )
-            return shape
-    with NemoReader(source) as reader:
-        return reader.shape
-
-
-def _on_grid(cfg: DictConfig, source: Path) -> dict[str, Any]:
-    """Loss, throughput and their energy, of NeMo's model on the grid of this job."""
-    from nemo_minitron.checkpoint import NemoReader
-    from nemo_minitron.data.blocks import token_blocks
-    from nemo_minitron.evaluate import evaluate, facts
-    from nemo_minitron.evaluate.energy import Meter
-    from nemo_minitron.evaluate.throughput import throughput
-    from nemo_minitron.nemo.restore import load_model
-    from nemo_minitron.nemo.trainer import inference_trainer
-    from nemo_minitron.nemo.training import check_tokens
-
-    options, seed, blocks = cfg.evaluate, int(cfg.get("seed", 1234)), None
-    with NemoReader(source) as reader:
-        length = int(options.seq_length or reader.config["encoder_seq_length"])
-        if options.perplexity:
-            prefix = required(cfg, "evaluate.data_prefix")
-            blocks = token_blocks(
-                Path(prefix),
-                length,
-                num_samples=options.num_samples,
-                seed=seed,
-                vocab_size=reader.shape.vocab_size,
-            )
-        if options.throughput:
-            _check_throughput(cfg, reader.shape)
-    if not options.perplexity:
-        length = min(length, reader.shape.max_position_embeddings)
-    precision, devices, nodes = (
-        cfg.trainer.get(k, v) for k, v in (("precision", 32), ("devices", 1), ("num_nodes", 1))
-    )
-    trainer = inference_trainer(precision, devices, nodes)
-    model = load_model(source, trainer, {**cfg.model, "precision": precision, "encoder_seq_length": length})
-    meter = Meter() if options.energy else None
-    metrics: dict[str, Any] = {}
-    joules: dict[str, float] | None = None
-    if blocks is not None:
-        check_tokens(model, [prefix], "evaluate.data_prefix")
-        before = meter.read() if meter else []
-        metrics = evaluate(model, blocks, micro_batch_size=int(options.micro_batch_size))
-        if meter and (total := meter.of_the_job([meter.since(before)])) is not None:
-            joules = {"perplexity": total[0] / metrics["tokens"]}
-    else:
-        metrics = {**facts(model.shape)}
-    if options.throughput:
-        speed = throughput(
-            model,
-            options.batch_size,
-            options.prefill_tokens,
-            options.decode_tokens,
-            options.repeats,
-            seed,
-            meter,
-        )
-        if (more := speed.pop("joules_per_token", None)) is not None:
-            joules = {**(joules or {}), **more}
-        metrics["throughput"] = speed
-    if meter is not None:
-        metrics["energy"] = meter.report(joules)
-    return metrics
-
-
-def _check_throughput(cfg: DictConfig, shape: ModelShape) -> None:
-    options = cfg.evaluate
-    for name in ("batch_size", "prefill_tokens", "decode_tokens", "repeats"):
-        if options[name] < 1:
-            raise MinitronError(f"evaluate.{name}: expected at least 1, found {options[name]}")
-    length = options.prefill_tokens + options.decode_tokens
-    if length > shape.max_position_embeddings:
-        raise MinitronError(
-            f"evaluate.prefill_tokens + evaluate.decode_tokens ({length}) is longer than the checkpoint's "
-            f"max_position_embeddings={shape.max_position_embeddings}"
-        )
-    if cfg.model.get("sequence_parallel"):
-        raise MinitronError(
-            "evaluate.throughput: decoding runs one token at a time, which model.sequence_parallel cannot divide; "
-            "set model.sequence_parallel=false"
-        )
-
-
-def _check_harness(cfg: DictConfig) -> Tasks:
-    from nemo_minitron import runtime
-    from nemo_minitron.evaluate.harness import find_tasks
-
-    options = cfg.evaluate.lm_eval
-    if options.log_samples and not cfg.get("output_path"):
-        raise MinitronError("evaluate.lm_eval.log_samples: the items are written beside output_path, which is missing")
-    if runtime.world_size() > 1:
-        raise MinitronError(
-            f"evaluate.lm_eval: the harness runs in one process, found {runtime.world_size()}; run it by itself with "
-            "trainer.devices=1 evaluate.perplexity=false"
-        )
-    return find_tasks(options.tasks, options.include_path)
-
-
-def _harness(cfg: DictConfig, source: Path, tasks: Tasks) -> dict[str, Any]:
-    """lm-eval's tasks on ``source``, a ``.nemo`` as the HF folder that ``minitron convert`` makes of it."""
-    from nemo_minitron.convert import convert
-    from nemo_minitron.evaluate.harness import run_tasks
-    from nemo_minitron.files.staging import Staging, write_file
-
-    options, output = cfg.evaluate.lm_eval, Path(cfg.output_path)
-    with ExitStack() as stack:
-        folder = source
-        if not (source / "config.json").is_file():
-            exported = Staging(output.with_name(f"{output.name}.hf"), folder=True)
-            stack.callback(exported.abort)
-            folder = convert(source, exported.path / "hf")
-        summary, items = run_tasks(
-            folder,
-            tasks,
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            batch_size=options.batch_size,
-            precision=cfg.trainer.get("precision", 32),
-            seed=int(cfg.get("seed", 1234)),
-            log_samples=options.log_samples,
-        )
-    if options.log_samples:
-        lines = "".join(json.dumps(item) + "\n" for item in items)
-        write_file(output.with_name(f"{output.stem}.samples.jsonl"), lines)
-    return summary
-
-
-def _show(metrics: dict[str, Any]) -> None:
-    """One line of the model's own numbers, one for each section, and one for each task."""
-    rows: dict[str, dict[str, Any]] = {"": {k: v for k, v in metrics.items() if not isinstance(v, dict)}}
-    for name in ("throughput", "energy"):
-        if name in metrics:
-            rows[f"{name}: "] = metrics[name].get("joules_per_token") or metrics[name]
-    for task, values in metrics.get("lm_eval", {}).get("tasks", {}).items():
-        rows[f"{task}: "] = values
-    for start, values in rows.items():
-        print(start + "  ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write JSON."""
     from nemo_minitron.files.staging import write_file
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
+from nemo_minitron.config.schema import FinetuneConfig
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: FinetuneConfig) -> None:
     """Fine-tune ``model.restore_from_path`` into ``model.nemo_path`` (Minitron, arXiv 2408.11796, section 3.1)."""
     from nemo_minitron.nemo.model import MinitronGPTModel
     from nemo_minitron.nemo.training import train

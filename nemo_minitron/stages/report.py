@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from nemo_minitron.config.schema import ReportConfig
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.jobs.processes import place
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: ReportConfig) -> None:
     """Read ``run_dir`` and write ``output_path`` (``run_dir/report.html`` when null) and the ``.md`` beside it.
 
     Raises:
@@ -26,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     if where is not None and where.rank > 0:
         return
     folder = Path(required(cfg, "run_dir"))
-    path = Path(cfg.get("output_path") or folder / "report.html")
+    path = Path(cfg.output_path or folder / "report.html")
     if path.suffix != ".html":
         raise MinitronError(f"output_path: expected a file that ends in .html, found '{path}'")
     _check_way(folder, path)

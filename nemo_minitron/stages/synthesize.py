@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
-
+from nemo_minitron.config.schema import SynthesizeConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.model.shape import ModelShape, RopeScaling
@@ -22,7 +23,7 @@ _FILES = (
 """What :func:`run` writes, and may replace."""
 
 
-def run(cfg: DictConfig) -> None:
+def run(cfg: SynthesizeConfig) -> None:
     """Write a random model of the shape in ``model`` to the folder ``output_path``, replacing one made before.
 
     Raises:
@@ -34,13 +35,13 @@ def run(cfg: DictConfig) -> None:
     folder = Path(cfg.output_path)
     try:
         with Staging(folder, folder=True, replaceable=_FILES) as staging:
-            make_llama(staging.path, shape, seed=int(cfg.seed))
+            make_llama(staging.path, shape, seed=cfg.seed)
     except OSError as error:
         raise MinitronError(f"output_path {folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: {shape.num_parameters():,} parameters")
 
 
-def shape_of(model: DictConfig) -> ModelShape:
+def shape_of(model: Mapping[str, Any]) -> ModelShape:
     """:class:`ModelShape` from NeMo's keys, for instance those of ``conf/model/*.yaml``.
 
     Raises:
@@ -51,7 +52,7 @@ def shape_of(model: DictConfig) -> ModelShape:
         raise MinitronError(f"{', '.join(missing)}: needed for the shape; choose one with model=NAME")
     values = {item.name: model.get(item.name) for item in dataclasses.fields(ModelShape) if item.name != "rope_scaling"}
     values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
-    values["kv_channels"] = values["kv_channels"] or model.hidden_size // model.num_attention_heads
+    values["kv_channels"] = values["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
     values["padded_vocab_size"] = values["padded_vocab_size"] or values["vocab_size"]
     if model.get("scale_positional_embedding"):
         values["rope_scaling"] = RopeScaling(

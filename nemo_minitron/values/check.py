@@ -13,7 +13,7 @@ from typing import Any
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.values.model import DISTRIBUTED, MODEL, SCHEDULES
 from nemo_minitron.values.rules import Rule, Rules, shown
-from nemo_minitron.values.trainer import EXP_MANAGER, FORWARD, TRAINER
+from nemo_minitron.values.trainer import EXP_MANAGER, FORWARD, MONITOR, TRAINER
 
 TABLE: Rules = {"trainer": TRAINER, "exp_manager": EXP_MANAGER, "model": MODEL}
 TRAININGS = ("finetune", "distill", "search")
@@ -94,8 +94,8 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_model(model: Mapping[str, Any], cfg: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    seed = cfg.get("seed", 1234)
-    if model.get("seed") not in (None, seed):
+    seed = cfg.get("seed")
+    if seed is not None and model.get("seed") not in (None, seed):
         raise MinitronError(f"model.seed={model['seed']} disagrees with seed={seed}, which is used: set seed alone")
     precision = str(trainer.get("precision") or 32)
     if model.get("precision") is not None and _kind(model["precision"]) != _kind(precision):
@@ -197,7 +197,7 @@ def _check_callbacks(manager: Mapping[str, Any], trainer: Mapping[str, Any], los
     trained |= {f"train_{name}" for name in losses} | ({"grad_norm"} if trainer.get("gradient_clip_val") else set())
     logged = validated | trained
     if manager.get("create_early_stopping_callback"):
-        monitor = (manager.get("early_stopping_callback_params") or {}).get("monitor") or "val_loss"
+        monitor = (manager.get("early_stopping_callback_params") or {}).get("monitor") or MONITOR
         _known_value("exp_manager.early_stopping_callback_params.monitor", monitor, validated)
     if manager.get("create_checkpoint_callback", True):
         _check_checkpoints(manager.get("checkpoint_callback_params") or {}, validated, logged)

@@ -34,6 +34,9 @@ FORWARD: Rules = {
 }
 """Keys of ``trainer`` that matter to commands that only run a model forward; the others are theirs to ignore."""
 
+MONITOR = "val_loss"
+"""What NeMo's callbacks watch where nothing is said."""
+
 TRAINER: Rules = FORWARD | {
     "strategy": fixed(("auto", "ddp"), "tensor, pipeline and data parallelism follow from model.*_parallel_size"),
     "logger": fixed((False,), "exp_manager makes the loggers: exp_manager.create_tensorboard_logger and the like"),

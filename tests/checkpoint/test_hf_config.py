@@ -100,15 +100,15 @@ def test_an_export_of_a_newer_folder_has_the_logits_of_the_older_one(tmp_path):
 
 
 def test_the_harness_is_not_given_a_folder_that_its_transformers_misreads(tmp_path):
-    from nemo_minitron.stages.evaluate import _shape
+    from nemo_minitron.evaluate.measure import shape_of
 
     folder = make_llama(tmp_path / "hf", GQA.replace(num_layers=1))
-    assert _shape(folder, on_grid=False).rotary_base == 1e4
+    assert shape_of(folder, on_grid=False).rotary_base == 1e4
     content = json.loads((folder / "config.json").read_text())
     del content["rope_theta"]
     (folder / "config.json").write_text(json.dumps(content | {"rope_parameters": {"rope_theta": 5e5}}))
     with pytest.raises(MinitronError, match="found it in rope_parameters alone"):
-        _shape(folder, on_grid=False)
+        shape_of(folder, on_grid=False)
 
 
 REFUSED = {

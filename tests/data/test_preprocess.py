@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
+from nemo_minitron.config.schema import PreprocessConfig
+from nemo_minitron.config.sections import Dataset, Tokenizer
 from nemo_minitron.data import preprocess as module
 from nemo_minitron.data.preprocess import preprocess, read_facts
 from nemo_minitron.data.sources import Source
@@ -295,19 +296,18 @@ def test_stage(hf, tmp_path, capsys):
 
     cfg = {
         "input": "pydoc_topics",
-        "dataset": {"name": None, "config": None, "split": "validation"},
-        "tokenizer": {"library": "huggingface", "type": str(hf), "model": None},
+        "dataset": Dataset(split="validation"),
+        "tokenizer": Tokenizer(type=str(hf)),
         "output_prefix": str(tmp_path / "pydoc"),
-        "heldout_every": None,
     }
-    (prefix,) = run(OmegaConf.create(cfg))
+    (prefix,) = run(PreprocessConfig(**cfg))
     facts = read_facts(prefix)
     out = capsys.readouterr()
     assert out.out.count("\n") == 1
     assert f"{facts['documents']} documents, {facts['tokens']} tokens" in out.out and str(prefix) in out.out
     assert "100%" in out.err
     with pytest.raises(MinitronError, match="output_prefix is required"):
-        run(OmegaConf.create(cfg | {"output_prefix": "???"}))
+        run(PreprocessConfig(**cfg | {"output_prefix": "???"}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_minitron.config.sections import Distill
 from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
 from nemo_minitron.errors import MinitronError
 
@@ -59,11 +60,11 @@ def test_hooks_go_with_their_context():
 @pytest.mark.parametrize("pairs", [[1], [[1, 2, 3]], [["a", 1]]])
 def test_pairs_that_are_none_are_refused(pairs):
     with pytest.raises(MinitronError, match=r"distill\.hidden_pairs"):
-        HiddenTerm.of({"hidden_pairs": pairs})
+        HiddenTerm.of(Distill(hidden_pairs=pairs))
 
 
 def test_layers_that_do_not_exist_are_refused():
     with pytest.raises(MinitronError, match=r"names teacher layer 6; there are 1 to 5"):
-        HiddenTerm.of({"hidden_pairs": [[2, 5], [1, 6]]}).check(2, 5)
+        HiddenTerm.of(Distill(hidden_pairs=[[2, 5], [1, 6]])).check(2, 5)
     with pytest.raises(MinitronError, match=r"distill\.hidden_loss"):
         HiddenTerm(kind="l1")

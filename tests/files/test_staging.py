@@ -13,10 +13,10 @@ import time
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor
+from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files import staging as module
@@ -278,7 +278,7 @@ def llama(tmp_path):
 
 
 def run_stage(source, target):
-    stage.run(OmegaConf.create({"input_name_or_path": str(source), "output_path": str(target)}))
+    stage.run(ConvertConfig(input_name_or_path=str(source), output_path=str(target)))
 
 
 @pytest.mark.parametrize("name", ["m.nemo", "folder"])

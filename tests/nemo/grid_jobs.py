@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from nemo_minitron import runtime
-from nemo_minitron.config.compose import compose
+from nemo_minitron.config.compose import configure
+from nemo_minitron.config.sections import Distill
 from tests.zygote import end_children
 
 MICRO, LENGTH = 2, 32
@@ -57,7 +58,7 @@ def distillation_step(
 
     trainer = inference_trainer(devices=runtime.world_size())
     model = load_model(student, trainer, settings(*grid, global_batch=len(blocks)), MinitronDistillModel)
-    model.set_teacher(teacher, distill)
+    model.set_teacher(teacher, Distill(**distill))
     logged: dict[str, float] = {}
     model.log = lambda name, value, **_: logged.__setitem__(name, float(value))  # type: ignore[method-assign]
     model._optimizer = SimpleNamespace(zero_grad=lambda: None, param_groups=[{"lr": 0.0}])
@@ -80,11 +81,11 @@ def scores_and_student(source: str, prefix: str, folder: str, grid: tuple[int, i
     from nemo_minitron.stages import importance, prune
 
     calibration = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", f"calibration.seq_length={LENGTH}"]
-    importance.run(compose("importance", [*common, *calibration, f"output_path={folder}/scores"]))
+    importance.run(configure("importance", [*common, *calibration, f"output_path={folder}/scores"]))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the first rank writes the scores; as commands, all ranks of the one end first
     files = [f"prune.scores={folder}/scores", f"export.save_path={folder}/student.nemo"]
-    prune.run(compose("prune", [*common, *files, *(f"prune.{size}" for size in sizes)]))
+    prune.run(configure("prune", [*common, *files, *(f"prune.{size}" for size in sizes)]))
 
 
 def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool]) -> float:
@@ -103,7 +104,7 @@ def evaluate(source: str, prefix: str, folder: str, grid: tuple[int, int, bool])
         f"++model.sequence_parallel={sp}",
         f"trainer.devices={runtime.world_size()}",
     ]
-    return stage.run(compose("evaluate", [*options, f"output_path={folder}/out.json"]))["val_loss"]
+    return stage.run(configure("evaluate", [*options, f"output_path={folder}/out.json"]))["val_loss"]
 
 
 def evaluate_speed(source: str, prefix: str, folder: str, grid: tuple[int, int]) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def evaluate_speed(source: str, prefix: str, folder: str, grid: tuple[int, int])
         f"trainer.devices={runtime.world_size()}",
         f"output_path={folder}/out.json",
     ]
-    return stage.run(compose("evaluate", options))
+    return stage.run(configure("evaluate", options))
 
 
 def decode(source: str, tokens: list[list[int]], prompt: int, grid: tuple[int, int]) -> list | None:
@@ -168,7 +169,7 @@ def train(
     tp, pp, sp = grid
     stage = importlib.import_module(f"nemo_minitron.stages.{command}")
     stage.run(
-        compose(
+        configure(
             command,
             [
                 f"model.restore_from_path={source}",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nemo_minitron.config.compose import compose
+from nemo_minitron.config.compose import configure
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import document_heads
 from nemo_minitron.data.preprocess import preprocess
@@ -66,11 +66,11 @@ def test_student_of_two_groups_distils_alike_at_tp2_and_pp2(smollm2, zygote, tmp
     prefix = str(smollm2 / "text_text_document")
     common = [f"model.restore_from_path={smollm2}/teacher.nemo"]
     data = [f"calibration.data_prefix={prefix}", "calibration.num_samples=8", "calibration.seq_length=256"]
-    importance.run(compose("importance", [*common, *data, f"output_path={tmp_path}/scores"]))
+    importance.run(configure("importance", [*common, *data, f"output_path={tmp_path}/scores"]))
     student = tmp_path / "student.nemo"
     sizes = ["prune.num_query_groups=2", f"prune.scores={tmp_path}/scores", f"export.save_path={student}"]
     sizes.append("prune.compensate=false")  # a re-solved student begins too near its teacher to be seen learning
-    assert prune.run(compose("prune", [*common, *sizes])).target.num_attention_heads == 6
+    assert prune.run(configure("prune", [*common, *sizes])).target.num_attention_heads == 6
     extra = (f"model.kd_teacher_restore_from_path={smollm2}/teacher.nemo", "model.optim.lr=1e-4")
     curves = []
     for name, grid, world in (("one", (1, 1, False), 1), ("tp2", (2, 1, False), 2), ("pp2", (1, 2, False), 2)):

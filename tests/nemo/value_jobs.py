@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.config.compose import compose
+from nemo_minitron.config.compose import configure
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo import training
 from nemo_minitron.nemo.model import MinitronGPTModel
@@ -37,7 +37,7 @@ def observed(command: str, keys: list[str], folder: str) -> dict[str, Any]:
 
     MinitronGPTModel.fwd_bwd_step, training.load_model = fwd_bwd_step, load_model  # type: ignore[assignment]
     try:
-        importlib.import_module(f"nemo_minitron.stages.{command}").run(compose(command, keys))
+        importlib.import_module(f"nemo_minitron.stages.{command}").run(configure(command, keys))
     except MinitronError as error:
         seen["refused"] = str(error)
     finally:

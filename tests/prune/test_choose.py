@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nemo_minitron.config.sections import Prune
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.prune.choose import keep_top, make_plan, plan_from_scores, ranked_axes
@@ -159,11 +160,11 @@ def test_a_ranking_need_only_have_the_axes_that_are_cut():
     ranking = {"ffn": np.arange(L * F, dtype=float).reshape(L, F)}
     scores = made(SHAPE, np.random.default_rng(0).random)
     scores = dataclasses.replace(scores, rankings=scores.rankings | {"mine": ranking})
-    options = {"ranking": "mine", "ffn_hidden_size": 7}
-    plan = plan_from_scores(SHAPE, "f" * 64, options, scores)
+    prune = Prune(ranking="mine", ffn_hidden_size=7)
+    plan = plan_from_scores(SHAPE, "f" * 64, prune, scores)
     assert plan.ranking == "mine" and plan.ffn == (tuple(range(F - 7, F)),) * L
     with pytest.raises(MinitronError, match="'mine' ranks ffn and not 'hidden', which this target needs"):
-        plan_from_scores(SHAPE, "f" * 64, options | {"hidden_size": 8}, scores)
+        plan_from_scores(SHAPE, "f" * 64, dataclasses.replace(prune, hidden_size=8), scores)
 
 
 def test_missing_or_bad_scores():

@@ -12,7 +12,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import recipe, search
-from nemo_minitron.config.compose import compose
+from nemo_minitron.config.compose import compose, configure
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS, Plan
@@ -116,7 +116,7 @@ def run(source: Path, output: Path, *overrides: str, weights: bool = True, stage
     if weights:
         given += [f"model.restore_from_path={source}/teacher.nemo", f"evaluate.data_prefix={source}/validation"]
         given += [f"model.data.data_prefix={{train:[1.0,{source}/train],validation:[{source}/validation]}}"]
-    return search.run(compose("search", [*given, *overrides]), stage_compose)
+    return search.run(configure("search", [*given, *overrides]), stage_compose)
 
 
 def refused(source: Path, output: Path, *overrides: str, weights: bool = True) -> str:
@@ -246,7 +246,7 @@ def test_rates_are_measured_once(source, tmp_path, stages, monkeypatch):
 
 
 def test_layers_are_chosen_by_one_greedy_search(source, tmp_path, stages, monkeypatch):
-    from nemo_minitron.search import journey
+    from nemo_minitron.search import depth
 
     calls = []
 
@@ -254,7 +254,7 @@ def test_layers_are_chosen_by_one_greedy_search(source, tmp_path, stages, monkey
         calls.append(most)
         return {"losses": [3.0, 3.1, 3.5][: most + 1], "removed": [[], [1], [0, 1]][: most + 1]}
 
-    monkeypatch.setattr(journey, "_search_layers", searched)
+    monkeypatch.setattr(depth, "_search_layers", searched)
     overrides = ("search.layer_selection=greedy", "search.until=zero_shot", "search.shapes=[{num_layers: 2}]")
     for _ in range(2):
         outcome = run(source, tmp_path / "out", *overrides)

@@ -12,7 +12,8 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.search.latency import Rates
-from nemo_minitron.search.space import Budget, Rows, Shapes, Space, aligned_step, scan, sizes_of, spread_out
+from nemo_minitron.search.scan import Rows, scan, spread_out
+from nemo_minitron.search.space import Budget, Shapes, Space, aligned_step, sizes_of
 
 LLAMA = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256)
 SMOL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 49152, share_embeddings_and_output_weights=True)

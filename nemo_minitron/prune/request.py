@@ -1,0 +1,90 @@
+"""What a ``prune`` section asks for: the student's shape, the calibration data for scores, the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.grid import Grid
+from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
+from nemo_minitron.config.sections import Calibration, Prune
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.choose import plan_from_scores, target_shape, targets_of
+from nemo_minitron.prune.plan import TARGETS, Plan
+
+
+def requested_shape(shape: ModelShape, prune: Prune, plan: Plan | None) -> ModelShape:
+    """The student's shape, from the plan or from the request, which exclude each other.
+
+    Raises:
+        MinitronError: both; a request that is impossible, contradictory or empty.
+    """
+    names = (*TARGETS, "drop_layers", *(("scores",) if plan is None or plan.compensation is None else ()))
+    asked = [name for name in names if getattr(prune, name)]
+    if plan is not None and asked:
+        raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
+    if plan is not None:
+        return plan.target
+    return target_shape(shape, targets_of(prune), prune.drop_layers, prune.layer_selection)
+
+
+def check_grid(student: ModelShape, grid: Grid) -> None:
+    """Refuse a grid that the student does not fit; the vocabulary is padded anew on every grid.
+
+    Raises:
+        MinitronError: naming the size that the grid does not divide.
+    """
+    padded = -(-student.vocab_size // grid.tensor) * grid.tensor
+    student.replace(padded_vocab_size=padded).check_parallel(grid.tensor, grid.pipeline)
+
+
+def calibration_of(prune: Prune, seed: int) -> Calibration:
+    """Calibration by ``prune.calib_dataset``, a ``.bin/.idx`` prefix or a text.
+
+    Raises:
+        MinitronError: no data, or nothing of that name.
+    """
+    dataset = prune.calib_dataset
+    if not dataset:
+        raise MinitronError(
+            "prune.scores: this target needs scores; give a folder from `minitron importance`, or prune.calib_dataset "
+            "to compute them"
+        )
+    is_prefix = Path(f"{dataset}.idx").is_file()
+    if not is_prefix and not Path(dataset).exists():
+        raise MinitronError(f"prune.calib_dataset: found neither '{dataset}.idx' nor a text file '{dataset}'")
+    return Calibration(
+        data_prefix=dataset if is_prefix else None,
+        path=None if is_prefix else dataset,
+        num_samples=prune.num_calib_size,
+        seq_length=prune.calib_seq_length,
+        seed=seed,
+    )
+
+
+def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None, half: bool) -> Plan:
+    """The plan that the section asks for, its layers chosen by loss where it says so.
+
+    Args:
+        half: losses without layers are measured with products in bfloat16.
+
+    Raises:
+        MinitronError: scores of another checkpoint, or that lack what is asked for.
+    """
+    fingerprint, total = reader.fingerprint(), reader.shape.num_layers
+    if scores is not None:
+        scores.check_matches(fingerprint, reader.shape)
+    if prune.compensate and (scores is None or scores.tokens is None):
+        raise MinitronError(
+            "prune.compensate: the scores hold no calibration tokens to re-solve weights on; "
+            "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
+        )
+    layers = prune.num_layers or total
+    if LAYER_SELECTIONS[prune.layer_selection].by_loss and not prune.drop_layers and layers < total:
+        from nemo_minitron.prune.layers import drop_by_loss
+
+        prune = dataclasses.replace(prune, drop_layers=drop_by_loss(reader, prune, layers, scores, half))
+    return plan_from_scores(reader.shape, fingerprint, prune, scores)

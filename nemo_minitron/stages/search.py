@@ -1,0 +1,13 @@
+"""``minitron search``: the best shape for a budget."""
+
+from __future__ import annotations
+
+from nemo_minitron.config.schema import SearchConfig
+
+
+def run(cfg: SearchConfig) -> None:
+    """Search within ``budget`` and write ``output_path``; see :func:`nemo_minitron.search.run`."""
+    from nemo_minitron import search
+    from nemo_minitron.config.compose import compose
+
+    search.run(cfg, compose)
