@@ -163,9 +163,10 @@ class Bench:
         from nemo_minitron.data.preprocess import preprocess
         from nemo_minitron.importance.collect import collect
         from nemo_minitron.importance.own_text import write_samples
-        from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+        from nemo_minitron.importance.reconstruction import clipped, measure
         from nemo_minitron.importance.reductions import Aggregation
         from nemo_minitron.importance.scores_format import AXES, statistic_sizes
+        from nemo_minitron.registry import METRICS
 
         chosen = SETTINGS[setting]
         if chosen.lines:
@@ -199,7 +200,10 @@ class Bench:
                 seconds["own_text_s"] = time.perf_counter() - start
                 tokens = torch.cat([self.calibration, written])
                 with tqdm(total=2 * shape.num_layers, desc="ranks", unit="layer", disable=None) as bar:
-                    ranks, slopes = rank_by_reconstruction(reader, tokens.to(device), progress=bar.update)
+                    metrics = {"reconstruction": METRICS.get("reconstruction")}
+                    rankings, kept = measure(reader, tokens.to(device), metrics, progress=bar.update)
+            ranks = {f"{axis}_rank": worth for axis, worth in rankings["reconstruction"].items()}
+            ranks["stream_moment"], slopes = kept.stream_moment, kept.sensitivity
             seconds["ranks_s"] = time.perf_counter() - start - seconds["own_text_s"]
             np.savez(known, **scores, **ranks, slopes=slopes, tokens=tokens, **seconds)
         with np.load(known) as arrays:

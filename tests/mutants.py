@@ -179,9 +179,27 @@ MUTANTS = [
     ),
     Mutant(
         "importance/reconstruction.py",
-        "for row, slope in enumerate((at_middle, at_leaving))",
-        "for row, slope in enumerate((at_leaving, at_middle))",
+        "enumerate((seen.middle_gradient, seen.leaving_gradient))",
+        "enumerate((seen.leaving_gradient, seen.middle_gradient))",
         "importance/test_reconstruction.py::test_sensitivity_is_the_gradient_of_the_loss",
+    ),
+    Mutant(
+        "importance/walk.py",
+        "embedding + output if tied else embedding",
+        "output if tied else embedding",
+        "importance/metrics/test_taylor.py::test_worth_is_that_of_dense_autograd",
+    ),
+    Mutant(
+        "importance/reductions.py",
+        'sums["groups"] = cells.sum(dim=1)',
+        'sums["groups"] = cells[:, : shape.heads_per_group].sum(dim=1)',
+        "importance/metrics/test_taylor.py::test_worth_is_that_of_dense_autograd",
+    ),
+    Mutant(
+        "importance/scores.py",
+        'digest.update(f"tokens {self.tokens_fingerprint()}".encode())',
+        'digest.update(f"token {self.tokens_fingerprint()}".encode())',
+        "importance/test_scores.py::test_a_folder_of_format_1_is_read_with_the_same_meaning_and_fingerprints",
     ),
     Mutant(
         "importance/layer_loss.py",

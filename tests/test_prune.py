@@ -342,6 +342,30 @@ def test_compensation_can_be_declined_and_needs_tokens(teacher, scores, measured
     assert status == 2 and "no ranking 'reconstruction', they have minitron; run `minitron importance cal" in said
 
 
+def test_units_are_ranked_by_a_further_metric(teacher, measured, prune, tmp_path, capsys):
+    keys = [
+        "importance",
+        f"model.restore_from_path={teacher}/teacher.nemo",
+        f"calibration.data_prefix={teacher}/tokens_text_document",
+        *("calibration.num_samples=6", "calibration.seq_length=32", "importance.stream=true"),
+        f"output_path={tmp_path}/taylor",
+    ]
+    assert main([*keys, "importance.metrics=[tailor]"]) == 2
+    said = capsys.readouterr().err
+    assert "importance.metrics: expected one of minitron, reconstruction, taylor, found 'tailor'. Did you mean" in said
+    assert main([*keys, "importance.metrics=[taylor]", "calibration.reconstruction=false"]) == 0
+    scores = Scores.load(tmp_path / "taylor")
+    assert list(scores.rankings) == ["minitron", "taylor"] and scores.tokens is None and scores.stream_moment is None
+    sizes = ["prune.ffn_hidden_size=50", "prune.hidden_size=48", "prune.ranking=taylor"]
+    status, said = prune(f"prune.scores={tmp_path}/taylor", *sizes)
+    assert status == 0, said
+    plan, worth = Plan.load(tmp_path / "out" / "student.plan.yaml"), scores.rankings["taylor"]
+    assert plan.ranking == "taylor" and plan.compensation is None
+    assert plan.ffn[2] == tuple(best(worth["ffn"][2], 50)) and plan.hidden == tuple(best(worth["hidden"], 48))
+    status, said = prune(f"prune.scores={teacher}/measured", *sizes)
+    assert status == 2 and "these scores have no ranking 'taylor', they have minitron, reconstruction; run" in said
+
+
 @pytest.mark.parametrize("selection", ["leave_one_out", "contiguous_loss", "greedy", "beam"])
 def test_layers_are_chosen_by_the_loss_without_them(teacher, measured, prune, tmp_path, selection):
     keys = ["prune.num_layers=1", f"prune.layer_selection={selection}", "prune.compensate=false"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.keys import choices_of, keys, tree_of
@@ -176,6 +176,7 @@ def _refuse_other_choices(cls: type, cfg: DictConfig, prefix: str = "") -> None:
         choices = choices_of(item.metadata)
         if not choices or OmegaConf.is_missing(cfg, item.name) or OmegaConf.is_interpolation(cfg, item.name):
             continue
-        value = cfg[item.name]
-        if value is not None:
-            check_choice(f"{prefix}{item.name}", value, choices)
+        given = cfg[item.name]
+        for value in given if isinstance(given, ListConfig) else [given]:
+            if value is not None:
+                check_choice(f"{prefix}{item.name}", value, choices)

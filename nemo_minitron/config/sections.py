@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.config.keys import REQUIRED, SEED, key, known, section
 from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
-from nemo_minitron.registry import LOSSES
+from nemo_minitron.registry import LOSSES, METRICS
 
 TOKENIZER_LIBRARIES = ("huggingface", "sentencepiece")
 ON_BAD_RECORD = ("stop", "skip")
@@ -56,6 +56,7 @@ class Calibration:
 @dataclass
 class Importance:
     stream: bool = key(False, "read the checkpoint layer by layer instead of building the model: any size, any machine")
+    metrics: list[str] = key([], "further metrics to rank by, beside minitron and reconstruction", METRICS.names)
 
 
 @dataclass
@@ -80,8 +81,9 @@ class Prune:
     )
     ranking: str | None = key(
         None,
-        "what worth is: minitron (arXiv 2407.14679), or reconstruction (loss once re-solved; when compensating)",
-        ("minitron", "reconstruction"),
+        "metric of the scores that units are ranked by; when null: reconstruction (loss once re-solved) where weights "
+        "are re-solved, else minitron (arXiv 2407.14679)",
+        METRICS.names,
     )
     calib_dataset: str | None = key(None, "calibration data when scores are computed here: .bin/.idx prefix or text")
     num_calib_size: int = key(1024, "calibration token blocks")

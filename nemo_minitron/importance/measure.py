@@ -5,6 +5,9 @@ Weights are whole here, whatever the grid: every process takes its share of the 
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,9 +16,14 @@ from tqdm import tqdm
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Calibration
+from nemo_minitron.errors import check_choice
+from nemo_minitron.importance.metric import OBSERVES, Job, Metric
 from nemo_minitron.importance.own_text import write_samples
-from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+from nemo_minitron.importance.reconstruction import Compensation, as_arrays, clipped, measure
+from nemo_minitron.importance.scores_format import Ranking
 from nemo_minitron.importance.stream import stream_collect
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.registry import METRICS, check_name
 
 
 def collect_by_layer(reader: NemoReader, blocks: Tensor) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -46,18 +54,52 @@ def kept_tokens(reader: NemoReader, blocks: Tensor, calibration: Calibration) ->
     return torch.cat([drawn, parallel.broadcast(written.to(device), 0, parallel.world()).to(drawn)])
 
 
-def rank_units(reader: NemoReader, tokens: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Ranks by reconstruction and the residual stream's moment, as :class:`nemo_minitron.importance.scores.Scores` has
-    them, and the sensitivity ``[2L, m, s]`` of the loss to the stream at every token of ``tokens [m, s]``."""
+def chosen_metrics(names: Iterable[str]) -> dict[str, Metric]:
+    """Entries of :data:`nemo_minitron.registry.METRICS`, each once, in the order of ``names``.
+
+    Raises:
+        MinitronError: a name that is not known, or an entry that observes nothing that there is.
+    """
+    metrics: dict[str, Metric] = {}
+    for name in names:
+        metric = METRICS.get(check_name(name, "importance.metrics"))
+        check_choice(f"the importance metric '{name}': observes", getattr(metric, "observes", None), OBSERVES)
+        metrics[name] = metric
+    return metrics
+
+
+def rank_by_statistics(
+    shape: ModelShape, found: Mapping[str, np.ndarray], counts: Mapping[str, int], metrics: Mapping[str, Metric]
+) -> dict[str, Ranking]:
+    """Rankings by those of ``metrics`` that observe statistics of forward passes, as ``collect`` found them."""
+    job = Job(shape, torch.device("cpu"), counts["tokens"], counts["tokens"] - counts["samples"])
+    rankings: dict[str, Ranking] = {}
+    for name, metric in metrics.items():
+        if metric.observes == "statistics":
+            observer = metric.start(job)
+            observer.statistics(found)
+            rankings[name] = as_arrays(observer)
+    return rankings
+
+
+def rank_by_walk(
+    reader: NemoReader, tokens: Tensor, metrics: Mapping[str, Metric]
+) -> tuple[dict[str, Ranking], Compensation | None]:
+    """Rankings by those of ``metrics`` that observe a walk through the layers, on ``tokens [m, s]``.
+
+    Where reconstruction is one of them, also what compensation needs, with the sensitivity ``[2L, m, s]`` of all
+    processes' samples, its largest cut.
+    """
     world = parallel.world()
     share = slice(runtime.rank(), None, parallel.size(world))
     with _bar(2 * reader.shape.num_layers, "ranks", "layer") as bar:
-        ranks, part = rank_by_reconstruction(
-            reader, tokens[share].to(runtime.device()), group=world, progress=bar.update
-        )
-    whole = torch.zeros(len(part), *tokens.shape, device=runtime.device())
-    whole[:, share] = torch.from_numpy(part).to(whole)
-    return ranks, clipped(parallel.all_reduce(whole, world).cpu().numpy())
+        rankings, found = measure(reader, tokens[share].to(runtime.device()), metrics, group=world, progress=bar.update)
+    if found is None:
+        return rankings, None
+    whole = torch.zeros(len(found.sensitivity), *tokens.shape, device=runtime.device())
+    whole[:, share] = torch.from_numpy(found.sensitivity).to(whole)
+    sensitivity = clipped(parallel.all_reduce(whole, world).cpu().numpy())
+    return rankings, dataclasses.replace(found, sensitivity=sensitivity)
 
 
 def _bar(total: int, description: str, unit: str) -> tqdm:

@@ -5,32 +5,28 @@ see that. Here a unit's worth is its place in a backward elimination (:func:`nem
 whose error is measured by the loss: the output metric is the Fisher information of the residual stream,
 ``G = E[g g^T]``, g the gradient of the next-token loss (its Kronecker form as in arXiv 1503.05671).
 
-The model is streamed: one layer's weights in memory at a time, forward through all layers and backward again, with the
-stream at every layer's input kept in a temporary file. Weights are read whole; under any grid each process takes its
-share of the samples, and moments are added over all of them.
+All of it is observed on one walk through the layers, forward and backward (:mod:`nemo_minitron.importance.walk`).
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_minitron import parallel
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.importance.metric import Job, LayerPass, Metric, Observer, SamplePass
+from nemo_minitron.importance.scores_format import Ranking
+from nemo_minitron.importance.walk import job_of, walk
 from nemo_minitron.model import layout
-from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer
-from nemo_minitron.model.next_token import loss_gradient
+from nemo_minitron.model.decoder import LayerReader
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
 
+RECONSTRUCTION = "reconstruction"
 RIDGE = 0.03
 """Of the elimination: small calibration sets make some units look replaceable that are not."""
 EMBEDDING_SHARE = 0.3
@@ -38,90 +34,132 @@ EMBEDDING_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """What the backward pass gathers of one layer, summed over tokens; sizes are those of the canonical layer."""
+class Compensation:
+    """What compensation works with, of the tokens of a measurement.
 
-    ffn: Tensor  # [F, F], inputs of linear_fc2, each token by the inverse mean square of the stream it is added to
-    proj: Tensor  # [A*d, A*d], inputs of linear_proj, likewise
-    ffn_metric: Tensor  # [H, H], gradients of the stream after the layer
-    proj_metric: Tensor  # [H, H], gradients of the stream after the attention
+    Attributes:
+        stream_moment: ``[H, H]`` float64, see :class:`StreamMoment`; the same on every process.
+        sensitivity: ``[2L, n, s]`` float32 of this process's samples: the norm of the gradient of the residual stream
+            after the attention and after the FFN of each layer, which is how much an error there matters to the loss.
+    """
 
-    def reduced(self, group: parallel.Group) -> _Moments:
-        return _Moments(*(parallel.all_reduce(value, group).cpu() for value in vars(self).values()))
+    stream_moment: np.ndarray
+    sensitivity: np.ndarray
 
 
-def rank_by_reconstruction(
+def measure(
     reader: LayerReader,
     tokens: Tensor,
+    metrics: Mapping[str, Metric],
     *,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Worth of every unit by what is lost without it after re-solving the rest.
+) -> tuple[dict[str, Ranking], Compensation | None]:
+    """Rankings by those metrics that observe a walk, all on the same one.
 
     Args:
         reader: the checkpoint; its layers are read twice.
         tokens: ``[n, s]`` int64, unpadded, this process's samples; forward and backward run on their device.
-        group: the processes that share the samples; all get the same arrays.
+        metrics: by name; where :data:`RECONSTRUCTION` is one, what compensation needs is measured as well.
+        group: the processes that share the samples; all get the same arrays, but for ``sensitivity``.
         progress: told after each layer, of 2L.
 
-    Returns:
-        float64 arrays as :class:`nemo_minitron.importance.scores.Scores` names and sizes them: ``ffn_rank [L, F]``,
-        ``heads_rank [L, A]``, ``groups_rank [L, G]`` (places in the elimination of that layer, larger is worth more),
-        ``stream_moment [H, H]`` (second moment of the residual stream relative to the token's mean square, summed over
-        tokens and all depths, the embeddings counting as ``EMBEDDING_SHARE`` of the others together; the same bits on
-        every grid) and its diagonal ``hidden_rank [H]`` (better than norm outputs, and than Fisher-weighted energy, in
-        our measurements);
-        and ``sensitivity [2L, n, s]`` float32 of these samples: the norm of the gradient of the residual stream after
-        the attention and after the FFN of each layer, which is how much an error there matters to the loss.
-
     Raises:
-        MinitronError: a loss that is not finite.
+        MinitronError: a loss whose gradient is not finite.
     """
-    shape = reader.shape
-    device = tokens.device
-    rotary = Rotary.of(shape, tokens.shape[1], device)
-    arrays = {
-        "ffn_rank": np.zeros((shape.num_layers, shape.ffn_hidden_size)),
-        "heads_rank": np.zeros((shape.num_layers, shape.num_attention_heads)),
-        "groups_rank": np.zeros((shape.num_layers, shape.num_query_groups)),
-    }
-    sensitivity = np.zeros((2 * shape.num_layers, *tokens.shape), dtype=np.float32)
-    job = int(parallel.all_reduce(torch.tensor(tokens.numel(), device=device), group))
-    moment = _StreamMoment(shape, job, device)
-    with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
-        file = StreamFile(Path(folder) / "streams", (shape.num_layers + 1, *tokens.shape, shape.hidden_size))
-        streams = file.tensor
-        _forward(reader, tokens, rotary, file, progress)
-        gradient = _head_gradient(reader, streams[-1], tokens)
-        for layer in reversed(range(shape.num_layers)):
-            weights = read_layer(reader, layer, device)
-            slopes = sensitivity[2 * layer : 2 * layer + 2]
-            gradient, moments = _backward(weights, streams[layer], gradient, rotary, slopes, moment)
-            written = {row: weights[row].cpu().double() for row in (layout.FC2_WEIGHT, layout.PROJ_WEIGHT)}
-            del weights
-            for name, rank in _layer_ranks(shape, written, moments.reduced(group)).items():
-                arrays[name][layer] = rank
-            del moments, written  # before the next layer's: those of an 8B's FFN are 1.6 GB
-            file.release()
-            progress(1)
-        for sample in range(len(tokens)):
-            moment.add(streams[0, sample].to(device), 2 * shape.num_layers * EMBEDDING_SHARE)
-    arrays["stream_moment"] = parallel.all_reduce(moment.sum, group).cpu().numpy()
-    arrays["hidden_rank"] = arrays["stream_moment"].diagonal().copy()
-    return arrays, sensitivity
+    job = job_of(reader, tokens, group)
+    observers = {name: metric.start(job) for name, metric in metrics.items() if metric.observes != "statistics"}
+    found = observers.get(RECONSTRUCTION)
+    slopes = Sensitivity(job.shape, tokens) if found is not None else None
+    observed = {observer: metrics[name].observes for name, observer in observers.items()}
+    walk(reader, tokens, job, observed | ({} if slopes is None else {slopes: "gradients"}), progress)
+    rankings: dict[str, Ranking] = {name: as_arrays(observer) for name, observer in observers.items()}
+    if not isinstance(found, Elimination) or slopes is None:
+        return rankings, None
+    return rankings, Compensation(found.moment.total(), slopes.norms)
 
 
-def _layer_ranks(shape: ModelShape, written: dict[layout.Parameter, Tensor], moments: _Moments) -> dict[str, Tensor]:
-    """Places of one layer's units; ``written``: the weights that write to the stream. ``moments.ffn`` is consumed."""
-    head, r = shape.kv_channels, shape.heads_per_group
-    fc2 = metric_root(moments.ffn_metric) @ written[layout.FC2_WEIGHT]
-    proj = metric_root(moments.proj_metric) @ written[layout.PROJ_WEIGHT]
-    return {
-        "ffn_rank": elimination_order(moments.ffn, fc2, RIDGE, overwrite=True),
-        "heads_rank": elimination_order(moments.proj, proj, RIDGE, unit=head),
-        "groups_rank": elimination_order(moments.proj, proj, RIDGE, unit=r * head),
-    }
+def as_arrays(observer: Observer) -> Ranking:
+    """An observer's ranking, float64 on the CPU."""
+    return {axis: torch.as_tensor(worth).double().cpu().numpy() for axis, worth in observer.ranking().items()}
+
+
+class Elimination(Observer):
+    """Places of units in a backward elimination of their layer, larger is worth more; hidden channels by the diagonal
+    of the stream's moment (better than norm outputs, and than Fisher-weighted energy, in our measurements)."""
+
+    def __init__(self, job: Job) -> None:
+        shape = job.shape
+        self._job, self.moment = job, StreamMoment(job)
+        self._ranks = {
+            "ffn": np.zeros((shape.num_layers, shape.ffn_hidden_size)),
+            "heads": np.zeros((shape.num_layers, shape.num_attention_heads)),
+            "groups": np.zeros((shape.num_layers, shape.num_query_groups)),
+        }
+        self._gathered: _Moments | None = None
+
+    def sample(self, seen: SamplePass) -> None:
+        assert seen.middle_gradient is not None and seen.leaving_gradient is not None  # gradients are observed
+        if self._gathered is None:
+            self._gathered = _Moments(self._job)
+        gathered = self._gathered
+        gathered.ffn.add(seen.fc2_input * stream_weights(seen.leaving).sqrt()[..., None])
+        gathered.proj.add(seen.proj_input * stream_weights(seen.middle).sqrt()[..., None])
+        gathered.ffn_metric.add(seen.leaving_gradient)
+        gathered.proj_metric.add(seen.middle_gradient)
+        self.moment.sample(seen)
+
+    def layer(self, seen: LayerPass) -> None:
+        gathered, self._gathered = self._gathered or _Moments(self._job), None
+        head, r = self._job.shape.kv_channels, self._job.shape.heads_per_group
+        ffn, proj, ffn_metric, proj_metric = gathered.totals()
+        fc2 = metric_root(ffn_metric) @ seen.weights[layout.FC2_WEIGHT].cpu().double()
+        proj_weight = metric_root(proj_metric) @ seen.weights[layout.PROJ_WEIGHT].cpu().double()
+        self._ranks["ffn"][seen.layer] = elimination_order(ffn, fc2, RIDGE, overwrite=True)
+        self._ranks["heads"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=head)
+        self._ranks["groups"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=r * head)
+
+    def ranking(self) -> dict[str, np.ndarray]:
+        return self._ranks | {"hidden": self.moment.total().diagonal().copy()}
+
+
+class StreamMoment(Observer):
+    """``sum x x^T / mean(x^2)`` over tokens of the residual streams after attention and FFN of every layer, and of the
+    embeddings, which count as ``EMBEDDING_SHARE`` of the others together; the same bits on every grid."""
+
+    def __init__(self, job: Job) -> None:
+        shape = job.shape
+        self._job = job
+        self._sum = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=job.device)
+        # relative to its token's mean square, no square exceeds the number of channels
+        bound = torch.tensor(2.0 * shape.num_layers * (1 + EMBEDDING_SHARE) * job.tokens * shape.hidden_size)
+        self._quantum = quantum(bound, bound)
+
+    def sample(self, seen: SamplePass) -> None:
+        self._add(seen.middle[0])
+        self._add(seen.leaving[0])
+        if seen.layer == 0:
+            self._add(seen.entering[0], 2 * self._job.shape.num_layers * EMBEDDING_SHARE)
+
+    def _add(self, stream: Tensor, weight: float = 1.0) -> None:
+        """``[s, H]`` of one sample."""
+        second_moment(stream, stream, weight * stream_weights(stream), self._quantum, out=self._sum)
+
+    def total(self) -> np.ndarray:
+        """``[H, H]`` float64, of all processes."""
+        return parallel.all_reduce(self._sum, self._job.group).cpu().numpy()
+
+
+class Sensitivity(Observer):
+    """Norms of the stream's gradient after the attention and after the FFN of each layer, ``[2L, n, s]`` float32."""
+
+    def __init__(self, shape: ModelShape, tokens: Tensor) -> None:
+        self.norms = np.zeros((2 * shape.num_layers, *tokens.shape), dtype=np.float32)
+
+    def sample(self, seen: SamplePass) -> None:
+        for half, gradient in enumerate((seen.middle_gradient, seen.leaving_gradient)):
+            assert gradient is not None  # gradients are observed
+            self.norms[2 * seen.layer + half, seen.sample] = gradient[0].norm(dim=-1).cpu().numpy()
 
 
 def clipped(sensitivity: np.ndarray) -> np.ndarray:
@@ -134,85 +172,23 @@ def clipped(sensitivity: np.ndarray) -> np.ndarray:
     return np.minimum(flat, bound[:, None]).reshape(sensitivity.shape)
 
 
-def _forward(
-    reader: LayerReader, tokens: Tensor, rotary: Rotary, file: StreamFile, progress: Callable[[int], None]
-) -> None:
-    """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, into a file."""
-    streams = file.tensor
-    table = reader.tensor(layout.EMBEDDING)
-    for sample, row in enumerate(tokens):
-        streams[0, sample] = table[row.cpu()].float()
-    del table
-    for layer in range(reader.shape.num_layers):
-        weights = read_layer(reader, layer, tokens.device)
-        for sample in range(len(tokens)):
-            one = slice(sample, sample + 1)
-            streams[layer + 1, one] = weights.forward(streams[layer, one].to(tokens.device), rotary).cpu()
-        file.release()
-        progress(1)
+class _Moments:
+    """What the backward pass gathers of one layer, summed over tokens; sizes are those of the canonical layer.
 
-
-def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]``."""
-    shape = reader.shape
-    device = tokens.device
-    norm, head = read_head(reader, device)
-    gradient = torch.zeros_like(final)
-    for sample, labels in enumerate(tokens[:, 1:]):
-        x = final[sample, :-1].to(device)
-        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon).cpu()
-    if not torch.isfinite(gradient).all():
-        raise MinitronError("importance: the gradient of the loss on the calibration tokens is not finite")
-    return gradient
-
-
-def _backward(
-    weights: Layer, x: Tensor, gradient: Tensor, rotary: Rotary, slopes: np.ndarray, moment: _StreamMoment
-) -> tuple[Tensor, _Moments]:
-    """Through one layer, sample by sample: gradient at its input, and its moments.
-
-    ``x [n, s, H]`` enters the layer; ``gradient [n, s, H]`` belongs to the stream that leaves it. ``slopes [2, n, s]``
-    receives the gradient's norms after the attention and after the FFN; both streams are added to ``moment``.
+    Attributes:
+        ffn ``[F, F]``, proj ``[A*d, A*d]``: inputs of ``linear_fc2`` and of ``linear_proj``, each token by the inverse
+            mean square of the stream it is added to. ffn_metric, proj_metric ``[H, H]``: gradients of that stream.
     """
-    shape, device = weights.shape, rotary.cos.device
-    sizes = (shape.ffn_hidden_size, shape.proj_columns, shape.hidden_size, shape.hidden_size)
-    ffn, proj, ffn_metric, proj_metric = (_Gathered(size, device) for size in sizes)
-    before = torch.empty_like(gradient)
-    for sample in range(len(x)):
-        one = slice(sample, sample + 1)
-        with torch.enable_grad():
-            entering = x[one].to(device, copy=True).requires_grad_(True)
-            inner = weights.attention(weights.attention_input(entering), rotary)
-            middle = entering + F.linear(inner, weights[layout.PROJ_WEIGHT])
-            neurons = weights.ffn(weights.ffn_input(middle))
-            leaving = middle + F.linear(neurons, weights[layout.FC2_WEIGHT])
-            at_leaving = gradient[one].to(device)
-            at_entering, at_middle = torch.autograd.grad(leaving, (entering, middle), at_leaving)
-        before[one] = at_entering.cpu()
-        ffn.add(neurons.detach() * stream_weights(leaving.detach()).sqrt()[..., None])
-        proj.add(inner.detach() * stream_weights(middle.detach()).sqrt()[..., None])
-        for row, slope in enumerate((at_middle, at_leaving)):
-            slopes[row, sample] = slope[0].norm(dim=-1).cpu().numpy()
-        ffn_metric.add(at_leaving)
-        proj_metric.add(at_middle)
-        for stream in (middle.detach(), leaving.detach()):
-            moment.add(stream[0])
-    return before, _Moments(ffn.total(), proj.total(), ffn_metric.total(), proj_metric.total())
 
+    def __init__(self, job: Job) -> None:
+        shape, self._group = job.shape, job.group
+        self.ffn, self.proj = (_Gathered(size, job.device) for size in (shape.ffn_hidden_size, shape.proj_columns))
+        self.ffn_metric, self.proj_metric = (_Gathered(shape.hidden_size, job.device) for _ in range(2))
 
-class _StreamMoment:
-    """``sum x x^T / mean(x^2)`` over tokens of residual streams; the same bits whatever process saw which sample."""
-
-    def __init__(self, shape: ModelShape, tokens: int, device: torch.device) -> None:
-        """``tokens``: of the whole job."""
-        self.sum = torch.zeros(shape.hidden_size, shape.hidden_size, dtype=torch.float64, device=device)
-        # relative to its token's mean square, no square exceeds the number of channels
-        bound = torch.tensor(2.0 * shape.num_layers * (1 + EMBEDDING_SHARE) * tokens * shape.hidden_size)
-        self._quantum = quantum(bound, bound)
-
-    def add(self, stream: Tensor, weight: float = 1.0) -> None:
-        """``[s, H]`` of one sample."""
-        second_moment(stream, stream, weight * stream_weights(stream), self._quantum, out=self.sum)
+    def totals(self) -> list[Tensor]:
+        """The four, of all processes, on the CPU."""
+        parts = (self.ffn, self.proj, self.ffn_metric, self.proj_metric)
+        return [parallel.all_reduce(part.total(), self._group).cpu() for part in parts]
 
 
 class _Gathered:

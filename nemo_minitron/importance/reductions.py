@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.errors import check_choice
+from nemo_minitron.model import layout
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.shape import ModelShape
 
 HOW = ("mean", "l2", "var")
 UNITS = ("l2", "mean")
@@ -96,3 +99,33 @@ def units(channels: Tensor, width: int, how: str = "l2") -> Tensor:
     """
     runs = channels.unflatten(-1, (-1, width))
     return runs.mean(dim=-1) if how == "mean" else runs.square().sum(dim=-1).sqrt()
+
+
+def unit_sums(shape: ModelShape, parameter: Parameter, values: Tensor) -> dict[str, Tensor]:
+    """Sums of a weight's ``values`` over each unit that it belongs to.
+
+    A neuron has its rows of gate and up and its column of ``linear_fc2``; a head its query rows and its columns of
+    ``linear_proj``; a query group those of its heads, and its key and value rows; a hidden channel a row or column of
+    all that reads or writes the residual stream, norms and tables among them. Biases of QKV count as rows.
+
+    Args:
+        values: one per weight, ``parameter.size(shape)``; of a table, any of its rows.
+
+    Returns:
+        ``ffn [F]``, ``heads [A]``, ``groups [G]``, ``hidden [H]``: those that the parameter has, in its own dtype.
+    """
+    sums: dict[str, Tensor] = {}
+    for dimension, axis in enumerate(parameter.axes):
+        flat = values.movedim(dimension, 0).flatten(1).sum(dim=1) if values.dim() > 1 else values
+        if axis == layout.HIDDEN:
+            sums["hidden"] = flat
+        elif axis in (layout.FFN, layout.GATE_UP):
+            sums["ffn"] = flat.view(-1, shape.ffn_hidden_size).sum(dim=0)
+        elif axis == layout.PROJ:
+            sums["heads"] = flat.view(-1, shape.kv_channels).sum(dim=1)
+            sums["groups"] = sums["heads"].view(-1, shape.heads_per_group).sum(dim=1)
+        elif axis == layout.QKV:
+            cells = flat.view(shape.num_query_groups, shape.heads_per_group + 2, shape.kv_channels).sum(dim=2)
+            sums["heads"] = cells[:, : shape.heads_per_group].flatten()
+            sums["groups"] = cells.sum(dim=1)
+    return sums

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,15 @@ from nemo_minitron.data.calibration import block_length, draw_blocks
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.collect import Groups, collect
-from nemo_minitron.importance.measure import collect_by_layer, kept_tokens, rank_units
+from nemo_minitron.importance.measure import (
+    chosen_metrics,
+    collect_by_layer,
+    kept_tokens,
+    rank_by_statistics,
+    rank_by_walk,
+)
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
-from nemo_minitron.importance.scores_format import AXES
+from nemo_minitron.importance.scores_format import statistic_sizes
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -32,13 +38,21 @@ Section = Mapping[str, Any]
 
 
 def measure_and_save(
-    source: Path, output: Path, calibration: Calibration, stream: bool, model: Section, trainer: Section
+    source: Path,
+    output: Path,
+    calibration: Calibration,
+    stream: bool,
+    model: Section,
+    trainer: Section,
+    metrics: Sequence[str] = (),
 ) -> Scores:
     """Score a checkpoint and write the scores folder, from every rank of the job.
 
     Args:
         stream: read the checkpoint layer by layer, without NeMo and without a grid, instead of building the model.
         model, trainer: the run's sections; grid, tokenizer, devices and precision are read.
+        metrics: names of further ones to rank by, beside ``minitron`` and, if ``calibration`` asks for it,
+            ``reconstruction``.
 
     Returns:
         The scores, on every rank.
@@ -47,6 +61,7 @@ def measure_and_save(
         MinitronError: before any weight is read: unwritable output, missing or too little data, tokens that the model
             does not have, a sequence or a grid that does not fit; later: NaN in weights or activations.
     """
+    chosen = chosen_metrics(["minitron", *(["reconstruction"] if calibration.reconstruction else []), *metrics])
     staged = Staging(output, folder=True, replaceable=(JSON, NPZ)) if runtime.rank() == 0 else nullcontext()
     try:
         with staged as staging, NemoReader(source) as reader:
@@ -57,11 +72,14 @@ def measure_and_save(
             else:
                 _check_grid(calibration, blocks, Grid.of(model))
                 arrays, counts = collect_on_grid(source, blocks, calibration.micro_batch_size, model, trainer)
-            kept = kept_tokens(reader, blocks, calibration) if calibration.reconstruction else None
-            rankings = {"minitron": {axis: arrays.pop(axis) for axis in AXES}}
-            ranks, sensitivity = ({}, None) if kept is None else rank_units(reader, kept)
-            if kept is not None:
-                rankings["reconstruction"] = {axis: ranks[f"{axis}_rank"] for axis in AXES}
+            rankings = rank_by_statistics(reader.shape, arrays, counts, chosen)
+            kept, compensation = None, None
+            if len(rankings) < len(chosen):
+                kept = kept_tokens(reader, blocks, calibration)
+                by_walk, compensation = rank_by_walk(reader, kept, chosen)
+                rankings |= by_walk
+            if not calibration.reconstruction:  # they were ranked on, and nothing is to be re-solved on them
+                kept, compensation = None, None
             scores = Scores(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
@@ -75,10 +93,10 @@ def measure_and_save(
                     **counts,
                 },
                 rankings=rankings,
-                stream_moment=ranks.get("stream_moment"),
+                stream_moment=None if compensation is None else compensation.stream_moment,
                 tokens=None if kept is None else kept.numpy(),
-                sensitivity=sensitivity,
-                **arrays,
+                sensitivity=None if compensation is None else compensation.sensitivity,
+                **{name: arrays[name] for name in statistic_sizes(reader.shape)},
             )
             if staging is not None:
                 scores.write(staging.path)

@@ -14,4 +14,5 @@ def run(cfg: ImportanceConfig) -> Scores:
     from nemo_minitron.nemo.scoring import measure_and_save
 
     source, output = Path(required(cfg, "model.restore_from_path")), Path(required(cfg, "output_path"))
-    return measure_and_save(source, output, cfg.calibration, cfg.importance.stream, cfg.model, cfg.trainer)
+    stream, metrics = cfg.importance.stream, cfg.importance.metrics
+    return measure_and_save(source, output, cfg.calibration, stream, cfg.model, cfg.trainer, metrics)

@@ -57,7 +57,8 @@ def run(cfg: PruneConfig) -> Plan:
             from nemo_minitron.nemo.scoring import measure_and_save
 
             scores_path = save_path.with_name(f"{name}.scores")
-            scores = measure_and_save(source, scores_path, calibration, prune.calib_stream, cfg.model, cfg.trainer)
+            stream, metrics = prune.calib_stream, [prune.ranking] if prune.ranking else []
+            scores = measure_and_save(source, scores_path, calibration, stream, cfg.model, cfg.trainer, metrics)
         if plan is None:
             plan = make_requested_plan(reader, prune, scores, half=Machines.of(cfg.trainer).half)
         check_compensation(plan, prune.compensate, scores)

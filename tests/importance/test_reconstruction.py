@@ -6,9 +6,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoint import HfReader
-from nemo_minitron.importance.reconstruction import clipped, rank_by_reconstruction
+from nemo_minitron.importance.reconstruction import clipped, measure
+from nemo_minitron.registry import METRICS
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import SHAPES
+
+
+def reconstruct(reader, tokens):
+    """The ranking by reconstruction, and what compensation needs."""
+    rankings, compensation = measure(reader, tokens, {"reconstruction": METRICS.get("reconstruction")})
+    return rankings["reconstruction"], compensation
 
 
 @pytest.mark.parametrize("name", ["gqa", "tied", "head_dim", "llama3_rope"])
@@ -16,8 +23,8 @@ def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
     folder = make_llama(tmp_path / "hf", SHAPES[name])
     tokens = torch.randint(0, SHAPES[name].vocab_size, (3, 40), generator=torch.Generator().manual_seed(5))
     with HfReader(folder) as reader:
-        arrays, sensitivity = rank_by_reconstruction(reader, tokens)
-        shape = reader.shape
+        ranking, found = reconstruct(reader, tokens)
+        shape, sensitivity = reader.shape, found.sensitivity
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
     streams = []
     for layer in model.model.layers:
@@ -32,10 +39,10 @@ def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
     embeddings = model.model.embed_tokens.weight.detach()[tokens].flatten(0, 1).double()
     embeddings = embeddings / embeddings.square().mean(-1, keepdim=True).sqrt()
     moment = sum(x.T @ x for x in relative) + 0.3 * len(relative) * embeddings.T @ embeddings
-    np.testing.assert_allclose(arrays["stream_moment"], moment.numpy(), rtol=1e-4, atol=1e-2)
-    np.testing.assert_array_equal(arrays["hidden_rank"], arrays["stream_moment"].diagonal())
+    np.testing.assert_allclose(found.stream_moment, moment.numpy(), rtol=1e-4, atol=1e-2)
+    np.testing.assert_array_equal(ranking["hidden"], found.stream_moment.diagonal())
     for unit, count in (("ffn", shape.ffn_hidden_size), ("heads", 8), ("groups", shape.num_query_groups)):
-        assert np.array_equal(np.sort(arrays[f"{unit}_rank"], axis=1), np.tile(np.arange(count), (3, 1)))
+        assert np.array_equal(np.sort(ranking[unit], axis=1), np.tile(np.arange(count), (3, 1)))
 
 
 def test_neurons_that_do_nothing_and_copies_go_first(tmp_path):
@@ -52,8 +59,8 @@ def test_neurons_that_do_nothing_and_copies_go_first(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     tokens = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(5))
     with HfReader(folder) as reader:
-        arrays, _ = rank_by_reconstruction(reader, tokens)
-    for worth in arrays["ffn_rank"]:
+        ranking, _ = reconstruct(reader, tokens)
+    for worth in ranking["ffn"]:
         assert {3, 50} == set(np.argsort(worth)[:2])
         assert min(worth[7], worth[8]) < 20  # of 96: one of the two can be spared, at the ridge's price
 

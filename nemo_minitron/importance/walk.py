@@ -1,0 +1,246 @@
+"""A walk through a checkpoint, one layer's weights in memory at a time: forward through all, backward again.
+
+The residual stream at every layer's input is kept in a temporary file; on the way back each layer is run again, sample
+by sample, and its observers are told what passes (:mod:`nemo_minitron.importance.metric`). Weights are read whole;
+under any grid each process takes its share of the samples.
+
+Memory: one layer's weights in float32, one sample's activations, and logits as
+:mod:`nemo_minitron.model.next_token` bounds them. Weights' gradients take 12 bytes more for each weight of a layer (a
+sample's in float32, their sum in float64; 2.6 GB for a layer of Llama-3.1-8B), and ``TABLE_BYTES`` for the tables.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nemo_minitron import parallel
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.importance.metric import Job, LayerPass, Observer, Observes, SamplePass
+from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.model import layout
+from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
+from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.next_token import HEAD_BYTES, loss_gradient
+
+TABLE_BYTES = 256 << 20
+"""Bounds the float64 gradient of embedding and output layer, which come some rows at a time."""
+
+
+def job_of(reader: LayerReader, tokens: Tensor, group: parallel.Group = None) -> Job:
+    """The measurement of ``tokens [n, s]`` of each process."""
+    counts = parallel.all_reduce(torch.tensor([tokens.numel(), tokens[:, 1:].numel()], device=tokens.device), group)
+    return Job(reader.shape, tokens.device, int(counts[0]), int(counts[1]), group)
+
+
+@torch.no_grad()
+def walk(
+    reader: LayerReader,
+    tokens: Tensor,
+    job: Job,
+    observers: Mapping[Observer, Observes],
+    progress: Callable[[int], None] = lambda layers: None,
+) -> None:
+    """Tell observers what passes through each layer.
+
+    Args:
+        reader: the checkpoint; its layers are read twice.
+        tokens: ``[n, s]`` int64, unpadded, this process's samples; forward and backward run on their device.
+        job: as :func:`job_of` made it of the same tokens.
+        observers: with what each observes; ``statistics`` are not for here.
+        progress: told after each layer, of 2L.
+
+    Raises:
+        MinitronError: a loss whose gradient is not finite.
+    """
+    shape, wanted = reader.shape, set(observers.values())
+    rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
+    with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
+        file = StreamFile(Path(folder) / "streams", (shape.num_layers + 1, *tokens.shape, shape.hidden_size))
+        streams = file.tensor
+        _forward(reader, tokens, rotary, file, progress)
+        gradient = None if wanted <= {"activations"} else _head_gradient(reader, streams[-1], tokens)
+        for number in reversed(range(shape.num_layers)):
+            layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, "weight_gradients" in wanted)
+            gradient = layer.run(streams[number], gradient, list(observers))
+            seen = LayerPass(number, layer.weights, layer.summed(job.group))
+            for observer in observers:
+                observer.layer(seen)
+            del layer, seen  # before the next layer is read
+            file.release()
+            progress(1)
+        outside = [observer for observer, what in observers.items() if what == "weight_gradients"]
+        if outside and gradient is not None:
+            _Tables(reader, tokens, streams[-1], gradient, job.group).tell(outside)
+
+
+def _forward(
+    reader: LayerReader, tokens: Tensor, rotary: Rotary, file: StreamFile, progress: Callable[[int], None]
+) -> None:
+    """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, into a file."""
+    streams = file.tensor
+    table = reader.tensor(layout.EMBEDDING)
+    for sample, row in enumerate(tokens):
+        streams[0, sample] = table[row.cpu()].float()
+    del table
+    for layer in range(reader.shape.num_layers):
+        weights = read_layer(reader, layer, tokens.device)
+        for sample in range(len(tokens)):
+            one = slice(sample, sample + 1)
+            streams[layer + 1, one] = weights.forward(streams[layer, one].to(tokens.device), rotary).cpu()
+        file.release()
+        progress(1)
+
+
+def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor:
+    """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]``."""
+    shape = reader.shape
+    norm, head = read_head(reader, tokens.device)
+    gradient = torch.zeros_like(final)
+    for sample, labels in enumerate(tokens[:, 1:]):
+        x = final[sample, :-1].to(tokens.device)
+        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon).cpu()
+    if not torch.isfinite(gradient).all():
+        raise MinitronError("importance: the gradient of the loss on the calibration tokens is not finite")
+    return gradient
+
+
+class _LayerWalk:
+    """One layer on the way back: its samples, and the sums of its weights' gradients where they are wanted."""
+
+    def __init__(self, number: int, weights: Layer, rotary: Rotary, weight_gradients: bool) -> None:
+        self.number, self.weights, self._rotary = number, weights, rotary
+        self._leaves: dict[str, Tensor] = {}
+        if weight_gradients:
+            self._leaves = {key: tensor.detach().requires_grad_() for key, tensor in weights.tensors.items()}
+        self._run = Layer(weights.shape, self._leaves or weights.tensors)
+        self._sums = {key: torch.zeros_like(leaf, dtype=torch.float64) for key, leaf in self._leaves.items()}
+
+    def run(self, x: Tensor, gradient: Tensor | None, observers: Sequence[Observer]) -> Tensor | None:
+        """Take ``x [n, s, H]`` through the layer, and ``gradient [n, s, H]`` of what leaves it back to what enters."""
+        before = None if gradient is None else torch.empty_like(gradient)
+        for sample in range(len(x)):
+            one = slice(sample, sample + 1)
+            seen = self._sample(sample, x[one], None if gradient is None else gradient[one])
+            if before is not None and seen.entering_gradient is not None:
+                before[one] = seen.entering_gradient.cpu()
+            for observer in observers:
+                observer.sample(seen)
+        return before
+
+    def _sample(self, sample: int, x: Tensor, gradient: Tensor | None) -> SamplePass:
+        weights, device = self._run, self._rotary.cos.device
+        with torch.set_grad_enabled(gradient is not None):
+            entering = x.to(device, copy=True).requires_grad_(gradient is not None)
+            qkv_input = weights.attention_input(entering)
+            proj_input = weights.attention(qkv_input, self._rotary)
+            middle = entering + F.linear(proj_input, weights[layout.PROJ_WEIGHT])
+            fc1_input = weights.ffn_input(middle)
+            fc2_input = weights.ffn(fc1_input)
+            leaving = middle + F.linear(fc2_input, weights[layout.FC2_WEIGHT])
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
+        if gradient is not None:
+            after, leaves = gradient.to(device), list(self._leaves.values())
+            at_entering, at_middle, *of_weights = torch.autograd.grad(leaving, [entering, middle, *leaves], after)
+            gradients = (at_entering, at_middle, after)
+            for total, part in zip(self._sums.values(), of_weights, strict=True):
+                total += part
+        return SamplePass(
+            self.number,
+            sample,
+            self.weights,
+            entering.detach(),
+            qkv_input.detach(),
+            proj_input.detach(),
+            middle.detach(),
+            fc1_input.detach(),
+            fc2_input.detach(),
+            leaving.detach(),
+            *gradients,
+        )
+
+    def summed(self, group: parallel.Group) -> dict[Parameter, Tensor]:
+        """Gradients of the weights, over all processes; tensors are reduced in the order of the layout table."""
+        rows = layout.layer_parameters(self.weights.shape)
+        return {row: parallel.all_reduce(self._sums[row.key], group) for row in rows if row.key in self._sums}
+
+
+@dataclass
+class _Tables:
+    """Gradients of what lies outside of the layers, some rows of the tables at a time.
+
+    With ``p = softmax(logits) - onehot(label)`` the output layer's gradient is ``sum p h^T`` over tokens, h being the
+    normed stream ``x / rms(x) * g``; the final norm's is ``sum_v W_v * (sum p x / rms(x))_v``, of which each chunk of
+    rows v has a part. The embedding's rows get the gradient of the stream where their token stands.
+
+    Attributes:
+        final: ``[n, s, H]``, stream after the last layer. gradient: ``[n, s, H]``, of the stream before the first.
+    """
+
+    reader: LayerReader
+    tokens: Tensor
+    final: Tensor
+    gradient: Tensor
+    group: parallel.Group
+
+    def tell(self, observers: Sequence[Observer]) -> None:
+        """Tell observers of every row of the tables, and of the final norm."""
+        shape, device = self.reader.shape, self.tokens.device
+        norm, head = read_head(self.reader, device)
+        tied = shape.share_embeddings_and_output_weights
+        table = head if tied else self.reader.tensor(layout.EMBEDDING)
+        log_sums = [self._log_sums(sample, norm, head) for sample in range(len(self.tokens))]
+        of_norm = torch.zeros_like(norm, dtype=torch.float64)
+        step = max(1, TABLE_BYTES // (8 * shape.hidden_size))
+        for start in range(0, shape.vocab_size, step):
+            rows = slice(start, min(start + step, shape.vocab_size))
+            unscaled = parallel.all_reduce(self._output_rows(rows, norm, head[rows], log_sums), self.group)
+            embedding = parallel.all_reduce(self._embedding_rows(rows), self.group)
+            of_norm += (unscaled * head[rows]).sum(dim=0)
+            output = unscaled * norm
+            weight = table[rows].to(device, torch.float32)
+            for observer in observers:
+                observer.outside(layout.EMBEDDING, weight, embedding + output if tied else embedding)
+                if not tied:
+                    observer.outside(layout.OUTPUT, head[rows], output)
+        for observer in observers:
+            observer.outside(layout.FINAL_NORM, norm, of_norm)
+
+    def _normed(self, sample: int, norm: Tensor | None) -> Tensor:
+        """Normed stream of a sample's positions that have a label, ``[s-1, H]``; without ``norm`` not scaled."""
+        return rms_norm(self.final[sample, :-1].to(self.tokens.device), norm, self.reader.shape.layernorm_epsilon)
+
+    def _log_sums(self, sample: int, norm: Tensor, head: Tensor) -> Tensor:
+        """Logarithms of the softmax's denominators, ``[s-1]``."""
+        return torch.cat([(h @ head.T).logsumexp(dim=-1) for h in self._normed(sample, norm).split(_at_once(head))])
+
+    def _output_rows(self, rows: slice, norm: Tensor, head: Tensor, log_sums: Sequence[Tensor]) -> Tensor:
+        """``sum p x / rms(x)`` of this process's tokens for some rows, ``[v, H]`` float64; ``head [v, H]``."""
+        total = torch.zeros_like(head, dtype=torch.float64)
+        for sample, denominators in enumerate(log_sums):
+            difference = (self._normed(sample, norm) @ head.T - denominators[:, None]).exp()
+            labels = self.tokens[sample, 1:] - rows.start
+            (here,) = ((labels >= 0) & (labels < len(head))).nonzero(as_tuple=True)
+            difference[here, labels[here]] -= 1
+            total += difference.T @ self._normed(sample, None)
+        return total
+
+    def _embedding_rows(self, rows: slice) -> Tensor:
+        """Gradient of the stream before the first layer, summed by token for some rows, ``[v, H]`` float64."""
+        total = self.gradient.new_zeros(rows.stop - rows.start, self.gradient.shape[-1], dtype=torch.float64)
+        ids = self.tokens.cpu() - rows.start
+        for sample_ids, gradient in zip(ids, self.gradient, strict=True):
+            here = (sample_ids >= 0) & (sample_ids < len(total))
+            total.index_add_(0, sample_ids[here], gradient[here].double())
+        return total.to(self.tokens.device)
+
+
+def _at_once(head: Tensor) -> int:
+    """Positions whose logits have room."""
+    return max(1, HEAD_BYTES // (4 * len(head)))
