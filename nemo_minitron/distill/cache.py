@@ -34,7 +34,7 @@ SHARD = 64
 
 _MOST_METADATA = 1 << 16
 _ROUNDING = 0.05
-"""By how much float16 may take the logarithm of a sum of probabilities from 0."""
+"""Most that float16 may take the logarithm of a sum of probabilities from 0."""
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class _Call:
             hidden_grad.zero_()
 
     def logits(self, tokens: slice, columns: slice) -> list[Tensor]:
-        """Of each side ``[tokens, columns]``, in buffers that the next call overwrites."""
+        """Logits ``[tokens, columns]`` of each side, in buffers that the next call overwrites."""
         shape = tokens.stop - tokens.start, columns.stop - columns.start
         return [
             torch.mm(flat[tokens], head[columns].t(), out=buffer[: shape[0] * shape[1]].view(shape))

@@ -94,7 +94,7 @@ class Loss(ABC):
         """
 
     def of_top_k(self, student: Tensor, teacher: TopK, mix: Mix, reduction: Reduction) -> Divergence:
-        """As :meth:`of_logits`, of a teacher of which only the head is known (``learns_from_top_k``)."""
+        """D of r tokens as in :meth:`of_logits`, from the head of a teacher's distribution (``learns_from_top_k``)."""
         raise NotImplementedError(f"{self.name} needs all of the teacher's logits")
 
 

@@ -22,7 +22,7 @@ from nemo_minitron.distill.shard import Shard
 
 
 class Sums(NamedTuple):
-    """Of one shard's columns; ``values [7, r]`` are, with tops m = max z and m_t = max a of these columns,
+    """Sums over one shard's columns; ``values [7, r]`` are, with tops m = max z and m_t = max a of these columns,
 
     m, m_t, Σ exp((z−m)/τ), Σ exp(z−m), Σ exp((a−m_t)/τ), the cross term (Σ exp((a−m_t)/τ) (a−z)/τ for forward KL,
     Σ exp((z−m)/τ) (z−a)/τ for reverse KL), and z at the label (0 where another rank has it). ``best [2, r]``, int64:

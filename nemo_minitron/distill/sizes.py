@@ -90,5 +90,5 @@ class Sizes:
 
 
 def compute_dtype(product: torch.dtype) -> torch.dtype:
-    """Of losses and sums, for products of a dtype."""
+    """Dtype of losses and sums, for products of a dtype."""
     return torch.float64 if product == torch.float64 else torch.float32

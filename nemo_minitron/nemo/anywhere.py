@@ -70,7 +70,7 @@ class HeadlessGPT(GPTModel):
     _hidden_only = False
 
     def forward(self, *args: Any, hidden_only: bool = False, **kwargs: Any) -> Tensor:
-        """As the parent's; with ``hidden_only`` the last stage returns ``[s, b, H]`` (``[s/tp, b, H]`` under sequence
+        """Run the parent's; with ``hidden_only`` the last stage returns ``[s, b, H]`` (``[s/tp, b, H]`` under sequence
         parallelism) in place of logits."""
         self._hidden_only = hidden_only
         return super().forward(*args, **kwargs)

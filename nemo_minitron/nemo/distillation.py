@@ -213,7 +213,7 @@ class MinitronDistillModel(MinitronGPTModel):
 
     @torch.no_grad()
     def _fit_projections(self, teacher: Teacher, batches: list[dict[str, Tensor]]) -> None:
-        """From student to teacher, on the first global batch of the run; checkpoints keep them."""
+        """Fit maps from student to teacher on the first global batch of the run; checkpoints keep them."""
         fits = {pair: Projection() for pair in self.hidden_term.pairs}
         for batch, theirs in zip(batches, teacher.layer_outputs(), strict=True):
             with self.autocast():

@@ -1,4 +1,4 @@
-"""From a ``.nemo`` and a run's settings to a built NeMo model: the architecture always comes from the checkpoint."""
+"""A built NeMo model from a ``.nemo`` and a run's settings: the architecture always comes from the checkpoint."""
 
 from __future__ import annotations
 

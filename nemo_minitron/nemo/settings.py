@@ -1,5 +1,5 @@
-"""From a training's checked config to what NeMo and Lightning are given: what the machine has, and what they would
-take otherwise than their documentation says."""
+"""What NeMo and Lightning are given of a training's checked config: what the machine has, and what they would take
+otherwise than their documentation says."""
 
 from __future__ import annotations
 

@@ -146,9 +146,10 @@ class Teacher:
         numbers = range(number * SHARD, min((number + 1) * SHARD, len(dataset)))
         answers = []
         for start in range(numbers.start, numbers.stop, micro_batch_size):
-            rows = [dataset[i] for i in range(start, min(start + micro_batch_size, numbers.stop))]
+            samples = [dataset[i] for i in range(start, min(start + micro_batch_size, numbers.stop))]
             batch = {
-                key: torch.stack([row[key] for row in rows]).to(runtime.device()) for key in ("tokens", "position_ids")
+                key: torch.stack([sample[key] for sample in samples]).to(runtime.device())
+                for key in ("tokens", "position_ids")
             }
             self.run([batch])
             if parallel_state.is_pipeline_last_stage():

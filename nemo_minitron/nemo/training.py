@@ -124,7 +124,7 @@ def _settle_splits(model_cfg: DictConfig, limit_val_batches: int | float) -> Non
 
 
 def _say_and_record(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:
-    """At a training's end: what was done, in a line, and in the record that a later run of the same finds."""
+    """Say in a line what a training has done, and write it into the record that a later run of the same finds."""
     if keep.record is not None and parallel.is_first():
         outputs = {str(output.absolute()): content_of(output) for output in (keep.path, keep.last_path)}
         keep.record.write(finished={"step": trainer.global_step, "outputs": outputs})
