@@ -19,8 +19,8 @@ from nemo_minitron.checkpoint import (
     nemo_config_from_hf,
     tensor_name,
 )
+from nemo_minitron.checkpoint.canonical import check_digest
 from nemo_minitron.checkpoint.nemo_config import SECTION, dtype_from_precision, padded_vocab, vocab_divisor
-from nemo_minitron.checkpoint.nemo_file import check_digest
 from nemo_minitron.checkpoint.nemo_gate import not_taken_over
 from nemo_minitron.checkpoint.tokenizer_files import FILES, tokenizer_files
 from nemo_minitron.checkpoint.tokenizer_open import choose, facts

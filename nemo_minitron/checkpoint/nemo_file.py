@@ -6,10 +6,9 @@ the file (TP, PP, Transformer Engine or local spec) reads the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,14 @@ import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive, read_member
+from nemo_minitron.checkpoint.canonical import (
+    check_digest,
+    checked_cast,
+    each_tensor,
+    fingerprint,
+    tensor_digest,
+    tensor_name,
+)
 from nemo_minitron.checkpoint.distcp import (
     STORAGE_DTYPES,
     DistcpWriter,
@@ -39,7 +46,6 @@ from nemo_minitron.model.layout import (
     OUTPUT,
     VOCAB,
     Parameter,
-    layer_parameters,
     parameters,
 )
 from nemo_minitron.model.shape import ModelShape
@@ -50,37 +56,6 @@ _ROWS = 4096  # of two tables that are compared
 _PREFIXES = ("model.module.", "model.")
 # What Transformer Engine keeps for FP8, the angles of RoPE, and a training's state: none of it is the model's
 _NEUTRAL_TENSORS = re.compile(r".*\._extra_state(/.*)?|.*rotary_pos_emb\.inv_freq|optimizer[._].*|rng_state.*")
-
-
-def each_tensor(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
-    """As ``layout.slots``, but layer by layer: embedding, every row of layer 0, of layer 1, …, final norm, output.
-
-    The order in which files are written, so that one layer lies together.
-    """
-    yield EMBEDDING, None
-    for layer in range(shape.num_layers):
-        for row in layer_parameters(shape):
-            yield row, layer
-    for parameter in parameters(shape):
-        if not parameter.per_layer and parameter != EMBEDDING:
-            yield parameter, None
-
-
-def tensor_name(parameter: Parameter, layer: int | None) -> str:
-    """Name of one canonical tensor in messages, checksums and fingerprints: ``decoder.layers.3.….weight``."""
-    return parameter.memory_name(layer, local=False)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values of a tensor as bytes, without a copy where it is contiguous."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """sha256 over dtype, size and little-endian bytes."""
-    digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode())
-    digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
 
 
 class NemoReader:
@@ -236,16 +211,6 @@ class NemoReader:
         self.close()
 
 
-def fingerprint(reader: Any) -> str:
-    """sha256 of a model's canonical tensors, for any reader with ``shape`` and ``tensor``; see NemoReader."""
-    digest = hashlib.sha256()
-    for parameter, layer in each_tensor(reader.shape):
-        rows = slice(0, reader.shape.vocab_size) if parameter.axes[0] == VOCAB else None
-        digest.update(f"{tensor_name(parameter, layer)} ".encode())
-        digest.update(tensor_digest(reader.tensor(parameter, layer, rows)).encode())
-    return digest.hexdigest()
-
-
 def verify(path: str | Path) -> None:
     """Check every tensor of a ``.nemo`` against its sidecar.
 
@@ -258,15 +223,6 @@ def verify(path: str | Path) -> None:
             raise MinitronError(f"{path}: expected checksums in {CHECKSUMS}, found none (not written by minitron)")
         for parameter, layer in each_tensor(reader.shape):
             check_digest(path, expected, parameter, layer, reader.tensor(parameter, layer))
-
-
-def check_digest(
-    path: str | Path, expected: Mapping[str, str], parameter: Parameter, layer: int | None, tensor: torch.Tensor
-) -> None:
-    """Compare one tensor with what its file's sidecar says of it."""
-    name, found = tensor_name(parameter, layer), tensor_digest(tensor)
-    if expected.get(name) != found:
-        raise MinitronError(f"{path}: tensor '{name}' must have sha256 {expected.get(name)}, found {found}")
 
 
 class NemoWriter(AllOrNothing):
@@ -368,16 +324,6 @@ class NemoWriter(AllOrNothing):
         self._hashing.shutdown()
         self._weights.abort()
         self._archive.abort()
-
-
-def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """``tensor`` in ``dtype`` on the CPU; NaN and infinity, also when the cast makes them, stop with its name."""
-    cast = tensor.detach().to("cpu", dtype)
-    low, high = torch.aminmax(cast)  # one pass, and NaN shows in both; isfinite().all() takes ten times as long
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        bad = int((~torch.isfinite(cast)).sum())
-        raise MinitronError(f"tensor '{name}' must be finite in {str(dtype)[6:]}, found {bad} NaN or infinite values")
-    return cast
 
 
 def _name_members(config: dict[str, Any], tokenizer: Path | None) -> dict[str, Path]:
