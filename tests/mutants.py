@@ -105,6 +105,24 @@ MUTANTS = [
         "y = x\n",
         "model/test_decoder.py::test_norm_in_bfloat16_is_computed_in_float32",
     ),
+    Mutant(
+        "model/decoder.py",
+        "if change is not None:",
+        "if False:",
+        "nemo/test_extending_family.py::test_the_plain_decoder_computes_what_transformers_does",
+    ),
+    Mutant(
+        "nemo/spec.py",
+        "if self._config.finalize_model_grads_func is None:",
+        "if False:",
+        "nemo/test_extending_family.py::test_gradients_at_every_tensor_parallel_size",
+    ),
+    Mutant(
+        "checkpoint/gguf.py",
+        "if not self._family.gguf_permuted:",
+        "if False:",
+        "checkpoint/test_gguf.py::test_qwen2_equals_transformers",
+    ),
     # losses
     Mutant(
         "distill/block.py",

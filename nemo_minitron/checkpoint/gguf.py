@@ -12,13 +12,15 @@ import torch
 from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.gguf_header import check_header
 from nemo_minitron.checkpoint.hf_rope import whole
+from nemo_minitron.checkpoint.keys import has_no_place
 from nemo_minitron.checkpoint.kinds import split_gguf
-from nemo_minitron.checkpoint.known import has_no_place
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
+from nemo_minitron.model import layout
+from nemo_minitron.model.family import Family
+from nemo_minitron.registry import FAMILIES
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -33,11 +35,23 @@ _LAYER = {
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-class GgufFile:
-    """One GGUF of architecture ``llama``; implements ``hf.TensorSource``.
+def _places(family: Family) -> dict[str, str]:
+    """HF's name of each tensor that a GGUF of this family can have, ``N`` for the layer."""
+    known_to_hf = {name.replace("{l}", "N") for row in layout.layer_rows(family, family.qkv_bias) for name in row.hf}
+    names = {
+        f"blk.N.{own}.{kind}": f"model.layers.N.{theirs}.{kind}"
+        for own, theirs in (_LAYER | dict(family.gguf_names)).items()
+        for kind in ("weight", "bias")
+    }
+    top = {f"{own}.weight": f"{theirs}.weight" for own, theirs in _TOP.items()}
+    return {own: theirs for own, theirs in names.items() if theirs in known_to_hf} | top
 
-    llama.cpp stores query and key rows permuted for its interleaved RoPE: row pairs (2i, 2i+1) of a head are HF's rows
-    (i, i + d/2). Undone here, as transformers does when it loads a GGUF.
+
+class GgufFile:
+    """One GGUF of a family that names its architecture; implements ``hf.TensorSource``.
+
+    llama.cpp stores a Llama's query and key rows permuted for an interleaved RoPE: row pairs (2i, 2i+1) of a head are
+    HF's rows (i, i + d/2). Undone here, as transformers does when it loads a GGUF.
 
     Raises:
         MinitronError: not a GGUF, another architecture, or RoPE scaling (a GGUF keeps its result, not its numbers).
@@ -50,10 +64,11 @@ class GgufFile:
         check_header(path)
         try:
             self._reader = GGUFReader(str(path))
+            self._family = self._read_family()
             self._check_keys()
         except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise MinitronError(f"{path}: expected a GGUF file, found: {one_line(error)}") from None
-        self._tensors = {}
+        self._tensors, self._places = {}, _places(self._family)
         for tensor in self._reader.tensors:
             if tensor.name.startswith("rope_freqs"):
                 raise MinitronError(
@@ -70,14 +85,11 @@ class GgufFile:
         self.dtypes = dict.fromkeys(self._tensors, torch.float32)
 
     def _hf_name(self, name: str) -> str:
-        stem = name.removesuffix(".weight")
-        if stem in _TOP and stem != name:
-            return f"{_TOP[stem]}.weight"
-        parts = stem.split(".")
-        if len(parts) == 3 and parts[0] == "blk" and parts[2] in _LAYER and stem != name:
-            return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight"
-        layer = [f"blk.N.{own}.weight" for own in _LAYER]
-        raise has_no_place(str(self._path), name, [*layer, *(f"{own}.weight" for own in _TOP)])
+        layer = name.split(".")[1] if name.startswith("blk.") else ""
+        place = self._places.get(name.replace(f"blk.{layer}.", "blk.N.", 1) if layer else name)
+        if place is None:
+            raise has_no_place(str(self._path), name, self._places)
+        return place.replace(".N.", f".{layer}.", 1)
 
     def _value(self, key: str, default: Any = None) -> Any:
         field = self._reader.get_field(key)
@@ -88,39 +100,38 @@ class GgufFile:
         return field.contents()
 
     def _config(self) -> dict[str, Any]:
-        architecture = self._value("general.architecture")
-        heads, hidden = self._whole("llama.attention.head_count"), self._whole("llama.embedding_length")
-        width = self._whole("llama.attention.key_length", hidden // heads)
-        for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        family, begins = self._family, self._family.gguf
+        heads, hidden = self._whole(f"{begins}.attention.head_count"), self._whole(f"{begins}.embedding_length")
+        width = self._whole(f"{begins}.attention.key_length", hidden // heads)
+        for key in (f"{begins}.attention.value_length", f"{begins}.rope.dimension_count"):
             if self._whole(key, width) != width:
                 raise MinitronError(
                     f"{self._path}: {key} must be the width of a head, {width}, found {self._whole(key)}"
                 )
         table = self._tensors.get("model.embed_tokens.weight")
         rows = 0 if table is None else int(table.shape[1])
-        if self._whole("llama.vocab_size", rows) != rows:
+        if self._whole(f"{begins}.vocab_size", rows) != rows:
             raise MinitronError(
-                f"{self._path}: llama.vocab_size must be the rows of token_embd.weight, {rows}, found "
-                f"{self._whole('llama.vocab_size')}"
+                f"{self._path}: {begins}.vocab_size must be the rows of token_embd.weight, {rows}, found "
+                f"{self._whole(f'{begins}.vocab_size')}"
             )
         config: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[architecture]],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            **{key: value for key, value in family.hf_fresh.items() if value is not None and key != "pretraining_tp"},
             "attention_dropout": 0.0,
             "initializer_range": 0.02,
             "use_cache": True,
             "hidden_size": hidden,
-            "intermediate_size": self._whole("llama.feed_forward_length"),
-            "num_hidden_layers": self._whole("llama.block_count"),
+            "intermediate_size": self._whole(f"{begins}.feed_forward_length"),
+            "num_hidden_layers": self._whole(f"{begins}.block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._whole("llama.attention.head_count_kv", heads),
+            "num_key_value_heads": self._whole(f"{begins}.attention.head_count_kv", heads),
             "head_dim": width,
-            "max_position_embeddings": self._whole("llama.context_length"),
-            "rms_norm_eps": _short_float(self._value("llama.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _short_float(self._value("llama.rope.freq_base", 10000.0)),
+            "max_position_embeddings": self._whole(f"{begins}.context_length"),
+            "rms_norm_eps": _short_float(self._value(f"{begins}.attention.layer_norm_rms_epsilon")),
+            "rope_theta": _short_float(self._value(f"{begins}.rope.freq_base", 10000.0)),
             "rope_scaling": None,
             "vocab_size": rows,
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
@@ -132,23 +143,27 @@ class GgufFile:
                 config[f"{'pad' if key == 'padding' else key}_token_id"] = int(field.contents())
         return config
 
+    def _read_family(self) -> Family:
+        """The family whose GGUF this is."""
+        architecture = self._value("general.architecture")
+        family: Family | None = next((one for one in FAMILIES.every() if one.gguf == architecture), None)
+        if family is None:
+            names = ", ".join(one.gguf for one in FAMILIES.every() if one.gguf)
+            raise MinitronError(f"{self._path}: architecture must be one of {names} in a GGUF, found '{architecture}'")
+        return family
+
     def _check_keys(self) -> None:
         """Refuse what would change the forward pass; long texts and lists, which are a tokenizer's, are not opened."""
-        architecture, parts = self._value("general.architecture"), self._value("split.count", 0)
-        if architecture not in _ARCHITECTURES:
-            raise MinitronError(
-                f"{self._path}: architecture must be one of {', '.join(_ARCHITECTURES)} in a GGUF, found "
-                f"'{architecture}'"
-            )
+        parts = self._value("split.count", 0)
         if parts not in (0, 1):
             raise MinitronError(f"{self._path}: expected a whole GGUF, found {split_gguf(parts, self._path.name)}")
-        found = {}
+        found, keys = {}, known.GGUF.renamed("llama.", f"{self._family.gguf}.")
         for key, field in self._reader.fields.items():
-            plain = key in known.GGUF and len(field.data) == 1
+            plain = key in keys and len(field.data) == 1
             found[key] = field.contents() if plain else None
-            if key in known.GGUF.only and not plain:
+            if key in keys.only and not plain:
                 raise MinitronError(f"{self._path}: {key} must be one value, found {len(field.data)}")
-        known.GGUF.check(found, str(self._path))
+        keys.check(found, str(self._path))
 
     def _whole(self, key: str, default: int | None = None) -> int:
         """A size; where it is a list of one for each layer, these must be the same."""
@@ -164,6 +179,8 @@ class GgufFile:
         stored = self._tensors[name]
         values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
         tensor = torch.from_numpy(values).reshape(self.sizes[name])
+        if not self._family.gguf_permuted:
+            return tensor
         if name.endswith("q_proj.weight"):
             return _unpermute(tensor, self.config["num_attention_heads"])
         if name.endswith("k_proj.weight"):

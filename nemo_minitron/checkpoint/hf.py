@@ -16,8 +16,8 @@ from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, fingerprint, raw_bytes, tensor_name
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape, shape_from_hf
+from nemo_minitron.checkpoint.keys import has_no_place, other_head
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
-from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.safetensors_folder import CODES, SafetensorsFolder
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError

@@ -11,16 +11,11 @@ import torch
 from nemo_minitron.checkpoint import known
 from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rope
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.family import Family
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.registry import FAMILIES
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-# What transformers assumes where config.json is silent, and a Llama's would differ.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "Qwen2ForCausalLM": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-}
 _FULL = "full_attention"
-_MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -35,10 +30,9 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
         MinitronError: an architecture or feature that Megatron's Llama layers would compute differently, or a size
             that is missing or none.
     """
-    architecture = _architecture(config, where)
-    config = {**_ABSENT.get(architecture, {}), **config}
-    no_windows = architecture == "Qwen2ForCausalLM" and not config.get("use_sliding_window")
-    known.HF.check({k: v for k, v in config.items() if not (no_windows and k == "sliding_window")}, where)
+    family = family_from_hf(config, where)
+    config = {**family.hf_absent, **config}
+    known.HF.having(family.hf_only, family.hf_neutral).check(config, where)
     hidden, heads = (whole(config, key, where) for key in ("hidden_size", "num_attention_heads"))
     vocab, layers = (whole(config, key, where) for key in ("vocab_size", "num_hidden_layers"))
     _check_layer_types(config.get("layer_types"), layers, where)
@@ -60,7 +54,8 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
         rope_scaling=scaling,
         max_position_embeddings=whole(config, "max_position_embeddings", where, 2048),
         layernorm_epsilon=0.0 if config.get("rms_norm_eps") == 0 else number(config, "rms_norm_eps", where, 1e-6),
-        qkv_bias=architecture == "Qwen2ForCausalLM",
+        qkv_bias=family.qkv_bias,
+        family=family.layers,
     )
 
 
@@ -79,7 +74,7 @@ def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[
     """A ``config.json`` for ``shape``: ``source`` with only the fields changed whose meaning differs.
 
     With ``source`` of the same shape and dtype the result equals ``source`` key by key, so that a round trip is
-    bit-identical; without it, a plain Llama (or Qwen2 where ``qkv_bias``) config is made.
+    bit-identical; without it, the config of the first family that has such layers is made.
     """
     config = copy.deepcopy(dict(source)) if source else _fresh_config(shape)
     before = shape_from_hf(config) if source else None
@@ -87,6 +82,11 @@ def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[
         raise MinitronError(
             f"config.json: architectures {config.get('architectures')} must be of a model "
             f"{'with' if shape.qkv_bias else 'without'} a bias on queries, keys and values, as its weights are"
+        )
+    if before is not None and before.family != shape.family:
+        raise MinitronError(
+            f"config.json: architectures {config.get('architectures')} must be of the family '{shape.family}', as its "
+            "weights are"
         )
     for key, field in _FIELDS.items():
         value = getattr(shape, field)
@@ -117,32 +117,44 @@ _FIELDS = {
 
 
 def _fresh_config(shape: ModelShape) -> dict[str, Any]:
-    name = "Qwen2ForCausalLM" if shape.qkv_bias else "LlamaForCausalLM"
-    config: dict[str, Any] = {
-        "architectures": [name],
-        "model_type": "qwen2" if shape.qkv_bias else "llama",
+    bias = shape.qkv_bias
+    family = next((one for one in FAMILIES.every() if (one.layers, one.qkv_bias) == (shape.family, bias)), None)
+    if family is None:
+        raise MinitronError(f"qkv_bias must be {str(not bias).lower()} in the family '{shape.family}'")
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
+        **family.hf_fresh,
     }
-    if not shape.qkv_bias:
-        config |= {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
-    return config
 
 
 def _implied_head_dim(config: Mapping[str, Any]) -> int:
+    config = {**family_from_hf(config, "config.json").hf_absent, **config}
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _architecture(config: Mapping[str, Any], where: str) -> str:
+def family_from_hf(config: Mapping[str, Any], where: str) -> Family:
+    """The family that ``architectures`` names, or ``model_type`` where that is silent; they must agree.
+
+    Raises:
+        MinitronError: an architecture that no family has, or two that are named.
+    """
     names, kind = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list) or len(names) > 1:
         raise MinitronError(f"{where}: architectures must be a list of one name, found {names!r:.80}")
-    implied = _MODEL_TYPES.get(str(kind), str(kind))
-    name = str(names[0]) if names else implied
-    if name not in SUPPORTED:
-        raise MinitronError(f"{where}: architecture must be one of {', '.join(SUPPORTED)}, found '{name:.80}'")
-    if kind is not None and implied != name:  # transformers goes by the one here and by the other there
+    name = str(names[0]) if names else str(kind)
+    for family in FAMILIES.every():
+        if name == family.architecture or (not names and name == family.model_type):
+            break
+    else:
+        architectures = ", ".join(family.architecture for family in FAMILIES.every())
+        raise MinitronError(f"{where}: architecture must be one of {architectures}, found '{name:.80}'")
+    if kind is not None and str(kind) not in (family.model_type, family.architecture):
+        # transformers goes by the one here and by the other there
         raise MinitronError(f"{where}: model_type must be that of {name}, found {kind!r:.80}")
-    return name
+    found: Family = family
+    return found

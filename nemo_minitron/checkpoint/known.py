@@ -2,89 +2,20 @@
 
 A key that changes what a model computes and that we do not compute must stop a conversion: a wrong result with exit
 status 0 is the worst fault. A key that nobody here has heard of is said in one line, since most are harmless, and
-refusing them all would refuse most files.
+refusing them all would refuse most files. A family adds conditions of its own
+(:class:`nemo_minitron.model.family.Family`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.jobs.processes import notice
+from nemo_minitron.checkpoint.keys import Keys
 
 _OFF = (False, None, 0)
 _ZERO = (0, None, False)
 _NONE = (None,)
 _EMPTY: tuple[Any, ...] = (None, [], {}, "", False)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The keys of one kind of file.
-
-    Attributes:
-        applied: read, and part of what is built.
-        neutral: without effect on what the model computes: training, sampling, names, how fast.
-        neutral_beginnings: the same, for all names that begin so.
-        only: values under which we build what the file means; any other is refused.
-        absent: what a key of ``only`` means where the file does not have it, if not its first value.
-    """
-
-    applied: frozenset[str]
-    neutral: frozenset[str]
-    only: Mapping[str, tuple[Any, ...]]
-    neutral_beginnings: tuple[str, ...] = ()
-    absent: Mapping[str, Any] = field(default_factory=dict)
-
-    def check(self, found: Mapping[str, Any], where: str) -> None:
-        """Refuse a value that is not ours, by name; say which keys are unknown.
-
-        Args:
-            found: the keys with their values.
-            where: the file, in messages.
-
-        Raises:
-            MinitronError: a key of ``only`` with another value.
-        """
-        for key, allowed in self.only.items():
-            if problem := self.problem(key, found.get(key, self.absent.get(key, allowed[0]))):
-                raise MinitronError(f"{where}: {key} {problem}")
-        unknown = [key for key in found if key not in self and not key.startswith(self.neutral_beginnings)]
-        if unknown:
-            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-            names = ", ".join(f"'{key:.60}'" if key.isprintable() else repr(key)[:60] for key in unknown[:8])
-            notice(f"{where}: unknown and not used: {names}{more}")
-
-    def problem(self, key: str, value: Any) -> str | None:
-        """What is wrong with the value of a key: "must be X, found Y"; None where nothing is."""
-        allowed = self.only.get(key, (value,))
-        if any(value == one and isinstance(value, str) == isinstance(one, str) for one in allowed):
-            return None
-        return f"must be {_plain(allowed[0])}, found {_plain(value)}"
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.applied or key in self.neutral or key in self.only
-
-
-def has_no_place(where: str, name: str, expected: Iterable[str]) -> MinitronError:
-    """The error of a tensor that this architecture does not have, whose use would so be lost."""
-    return MinitronError(f"{where}: tensor '{name}' has no place in this architecture, which has {', '.join(expected)}")
-
-
-def other_head(where: str, name: str, key: str) -> MinitronError:
-    """The error of a tied model whose file has another head: of two models, which one is meant is not known."""
-    return MinitronError(
-        f"{where}: tensor '{name}' differs from the embedding table, which {key} ties it to; set {key} to false to use "
-        "it, or take it out of the file"
-    )
-
-
-def _plain(value: Any) -> str:
-    """A value as config files have it, of bounded length."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else f"{value!r:.80}"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -197,7 +128,7 @@ HF = Keys(
         "audio_config": _EMPTY,
     },
 )
-"""``config.json`` of a Llama, Mistral or Qwen2. ``auto_map`` is unknown on purpose: that a model comes with code of its
+"""``config.json`` of any family. ``auto_map`` is unknown on purpose: that a model comes with code of its
 own, which is not run, is worth a line."""
 
 
@@ -259,48 +190,59 @@ GGUF = Keys(
 """Metadata of a GGUF of architecture ``llama``; a factor without a type is linear to llama.cpp, and 0 is none."""
 
 
+_SIZES = _names(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels make_vocab_size_divisible_by
+    override_vocab_size rotary_base scale_factor low_freq_factor high_freq_factor old_context_len
+    max_position_embeddings encoder_seq_length layernorm_epsilon
+    """
+)
+_SWITCHES = _names("share_embeddings_and_output_weights scale_positional_embedding qkv_bias")
+_TRAINING_NUMBERS = _names("hidden_dropout attention_dropout ffn_dropout init_method_std")
+_TRAINING_SWITCHES = _names(
+    """
+    use_scaled_init_method do_layer_norm_weight_decay apply_query_key_layer_scaling fp32_residual_connection
+    megatron_amp_O2 grad_div_ar_fusion gradient_accumulation_fusion bias_activation_fusion bias_dropout_add_fusion
+    masked_softmax_fusion persist_layer_norm get_attention_mask_from_fusion apply_rope_fusion transformer_engine
+    """
+)
 NEMO = Keys(
-    applied=_names(
-        """
-        num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size
-        make_vocab_size_divisible_by override_vocab_size share_embeddings_and_output_weights rotary_base
-        scale_positional_embedding scale_factor low_freq_factor high_freq_factor old_context_len
-        max_position_embeddings encoder_seq_length layernorm_epsilon qkv_bias tokenizer minitron precision name
-        """
-    ),
-    neutral=_names(
+    kinds=dict.fromkeys(_SIZES | _TRAINING_NUMBERS, "number")
+    | dict.fromkeys(_SWITCHES | _TRAINING_SWITCHES, "flag")
+    | {"precision": "word"},
+    applied=_SIZES | _SWITCHES | _names("vocab_size tokenizer minitron precision name"),
+    neutral=_TRAINING_NUMBERS
+    | _TRAINING_SWITCHES
+    | _names(
         """
         target nemo_version restore_from_path restore_from_ckpt kd_teacher_restore_from_path nemo_path
         resume_from_checkpoint skip_train data optim peft nsys_profile inference enable_megatron_timers
         megatron_timer_kwargs sharp seed seq_length global_batch_size micro_batch_size rampup_batch_size
-        answer_only_loss save_nemo_on_validation_end merge_cfg_with use_loss_mask sample_weight drop_last reset_lr
-        reset_lr_steps gc_interval megatron_legacy hidden_dropout attention_dropout ffn_dropout init_method_std
-        use_scaled_init_method do_layer_norm_weight_decay pre_process post_process apply_query_key_layer_scaling
-        attention_backend attention_softmax_in_fp32 use_flash_attention use_emha fp32_residual_connection
-        fp16_lm_cross_entropy fp16 bf16 params_dtype autocast_dtype enable_autocast pipeline_dtype
-        native_amp_init_scale native_amp_growth_interval hysteresis loss_scale megatron_amp_O2
-        grad_allreduce_chunk_size_mb async_grad_allreduce grad_div_ar_fusion gradient_accumulation_fusion
-        bias_activation_fusion bias_gelu_fusion bias_dropout_add_fusion masked_softmax_fusion persist_layer_norm
-        get_attention_mask_from_fusion apply_rope_fusion cross_entropy_loss_fusion cross_entropy_fusion_impl
-        memory_efficient_layer_norm overlap_p2p_comm overlap_p2p_comm_warmup_flush batch_p2p_comm batch_p2p_sync
-        defer_embedding_wgrad_compute wgrad_deferral_limit with_fp32_embedding_grads delay_wgrad_compute
-        distributed_adam_bucket_merge_size perform_initialization use_cpu_initialization onnx_safe
-        apex_transformer_log_level gradient_as_bucket_view sync_batch_comm nccl_communicator_config_path
-        validation_param_sync_overlap enable_cuda_graph use_te_rng_tracker inference_rng_tracker
-        tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
-        pipeline_model_parallel_split_rank pipeline_model_parallel_comm_backend context_parallel_size
-        expert_model_parallel_size expert_tensor_parallel_size use_tp_pp_dp_mapping sequence_parallel
-        num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
-        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split cp_comm_type
-        hierarchical_context_parallel_sizes variable_seq_lengths deterministic_mode deallocate_pipeline_outputs
-        calculate_per_token_loss test_mode barrier_with_L1_time config_logger_dir transformer_engine
-        reduce_amax tp_only_amax_red skip_fp8_attention_checkpoint_load activations_checkpoint_granularity
-        activations_checkpoint_method activations_checkpoint_num_layers distribute_saved_activations
-        num_micro_batches_with_partial_activation_checkpoints activations_checkpoint_layers_per_pipeline
-        recompute_granularity recompute_method recompute_num_layers recompute_modules
-        sync_batchnorm load_directly_on_device hidden_size_per_head
-        apply_residual_connection_post_layernorm moe_router_load_balancing_type moe_router_topk moe_aux_loss_coeff
-        moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping moe_grouped_gemm moe_extended_tp
+        answer_only_loss save_nemo_on_validation_end merge_cfg_with use_loss_mask sample_weight drop_last
+        reset_lr reset_lr_steps gc_interval megatron_legacy pre_process post_process attention_backend
+        attention_softmax_in_fp32 use_flash_attention use_emha fp16_lm_cross_entropy fp16 bf16 params_dtype
+        autocast_dtype enable_autocast pipeline_dtype native_amp_init_scale native_amp_growth_interval
+        hysteresis loss_scale grad_allreduce_chunk_size_mb async_grad_allreduce bias_gelu_fusion
+        cross_entropy_loss_fusion cross_entropy_fusion_impl memory_efficient_layer_norm overlap_p2p_comm
+        overlap_p2p_comm_warmup_flush batch_p2p_comm batch_p2p_sync defer_embedding_wgrad_compute
+        wgrad_deferral_limit with_fp32_embedding_grads delay_wgrad_compute distributed_adam_bucket_merge_size
+        perform_initialization use_cpu_initialization onnx_safe apex_transformer_log_level
+        gradient_as_bucket_view sync_batch_comm nccl_communicator_config_path validation_param_sync_overlap
+        enable_cuda_graph use_te_rng_tracker inference_rng_tracker tensor_model_parallel_size
+        pipeline_model_parallel_size virtual_pipeline_model_parallel_size pipeline_model_parallel_split_rank
+        pipeline_model_parallel_comm_backend context_parallel_size expert_model_parallel_size
+        expert_tensor_parallel_size use_tp_pp_dp_mapping sequence_parallel num_layers_in_first_pipeline_stage
+        num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split cp_comm_type hierarchical_context_parallel_sizes variable_seq_lengths
+        deterministic_mode deallocate_pipeline_outputs calculate_per_token_loss test_mode barrier_with_L1_time
+        config_logger_dir reduce_amax tp_only_amax_red skip_fp8_attention_checkpoint_load
+        activations_checkpoint_granularity activations_checkpoint_method activations_checkpoint_num_layers
+        distribute_saved_activations num_micro_batches_with_partial_activation_checkpoints
+        activations_checkpoint_layers_per_pipeline recompute_granularity recompute_method recompute_num_layers
+        recompute_modules sync_batchnorm load_directly_on_device hidden_size_per_head
+        apply_residual_connection_post_layernorm moe_router_load_balancing_type moe_router_topk
+        moe_aux_loss_coeff moe_z_loss_coeff moe_input_jitter_eps moe_token_dropping moe_grouped_gemm
+        moe_extended_tp
         """
     ),
     neutral_beginnings=("dist_ckpt_", "fsdp", "fp8", "ub_tp_comm_", "tp_comm_", "cpu_offloading", "cuda_graph_"),
@@ -352,4 +294,4 @@ NEMO = Keys(
         "bias": True,
     },
 )
-"""``model_config.yaml`` of a ``.nemo``."""
+"""``model_config.yaml`` of a ``.nemo``, and with ``kinds`` all that NeMo's model class is told of it."""

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.keys import Keys
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.family import PLAIN, Family, family_of
 from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.registry import FAMILIES
 
 SECTION = "minitron"
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
@@ -78,7 +81,8 @@ def shape_from_nemo(
     Raises:
         MinitronError: a key whose value a Llama cannot have, or a size that is missing.
     """
-    known.NEMO.check(config, where)
+    family = family_from_nemo(config, where)
+    nemo_keys(family).check(config, where)
     if config.get("name") in _OTHER_LAYERS:
         raise MinitronError(f"{where}: name must not be '{config['name']}', which has layers of another kind")
     section = config.get(SECTION) or {}
@@ -94,6 +98,9 @@ def shape_from_nemo(
         if "original_max_position_embeddings" in numbers:
             numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
         scaling = RopeScaling(**numbers)
+    qkv_bias = _flag(config, "qkv_bias", where, False)
+    if qkv_bias != family.qkv_bias:
+        raise MinitronError(f"{where}: qkv_bias must be {str(family.qkv_bias).lower()} in the family '{family.name}'")
     return ModelShape(
         num_layers=_size(config, "num_layers", where),
         hidden_size=hidden,
@@ -108,8 +115,38 @@ def shape_from_nemo(
         rope_scaling=scaling,
         max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
         layernorm_epsilon=_number(config, "layernorm_epsilon", where, 1e-5),
-        qkv_bias=_flag(config, "qkv_bias", where, False),
+        qkv_bias=qkv_bias,
+        family=family.layers,
     )
+
+
+def family_from_nemo(config: Mapping[str, Any], where: str = "model_config.yaml") -> Family:
+    """The family of a NeMo model: the one that a file of ours names, else the one most of whose keys are there.
+
+    Raises:
+        MinitronError: a name that no family has.
+    """
+    named = (config.get(SECTION) or {}).get("family")
+    if named is not None:
+        if not isinstance(named, str) or named not in FAMILIES.names():
+            raise MinitronError(
+                f"{where}: {SECTION}.family must be one of {', '.join(FAMILIES.names())}, found {named!r:.80}; "
+                "extensions=[./FILE.py] adds a family of your own"
+            )
+        family: Family = FAMILIES.get(named)
+        return family
+    bias = bool(config.get("qkv_bias"))
+    fitting = [
+        family
+        for family in FAMILIES.every()
+        if family.qkv_bias == bias and all(config.get(key) == value for key, value in family.nemo.items())
+    ]
+    return max(fitting, key=lambda family: len(family.nemo))  # the first of equals, and there is always a Llama's
+
+
+def nemo_keys(family: Family) -> Keys:
+    """What the keys of a ``model_config.yaml`` mean for a model of this family."""
+    return known.NEMO.having({key: (value,) for key, value in family.nemo.items()}, required=True)
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
@@ -197,7 +234,9 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
             new[theirs] = getattr(shape.rope_scaling, ours)
     if new.get("override_vocab_size") is not None:
         new["override_vocab_size"] = shape.padded_vocab_size
-    new[SECTION] = {**(new.get(SECTION) or {}), "vocab_size": shape.vocab_size}
+    new |= family_of(shape).nemo
+    named = {} if shape.family == PLAIN else {"family": shape.family}
+    new[SECTION] = {**(new.get(SECTION) or {}), "vocab_size": shape.vocab_size, **named}
     return new
 
 

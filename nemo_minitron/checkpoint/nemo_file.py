@@ -33,8 +33,8 @@ from nemo_minitron.checkpoint.distcp import (
     read_tensor,
     stored_bytes,
 )
+from nemo_minitron.checkpoint.keys import has_no_place, other_head
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
-from nemo_minitron.checkpoint.known import has_no_place, other_head
 from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.errors import MinitronError

@@ -1,8 +1,8 @@
 """What an untrusted ``model_config.yaml`` may ask for, and the part of it that NeMo's model class gets to see.
 
-NeMo opens, downloads, imports or unpickles what many of its keys name. The lists here are therefore of what is
-allowed: everything else in a checkpoint's config is kept and written out again, for it belongs to the file, but gets no
-further than that.
+NeMo opens, downloads, imports or unpickles what many of its keys name. What is listed, here and in ``known.NEMO``, is
+therefore what is allowed: everything else in a checkpoint's config is kept and written out again, for it belongs to the
+file, but gets no further than that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nemo_minitron.checkpoint.nemo_config import SECTION, model_defaults
+from nemo_minitron.checkpoint.nemo_config import SECTION, family_from_nemo, model_defaults, nemo_keys
 from nemo_minitron.errors import MinitronError
 
 LIBRARIES = ("huggingface", "sentencepiece", "megatron")
@@ -21,28 +21,6 @@ _TOKENIZER_FILES = ("model", "tokenizer_model", "vocab_file", "merge_file")
 _NOT_TAKEN_OVER = ("vocab_file", "merge_file", "special_tokens", "additional_special_tokens", "chat_template")
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_NUMBERS = _names(
-    """
-    num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings
-    encoder_seq_length layernorm_epsilon rotary_base rotary_percentage scale_factor low_freq_factor high_freq_factor
-    old_context_len make_vocab_size_divisible_by override_vocab_size init_method_std hidden_dropout attention_dropout
-    ffn_dropout
-    """
-)
-_FLAGS = _names(
-    """
-    mcore_gpt bias qkv_bias scale_positional_embedding share_embeddings_and_output_weights rotary_interleaved
-    use_scaled_init_method apply_query_key_layer_scaling normalize_attention_scores do_layer_norm_weight_decay
-    fp32_residual_connection openai_gelu headscale megatron_amp_O2 transformer_engine persist_layer_norm
-    masked_softmax_fusion gradient_accumulation_fusion bias_activation_fusion bias_dropout_add_fusion apply_rope_fusion
-    get_attention_mask_from_fusion grad_div_ar_fusion
-    """
-)
-_WORDS = _names("normalization activation position_embedding_type transformer_block_type attention_type precision")
 _MEMBER = re.compile(r"[A-Za-z0-9_.-]{1,90}(?<!\.yaml)")  # beside the config, as NeMo packs it
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
@@ -96,18 +74,22 @@ def not_taken_over(config: Mapping[str, Any]) -> list[str]:
 def for_model_class(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The ``model`` section that NeMo's class gets of a checkpoint: its network, and defaults of ours for the rest.
 
-    No text passes but single words under keys that have words for values, and no ``tokenizer``.
+    The network is the keys that have a kind in :data:`nemo_minitron.checkpoint.known.NEMO` or that the checkpoint's
+    family names. No text passes but single words under keys that have words for values, and no ``tokenizer``.
 
     Raises:
         MinitronError: one of these keys has a value of another kind.
     """
-    section = {key: value for key, value in model_defaults().items() if key not in _NUMBERS | _FLAGS | _WORDS}
-    for key in config.keys() & (_NUMBERS | _FLAGS | _WORDS):
-        value = config[key]
+    keys = nemo_keys(family_from_nemo(config, where))
+    section = {key: value for key, value in model_defaults().items() if keys.kind(key) is None}
+    for key, value in config.items():
+        kind = keys.kind(key)
+        if kind is None:
+            continue
         number = isinstance(value, (int, float))
         word = isinstance(value, str) and _WORD.fullmatch(value)
-        if not (value is None or number or (key in _WORDS and word)):
-            wanted = "a word" if key in _WORDS else "a number" if key in _NUMBERS else "true or false"
+        if not (value is None or number or (kind == "word" and word)):
+            wanted = {"word": "a word", "number": "a number", "flag": "true or false"}[kind]
             raise MinitronError(f"{where}: {key} must be {wanted}, found {value!r:.80}")
         section[key] = value
     vocab = (config.get(SECTION) or {}).get("vocab_size")

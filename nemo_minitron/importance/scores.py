@@ -7,7 +7,6 @@ A scores folder holds ``scores.json`` (what was measured, of which weights, on w
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -271,7 +270,7 @@ class Scores:
             "source_fingerprint": self.source_fingerprint,
             "data_fingerprint": self.data_fingerprint,
             "calibration": dict(self.calibration),
-            "shape": dataclasses.asdict(self.shape),
+            "shape": self.shape.to_dict(),
         }
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nemo_minitron.model import layout
-from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.family import family_of
+from nemo_minitron.model.parameter import Parameter
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 
@@ -60,33 +61,34 @@ def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-def attend(qkv: Tensor, shape: ModelShape, rotary: Rotary) -> Tensor:
-    """Causal attention from the fused, group-major QKV ``[b, s, (A+2G)d]`` to the input of ``linear_proj [b, s, A*d]``.
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries ``[b, A, s, d]``, keys and values ``[b, G, s, d]``, before RoPE."""
 
-    Scaled by ``1/sqrt(d)``; the drawing of the axis is in :mod:`nemo_minitron.model.layout`.
-    """
-    b, s, _ = qkv.shape
-    query, key, value = _cells(qkv, shape)
-    key, value = (x.repeat_interleave(shape.heads_per_group, dim=1) for x in (key, value))
+
+def attend(heads: Heads, rotary: Rotary) -> Tensor:
+    """Causal attention, scaled by ``1/sqrt(d)``: the input of ``linear_proj [b, s, A*d]``."""
+    query, key, value = heads
+    b, count, s, _ = query.shape
+    key, value = (x.repeat_interleave(count // key.shape[1], dim=1) for x in (key, value))
     out = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, is_causal=True)
     return out.transpose(1, 2).reshape(b, s, -1)
 
 
-def attend_next(qkv: Tensor, keys: Tensor, values: Tensor, at: int, shape: ModelShape, rotary: Rotary) -> Tensor:
-    """:func:`attend` for the one position ``at``: from ``qkv [b, 1, (A+2G)d]`` to ``[b, 1, A*d]``.
+def attend_next(heads: Heads, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
+    """:func:`attend` for the one position ``at``: ``[b, 1, A*d]`` from heads with s = 1.
 
     ``keys`` and ``values`` ``[b, G, s, d]`` hold those of the positions before it, and get its own.
     """
-    query, key, value = _cells(qkv, shape)
+    query, key, value = heads
     here = Rotary(rotary.cos[at : at + 1], rotary.sin[at : at + 1])
     keys[:, :, at], values[:, :, at] = here.turn(key)[:, :, 0], value[:, :, 0]
-    query = here.turn(query).view(len(qkv), shape.num_query_groups, -1, shape.kv_channels)  # heads as positions
+    query = here.turn(query).view(len(query), keys.shape[1], -1, keys.shape[3])  # heads as positions
     out = F.scaled_dot_product_attention(query, keys[:, :, : at + 1], values[:, :, : at + 1])
-    return out.reshape(len(qkv), 1, -1)
+    return out.reshape(len(query), 1, -1)
 
 
-def _cells(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries ``[b, A, s, d]``, keys and values ``[b, G, s, d]`` of fused ``qkv``."""
+def split_heads(qkv: Tensor, shape: ModelShape) -> Heads:
+    """Heads of the fused, group-major QKV ``[b, s, (A+2G)d]`` that :mod:`nemo_minitron.model.layout` draws."""
     b, s, _ = qkv.shape
     groups, r, d = shape.num_query_groups, shape.heads_per_group, shape.kv_channels
     cells = qkv.view(b, s, groups, r + 2, d)
@@ -116,11 +118,15 @@ class Layer:
 
     def attention(self, h: Tensor, rotary: Rotary) -> Tensor:
         """Input of ``linear_proj`` ``[b, s, A*d]`` from :meth:`attention_input`."""
-        return attend(self._qkv(h), self.shape, rotary)
+        return attend(self._heads(h), rotary)
 
-    def _qkv(self, h: Tensor) -> Tensor:
+    def _heads(self, h: Tensor) -> Heads:
         bias = self[layout.QKV_BIAS] if self.shape.qkv_bias else None
-        return F.linear(h, self[layout.QKV_WEIGHT], bias)
+        query, key, value = split_heads(F.linear(h, self[layout.QKV_WEIGHT], bias), self.shape)
+        change = family_of(self.shape).queries_and_keys
+        if change is not None:
+            query, key = change(self, query, key)
+        return query, key, value
 
     def ffn_input(self, x: Tensor) -> Tensor:
         """Output of the pre-MLP norm, ``[b, s, H]``."""
@@ -136,7 +142,7 @@ class Layer:
 
     def forward_next(self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
         """:meth:`forward` for the one position ``at``, ``x [b, 1, H]``; keys and values as for :func:`attend_next`."""
-        inner = attend_next(self._qkv(self.attention_input(x)), keys, values, at, self.shape, rotary)
+        inner = attend_next(self._heads(self.attention_input(x)), keys, values, at, rotary)
         return self._after_attention(x, inner)
 
     def _after_attention(self, x: Tensor, inner: Tensor) -> Tensor:

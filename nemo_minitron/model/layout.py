@@ -1,6 +1,7 @@
 """One declarative table of every parameter: names, fusion, pruning axes, tensor-parallel split.
 
-Convert, rewrite, count and check all read this table; nothing else in the package spells a parameter name.
+Convert, rewrite, count and check all read this table; nothing else in the package spells a parameter name. A family
+(:mod:`nemo_minitron.model.family`) adds rows of its own to it.
 
 The fused QKV of grouped-query attention is group-major. For A=6 heads, G=2 groups (r=3), each cell d rows::
 
@@ -16,48 +17,10 @@ separates HF from Megatron. ``linear_fc1`` is ``[gate; up]`` over dimension 0; a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.family import Family, family_of
+from nemo_minitron.model.parameter import FFN, GATE_UP, HIDDEN, PROJ, QKV, VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
-
-VOCAB, HIDDEN, QKV, PROJ, GATE_UP, FFN = "vocab", "hidden", "qkv", "proj", "gate_up", "ffn"
-"""Axes: padded vocabulary Vp; hidden H; fused QKV rows (A+2G)d; projection columns A*d; gate and up 2F; neurons F."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One row of the table.
-
-    Attributes:
-        key: canonical name without layer index, as on disk in a ``.nemo`` after the ``model.`` prefix.
-        hf: HF names that make it up, in fusing order; ``{l}`` stands for the layer.
-        fuse: ``"copy"`` (one HF tensor), ``"qkv"`` (group-major interleave) or ``"cat"`` (concatenate on dim 0).
-        axes: the axis of each dimension of the canonical (unsharded, one-layer) tensor.
-        tp_dim: dimension split over the tensor-parallel group, or None where every rank holds all of it.
-        per_layer: stacked as ``[L, ...]`` on disk under one key.
-        local: in-memory name of the local (non-Transformer-Engine) layer spec, where it differs from ``key``.
-    """
-
-    key: str
-    hf: tuple[str, ...]
-    axes: tuple[str, ...]
-    fuse: str = "copy"
-    tp_dim: int | None = None
-    per_layer: bool = True
-    local: str | None = None
-
-    def size(self, shape: ModelShape) -> tuple[int, ...]:
-        """Size of the canonical tensor of one layer for ``shape``."""
-        return tuple(axis_size(axis, shape) for axis in self.axes)
-
-    def memory_name(self, layer: int | None = None, local: bool = True) -> str:
-        """In-memory Megatron-Core name (``decoder.layers.3.…``); ``local`` picks the local spec's norm names."""
-        name = self.local if local and self.local else self.key
-        if not self.per_layer:
-            return name
-        return name.replace("decoder.layers.", f"decoder.layers.{layer}.", 1)
-
 
 _A, _M = "decoder.layers.self_attention.", "decoder.layers.mlp."
 _HA, _HM = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
@@ -117,10 +80,16 @@ def parameters(shape: ModelShape) -> Iterator[Parameter]:
 
 
 def layer_parameters(shape: ModelShape) -> Iterator[Parameter]:
-    """Rows of one decoder layer, in forward order."""
+    """Rows of one decoder layer of this shape, in forward order."""
+    return layer_rows(family_of(shape), shape.qkv_bias)
+
+
+def layer_rows(family: Family, qkv_bias: bool) -> Iterator[Parameter]:
+    """Rows of one decoder layer of a family, in forward order; its own come after QKV."""
     yield from (QKV_NORM, QKV_WEIGHT)
-    if shape.qkv_bias:
+    if qkv_bias:
         yield QKV_BIAS
+    yield from family.parameters
     yield from (PROJ_WEIGHT, FC1_NORM, FC1_WEIGHT, FC2_WEIGHT)
 
 
@@ -129,18 +98,3 @@ def slots(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
     for parameter in parameters(shape):
         for layer in range(shape.num_layers) if parameter.per_layer else (None,):
             yield parameter, layer
-
-
-def axis_size(axis: str, shape: ModelShape) -> int:
-    """Length of an axis for ``shape``."""
-    try:
-        return {
-            VOCAB: shape.padded_vocab_size,
-            HIDDEN: shape.hidden_size,
-            QKV: shape.qkv_rows,
-            PROJ: shape.proj_columns,
-            GATE_UP: 2 * shape.ffn_hidden_size,
-            FFN: shape.ffn_hidden_size,
-        }[axis]
-    except KeyError:
-        raise MinitronError(f"unknown axis '{axis}'") from None

@@ -8,12 +8,14 @@ Legend used throughout the package: ``L`` layers, ``H`` hidden_size, ``F`` ffn_h
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_minitron.config.sections import Budget
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.registry import FAMILIES
 
 _SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
 """Sizes that tensor parallelism divides, beside the padded vocabulary."""
@@ -40,7 +42,8 @@ class ModelShape:
 
     ``kv_channels`` (head_dim) is explicit: a width-pruned model has ``kv_channels != hidden_size / heads``.
     ``vocab_size`` is the tokenizer's true vocabulary V, ``padded_vocab_size`` the rows of the embedding table Vp;
-    counts of parameters use V, counts of memory use Vp.
+    counts of parameters use V, counts of memory use Vp. ``family`` names the family whose layers these are where a
+    Llama's, with or without ``qkv_bias``, are not what it has (:attr:`nemo_minitron.model.family.Family.layers`).
     """
 
     num_layers: int
@@ -57,6 +60,7 @@ class ModelShape:
     max_position_embeddings: int = 2048
     layernorm_epsilon: float = 1e-5
     qkv_bias: bool = False
+    family: str = "llama"
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -74,6 +78,8 @@ class ModelShape:
             )
         if self.kv_channels % 2:
             raise MinitronError(f"kv_channels ({self.kv_channels}) must be even for rotary embeddings")
+        if self.family != "llama":
+            FAMILIES.get(self.family)
 
     @property
     def heads_per_group(self) -> int:
@@ -110,9 +116,16 @@ class ModelShape:
         """Return a checked copy with ``changes`` applied."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a file; without ``family`` where it says nothing, as files had it before there was one."""
+        values = dataclasses.asdict(self)
+        if self.family == "llama":
+            del values["family"]
+        return values
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
-        """Inverse of ``dataclasses.asdict``; an unknown or missing name is a ``TypeError``."""
+        """Inverse of :meth:`to_dict`; an unknown or missing name is a ``TypeError``."""
         values = dict(values)
         scaling = values.pop("rope_scaling", None)
         return cls(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
@@ -159,9 +172,12 @@ class ModelShape:
         return tables * vocab * self.hidden_size + self.hidden_size + self.num_layers * self.parameters_per_layer()
 
     def parameters_per_layer(self) -> int:
-        """Parameters of one decoder layer: QKV (and its bias), projection, gate/up/down, two norms."""
+        """Parameters of one decoder layer: QKV (and its bias), projection, gate/up/down, two norms, a family's own."""
         attention = self.hidden_size * (self.qkv_rows + self.proj_columns) + (self.qkv_rows if self.qkv_bias else 0)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        own = (
+            0 if self.family == "llama" else sum(math.prod(p.size(self)) for p in FAMILIES.get(self.family).parameters)
+        )
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size + own
 
     def forward_flops_per_token(self, seq_length: int) -> float:
         """Multiply-adds counted as 2, dense causal attention averaged over positions, head included."""

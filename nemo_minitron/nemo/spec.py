@@ -7,6 +7,7 @@ import math
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -88,14 +89,42 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec(transformer_engine: bool) -> ModuleSpec:
-    """Spec of one Llama decoder layer; ``transformer_engine`` asks for TE's fused modules."""
+class HeadNorm(RMSNorm):
+    """RMSNorm of every query or key, ``[s, b, heads/tp, d]``, with one weight ``[d]`` for the heads of all ranks.
+
+    A rank's gradient is that of its own heads, which have to be added over the tensor-parallel group. Megatron's
+    ``finalize_model_grads`` does so for the names that these norms have; without it, it is done here.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps=eps)
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]  # every rank has the whole sequence here
+        self._config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self._config.finalize_model_grads_func is None:
+            weight = copy_to_tensor_model_parallel_region(weight)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+def layer_spec(transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:
+    """Spec of one decoder layer.
+
+    Args:
+        transformer_engine: whether to take TE's fused modules.
+        qk_layernorm: Megatron's ``TransformerConfig.qk_layernorm``: whether queries and keys pass a norm before RoPE.
+    """
     if transformer_engine:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec()
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
+        spec = get_gpt_layer_with_transformer_engine_spec()
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+        spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+    if qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = HeadNorm
     return spec

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model import layout
-from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.parameter import HEAD, VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import Plan
 
@@ -44,7 +44,7 @@ def kept(plan: Plan, axis: str, layer: int | None = None) -> Tensor | None:
         layer: layer of the source, for the axes that differ between layers.
     """
     source = plan.source
-    if axis == layout.VOCAB:
+    if axis in (VOCAB, HEAD):
         return None
     if axis == layout.HIDDEN:
         return torch.tensor(plan.hidden)

@@ -151,7 +151,7 @@ class Plan:
         """The file's text: the same plan always gives the same bytes."""
         document = {
             "format": FORMAT,
-            "source": {"fingerprint": self.source_fingerprint, "shape": dataclasses.asdict(self.source)},
+            "source": {"fingerprint": self.source_fingerprint, "shape": self.source.to_dict()},
             "target": {name: getattr(self.target, name) for name in TARGETS},
             **({} if self.ranking is None else {"ranking": self.ranking}),
             "keep": {

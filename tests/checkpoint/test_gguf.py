@@ -13,8 +13,10 @@ from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
 from tests.llamas import GQA
 
+BIASES = ("attn_q", "attn_k", "attn_v")
 
-def write_gguf(path, *, architecture="llama", quantised=True, extra=(), keys=()):
+
+def write_gguf(path, *, architecture="llama", quantised=True, extra=(), keys=(), biases=()):
     shape, rng = GQA, np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
@@ -41,13 +43,15 @@ def write_gguf(path, *, architecture="llama", quantised=True, extra=(), keys=())
         layer = {"attn_norm": (h,), "attn_q": (h, h), "attn_k": (kv, h), "attn_v": (kv, h), "attn_output": (h, h)}
         layer |= {"ffn_norm": (h,), "ffn_gate": (f, h), "ffn_up": (f, h), "ffn_down": (h, f)}
         sizes |= {f"blk.{i}.{name}": size for name, size in layer.items()}
+    for name in biases:
+        sizes |= {f"blk.{i}.{name}.bias": ({"attn_q": h}.get(name, kv),) for i in range(shape.num_layers)}
     for name, size in sizes.items():
         values = rng.standard_normal(size, dtype=np.float32)
         if quantised and len(size) == 2 and name != "output":
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
-            writer.add_tensor(f"{name}.weight", values)
+            writer.add_tensor(name if name.endswith(".bias") else f"{name}.weight", values)
     for name in extra:
         writer.add_tensor(name, np.ones(4, dtype=np.float32))
     writer.write_header_to_file()
@@ -77,11 +81,28 @@ def test_tiny_file_equals_transformers(quantised, tmp_path):
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize("quantised", [True, False])
+def test_qwen2_equals_transformers(quantised, tmp_path):
+    """Its queries and keys have a bias, and rows that are not permuted."""
+    path = write_gguf(tmp_path / "m.gguf", architecture="qwen2", quantised=quantised, biases=BIASES)
+    expected, config = transformers_state(path)
+    with HfReader(path) as reader:
+        assert reader.shape == GQA.replace(layernorm_epsilon=1e-5, qkv_bias=True)
+        assert config.rms_norm_eps == pytest.approx(reader.shape.layernorm_epsilon)
+        found = {name: reader._source.get(name) for name in reader._source.sizes}
+        assert reader.hf_config["architectures"] == ["Qwen2ForCausalLM"] and config.model_type == "qwen2"
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
 def test_refusals(tmp_path):
     for name, kwargs, message in [
         ("a", {"architecture": "falcon"}, "falcon"),
         ("r", {"extra": ["rope_freqs.weight"]}, "rope_freqs.weight"),
         ("t", {"extra": ["blk.0.attn_q.bias"]}, r"blk\.0\.attn_q\.bias"),
+        ("q", {"architecture": "qwen2"}, r"attn_q\.bias|q_proj\.bias"),
+        ("w", {"architecture": "qwen2", "biases": BIASES, "keys": {"qwen2.attention.sliding_window": 8}}, "window"),
     ]:
         path = write_gguf(tmp_path / f"{name}.gguf", **kwargs)
         with pytest.raises(MinitronError, match=message):
@@ -93,7 +114,7 @@ def test_refusals(tmp_path):
     path = write_gguf(tmp_path / "n.gguf")
     with pytest.raises(MinitronError, match="tokenizer"):
         convert(path, tmp_path / "out.nemo")
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".gguf"] * 5
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".gguf"] * 7
 
 
 REFUSED_KEYS = [

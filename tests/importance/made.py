@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -51,7 +50,7 @@ def write_format_1(scores: Scores, folder: Path, **changes: np.ndarray) -> str:
         "source_fingerprint": scores.source_fingerprint,
         "data_fingerprint": scores.data_fingerprint,
         "calibration": dict(scores.calibration),
-        "shape": dataclasses.asdict(scores.shape),
+        "shape": scores.shape.to_dict(),
     }
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in (*FIRST, *sorted(ranks)):
