@@ -81,7 +81,10 @@ def _queue_server_holds_on() -> None:
 
 
 def _reduce_scatter_in_output_dtype() -> None:
-    """Under autocast and sequence parallel, Megatron-Core's local layers sum bf16 gradients into a float32 buffer."""
+    """Reduce-scatter in the output's dtype.
+
+    Under autocast and sequence parallel, Megatron-Core's local layers sum bf16 gradients into a float32 buffer.
+    """
     from megatron.core.tensor_parallel import layers
 
     scatter = layers.dist_reduce_scatter_func

@@ -1,4 +1,4 @@
-"""From a command's name and Hydra overrides to one checked, plain config."""
+"""Compose one checked, plain config from a command's name and Hydra overrides."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Machines:
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> Machines:
-        """From a ``trainer`` section; a key that is absent or null has Lightning's default, one process in float32.
+        """Read a ``trainer`` section; a key that is absent or null has Lightning's default, one process in float32.
 
         ``devices`` is a number by the time a command runs: :func:`nemo_minitron.cli.processes_to_launch` counts
         ``auto``. Where nothing was launched (``distill plan_only=true``) what is no number counts as one.

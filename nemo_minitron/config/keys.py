@@ -12,7 +12,7 @@ from nemo_minitron.config.nemo_keys import Tree
 REQUIRED = "???"
 
 SEED = 1234
-"""Of everything random, where a config says no other."""
+"""Seed of everything random, where a config names no other."""
 
 
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]

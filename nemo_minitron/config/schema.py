@@ -230,7 +230,7 @@ COMMANDS: dict[str, type] = {
     "report": ReportConfig,
     "run": RunConfig,
 }
-"""In the order of the journey."""
+"""Commands with their schemas, in the order of the journey."""
 
 
 JOURNEYS = ("search", "run")

@@ -132,7 +132,7 @@ def read_hub(name: str, config: str | None, split: str, keys: Sequence[str]) -> 
 
 
 def _columns(keys: Sequence[str], schema: Any, where: object) -> list[list[str]]:
-    """For each key its column and, where the key has dots and is no column itself, the fields inside of it."""
+    """Find for each key its column and, where a key has dots and is no column itself, the fields inside of it."""
     return [_column(key, schema, where) for key in keys]
 
 

@@ -102,7 +102,7 @@ class TextTokenizer:
         return [self._backend.EncodeAsIds(text) for text in texts]
 
     def split_special_tokens(self) -> None:
-        """From here on, take special tokens that are written in text as any other text.
+        """Take special tokens that are written in a text as any other text from here on.
 
         Raises:
             MinitronError: this tokenizer has one that it cannot take as text.

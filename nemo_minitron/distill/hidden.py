@@ -39,7 +39,7 @@ class HiddenTerm:
 
     @classmethod
     def of(cls, distill: Distill) -> HiddenTerm:
-        """From the config's ``distill`` section."""
+        """Read the term from the config's ``distill`` section."""
         pairs = [tuple(pair) if isinstance(pair, Sequence) else (pair,) for pair in distill.hidden_pairs]
         if any(len(pair) != 2 or not all(isinstance(n, int) for n in pair) for pair in pairs):
             raise MinitronError(

@@ -34,7 +34,7 @@ STREAM_BYTES = 2 << 30
 TRIED = 12
 """Layers tried per state in every round after the first: those whose removal cost least in the round before."""
 RIDGE = 0.01
-"""Of the stand-ins."""
+"""Ridge of the stand-ins' regression, relative to the mean square of its inputs."""
 
 
 @dataclass(frozen=True)

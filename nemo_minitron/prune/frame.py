@@ -61,7 +61,7 @@ class Frame:
         self.basis, self.turned = self._basis(stream_moment)
 
     def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
-        """Of the student's stream, and whether it is turned."""
+        """Choose the basis of the student's stream, and say whether it is turned."""
         source, size = self.plan.source, self.plan.target.hidden_size
         if self.narrower and self.ridge.rotate:
             if moment is None:

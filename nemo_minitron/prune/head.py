@@ -2,7 +2,7 @@
 
 Where hidden channels were pruned, the final norm is rescaled per channel and an untied output layer solved for the
 student's normed stream, as ``linear_qkv`` and ``linear_fc1`` are. Then the final norm is scaled by one number, under
-which the calibration tokens are likeliest: what a student has lost shows as logits that are surer than they should be.
+which the calibration tokens are most likely: what a student has lost shows as logits that are too confident.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nemo_minitron.model.next_token import loss_sums
 from nemo_minitron.prune.frame import ROWS_AT_ONCE, TINY, Frame, divisible
 
 SCALES = tuple(0.75 + step / 32 for step in range(13))
-"""Of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
+"""Scales of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
 SCALE_TOKENS = 8192
-"""Of the job's calibration tokens that are predicted for it, evenly spread."""
+"""Number of the job's calibration tokens that are predicted for that, evenly spread."""
 SCALE_PULL = 256.0
 """Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 
@@ -63,7 +63,7 @@ def _solved(frame: Frame, student: Tensor, teacher: Tensor) -> tuple[Tensor, Ten
 
 
 def _scale(frame: Frame, student: Tensor, gain: Tensor, output: Tensor | None) -> float:
-    """Of the final norm ``gain [k]``: the least cross entropy of the calibration tokens, each from those before.
+    """Find the scale of the final norm ``gain [k]`` with the least cross entropy of the calibration tokens.
 
     The same bits on every grid, as :func:`loss_sums` are.
     """

@@ -101,7 +101,7 @@ class _Walk:
         return stream
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """From the embedding to the output layer."""
+        """Re-solve and write everything, from the embedding to the output layer."""
         source, kept_layers = self.plan.source, self.plan.layers
         for number in range(kept_layers[0]):
             self._pass_dropped(number)

@@ -79,7 +79,7 @@ def is_log(path: Path) -> bool:
 
 
 def read_log(name: str, files: Inventory, paths: list[Path]) -> Training | None:
-    """As :func:`read_training`, of these logs among ``files``."""
+    """Read a training as :func:`read_training` does, from these logs among ``files``."""
     events = sorted((path for path in paths if path.name != _CSV), key=lambda path: path.name)
     logged = _from_events(_contents(files, events, _MOST_EVENTS))
     if not logged:
@@ -99,7 +99,7 @@ def read_log(name: str, files: Inventory, paths: list[Path]) -> Training | None:
 
 
 def thinned(curve: Curve, most: int = 300) -> Curve:
-    """At most ``most`` points, each the mean of its neighbourhood."""
+    """Thin a curve to at most ``most`` points, each the mean of its neighbourhood."""
     count = len(curve.at)
     if count <= most:
         return curve

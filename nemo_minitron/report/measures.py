@@ -17,7 +17,7 @@ COUNTS = (
 )
 MEASURED = ("val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
 SMALLEST, LARGEST = 1e-9, 1e18
-"""Of what a file says and a page shows; a quotient of two such numbers is one, too."""
+"""Bounds of the numbers that a page takes from a file; a quotient of two of them fits a float."""
 
 
 def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -45,7 +45,7 @@ _RANKED = {
     "the loss's gradient.",
     None: "The plan does not say by what it ranks units.",
 }
-"""By which ranking the plan chose, for those known by name; see :class:`nemo_minitron.report.removal.Axis`."""
+"""Words for the ranking by which a plan chose, where it is known; see :class:`nemo_minitron.report.removal.Axis`."""
 
 
 def title(axis: Axis) -> str:

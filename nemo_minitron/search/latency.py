@@ -19,7 +19,7 @@ import numpy as np
 from nemo_minitron.model.shape import ModelShape
 
 LAYER_OPERATIONS = 8
-"""Of one layer that are started one after the other: two norms, four matrix products, attention, the gate."""
+"""Operations of one layer, started one after the other: two norms, four matrix products, attention, the gate."""
 DTYPES = {2: "bfloat16", 4: "float32"}
 SMALL = 200
 """Products too small to measure that are measured together, one after the other."""

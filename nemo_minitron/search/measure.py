@@ -28,7 +28,7 @@ from nemo_minitron.report.measures import duration
 from nemo_minitron.search.space import count, key_of
 
 RUNNING = ("devices", "num_nodes", "accelerator", "precision")
-"""Of the trainer, what every stage takes; the rest is about training."""
+"""Keys of ``trainer`` that every stage takes; the rest is about training."""
 GRID = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel")
 
 
@@ -89,7 +89,7 @@ class Bench:
             self.scores.check_matches(self.scores.source_fingerprint, reader.shape)  # weights are checked with the plan
 
     def source_loss(self) -> float:
-        """Of the source itself, nats/token."""
+        """Loss of the source itself, nats/token."""
         return self._loss([self._evaluation("source", self.teacher, self.folder / "evaluation" / "source.json")])[0]
 
     def zero_shot(self, shape: ModelShape) -> tuple[float, bool]:

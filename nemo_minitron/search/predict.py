@@ -40,9 +40,9 @@ DEFAULTS = {
 }
 """Damage by axis and term. One share of groups and of heads was measured, which tells nothing of a curve."""
 LAYERS_BY_LOSS = (1.0, 0.0, 0.0)
-"""For layers where the scores lost are themselves the logarithm of measured losses."""
+"""Coefficients for layers, where the scores lost are themselves the logarithm of measured losses."""
 RIDGE = 1e-3
-"""Of the pull towards the defaults, in units of squared damage at the measured shapes' own shares."""
+"""Ridge towards the default coefficients, in units of squared damage at the measured shapes' own shares."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Features:
 
     @classmethod
     def of(cls, scores: Scores, without_layers: Sequence[float] | None = None) -> Features:
-        """From scores.
+        """Take the features from scores.
 
         Args:
             without_layers: damage of removing 0, 1, 2, … layers, where it was measured; beyond its end the last
@@ -89,7 +89,7 @@ class Features:
         return cls(tables)
 
     def vectors(self, shapes: ModelShape) -> np.ndarray:
-        """Of one shape ``[1, …]`` or, given arrays, of many."""
+        """Make the features of one shape ``[1, …]`` or, given arrays, of many."""
         return np.concatenate([self.tables[axis][np.atleast_1d(getattr(shapes, axis))] for axis in AXES], axis=1)
 
 

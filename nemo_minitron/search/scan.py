@@ -16,7 +16,7 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.search.space import Budget, Shapes, Space, describe, show, sizes_of
 
 TIGHT = 0.9
-"""Of some budget: a shape that needs less of all of them is not what the budget was for."""
+"""Share of some budget that a shape must use: one that needs less of every budget is not what they were for."""
 
 
 @dataclass
