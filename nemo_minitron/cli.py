@@ -150,7 +150,7 @@ def _main(argv: list[str]) -> int:
     if arguments.command is None:
         print(help_text(), end="", file=sys.stdout if arguments.help else sys.stderr)
         return 0 if arguments.help else 2
-    from nemo_minitron.config.schema import COMMANDS, JOURNEYS
+    from nemo_minitron.config.schema import COMMANDS, COMPOSITE
 
     if arguments.command not in COMMANDS:
         raise MinitronError(
@@ -177,7 +177,7 @@ def _main(argv: list[str]) -> int:
         return 0
     started = time.time()
     try:
-        if arguments.command not in JOURNEYS and (processes := processes_to_launch(cfg)):
+        if arguments.command not in COMPOSITE and (processes := processes_to_launch(cfg)):
             from nemo_minitron.jobs import launch
 
             return launch.launch(processes, [*argv, f"++trainer.devices={processes}"])
@@ -258,7 +258,7 @@ def command_help(command: str) -> str:
     from pathlib import Path
 
     from nemo_minitron.config.keys import REQUIRED, choices_of, keys
-    from nemo_minitron.config.schema import COMMANDS, JOURNEYS, description
+    from nemo_minitron.config.schema import COMMANDS, COMPOSITE, description
     from nemo_minitron.config.sections import Cluster
 
     ours, foreign = [], []
@@ -278,7 +278,7 @@ def command_help(command: str) -> str:
         lines += [f"  {name:<{width}}{text}" for name, text in foreign]
         text = (Path(__file__).parent / "conf" / f"{command}.yaml").read_text()
         lines += ["", *(f"  {line}".rstrip() for line in text.splitlines() if not line.startswith("#"))]
-    if command not in JOURNEYS:
+    if command not in COMPOSITE:
         rows = [(name, metadata["help"]) for name, _, _, metadata in keys(Cluster, "cluster.")]
         lines += ["", "with +cluster=slurm:", *(f"  {name:<{width}}{text}" for name, text in rows)]
     return "\n".join([*lines, "", _OPTIONS])

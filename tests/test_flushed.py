@@ -18,7 +18,7 @@ from nemo_minitron.jobs import slurm
 from nemo_minitron.prune.plan import Plan
 from nemo_minitron.report import page
 from nemo_minitron.search import output
-from nemo_minitron.search.journey import _write_scores
+from nemo_minitron.search.rounds import _write_scores
 from nemo_minitron.stages import evaluate
 from nemo_minitron.synthetic import make_llama
 from tests.fuzz.readers import TINY

@@ -122,7 +122,7 @@ def test_linked_files_and_named_keys_are_there(name, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["tiny", "smollm2"])
-def test_commands_of_a_journey_are_composed_on_either_model(model, tmp_path, monkeypatch):
+def test_commands_of_the_series_are_composed_on_either_model(model, tmp_path, monkeypatch):
     """Every command line that the cells would run, whatever its model; nothing runs."""
     commands = cells(model, tmp_path, monkeypatch)
     assert len(commands) > 25

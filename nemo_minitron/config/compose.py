@@ -21,7 +21,7 @@ from yaml import YAMLError
 
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, JOURNEYS, STRAY
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY
 from nemo_minitron.config.sections import WithCluster
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.files.text import check_aliases
@@ -91,7 +91,7 @@ def compose(
     _register_resolvers()
     tree = check.known_keys(command)
     groups, values = _parse(overrides, source)
-    if command in JOURNEYS and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
+    if command in COMPOSITE and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
         raise MinitronError(
             f"cluster: `minitron {command}` is not submitted itself, as its stages need different machines; submit the "
             "stages one by one with +cluster=slurm, or start it inside an allocation (salloc, sbatch --wrap)"
@@ -133,7 +133,7 @@ def _base(command: str, source: Source, config: Mapping[str, Any] | None, tree: 
 
 def _typed(command: str, cfg: DictConfig) -> DictConfig:
     """``cfg`` over the schema's defaults, types and choices checked; top-level strays of NeMo's files as they are."""
-    stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command not in JOURNEYS and name in cfg}
+    stray = {name: cfg._get_node(name) for name in (*STRAY, "cluster") if command not in COMPOSITE and name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
     if "cluster" in stray:
         stray |= check.typed(WithCluster, OmegaConf.masked_copy(cfg, "cluster"))

@@ -233,7 +233,7 @@ COMMANDS: dict[str, type] = {
 """Commands with their schemas, in the order of the journey."""
 
 
-JOURNEYS = ("search", "run")
+COMPOSITE = ("search", "run")
 """Commands that run others: in one process themselves, the stages in as many as their configuration says."""
 
 

@@ -76,9 +76,9 @@ def how_to_go_on(command: str, cfg: Any, since: float) -> str:
     Args:
         since: when it started; a training that was not to be resumed may find the checkpoints of earlier ones.
     """
-    from nemo_minitron.config.schema import JOURNEYS
+    from nemo_minitron.config.schema import COMPOSITE
 
-    if command in JOURNEYS:
+    if command in COMPOSITE:
         return "the same command goes on from the stage that it was in"
     if command not in TRAININGS:
         return "what it was to write is as it was before; the same command starts again"
