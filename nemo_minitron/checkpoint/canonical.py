@@ -15,9 +15,9 @@ from nemo_minitron.model.shape import ModelShape
 
 
 def each_tensor(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:
-    """As ``layout.slots``, but layer by layer: embedding, every row of layer 0, of layer 1, …, final norm, output.
+    """Yield the slots of ``layout.slots`` layer by layer: embedding, all rows of layer 0, …, final norm, output.
 
-    The order in which files are written, so that one layer lies together.
+    Files are written in this order, so that one layer lies together.
     """
     yield EMBEDDING, None
     for layer in range(shape.num_layers):

@@ -120,7 +120,7 @@ class HfReader:
         return tensor if rows is None else tensor[rows]
 
     def fingerprint(self) -> str:
-        """As :meth:`NemoReader.fingerprint`: equal for a ``.nemo`` of the same weights in the same dtype."""
+        """Fingerprint of the weights, equal to that of a ``.nemo`` with the same weights in the same dtype."""
         return fingerprint(self)
 
     def tokenizer_folder(self) -> Path | None:

@@ -28,7 +28,7 @@ from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root
 
 RECONSTRUCTION = "reconstruction"
 RIDGE = 0.03
-"""Of the elimination: small calibration sets make some units look replaceable that are not."""
+"""Ridge of the elimination: small calibration sets make some units look replaceable that are not."""
 EMBEDDING_SHARE = 0.3
 """Weight of the embeddings in the stream's moment: what is lost there, no layer before can make good."""
 

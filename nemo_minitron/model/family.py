@@ -32,7 +32,7 @@ class LayerWeights(Protocol):
 
 
 QueriesAndKeys = Callable[[LayerWeights, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""From queries ``[b, A, s, d]`` and keys ``[b, G, s, d]`` before RoPE to others of the same sizes, by torch operations
+"""Maps queries ``[b, A, s, d]`` and keys ``[b, G, s, d]`` before RoPE to others of the same sizes, by torch operations
 with a gradient, each head and token by itself: a head that is cut must not change the ones that stay."""
 
 

@@ -39,7 +39,7 @@ class Parameter:
         return tuple(axis_size(axis, shape) for axis in self.axes)
 
     def memory_name(self, layer: int | None = None, local: bool = True) -> str:
-        """In-memory Megatron-Core name (``decoder.layers.3.…``); ``local`` picks the local spec's norm names."""
+        """Megatron-Core's name in memory (``decoder.layers.3.…``); ``local`` picks the local spec's norm names."""
         name = self.local if local and self.local else self.key
         if not self.per_layer:
             return name

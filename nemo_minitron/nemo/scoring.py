@@ -51,8 +51,7 @@ def measure_and_save(
     Args:
         stream: read the checkpoint layer by layer, without NeMo and without a grid, instead of building the model.
         model, trainer: the run's sections; grid, tokenizer, devices and precision are read.
-        metrics: names of further ones to rank by, beside ``minitron`` and, if ``calibration`` asks for it,
-            ``reconstruction``.
+        metrics: further ones to rank by, beside ``minitron`` and, if ``calibration`` asks for it, ``reconstruction``.
 
     Returns:
         The scores, on every rank.
@@ -84,14 +83,7 @@ def measure_and_save(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
                 data_fingerprint=data,
-                calibration={
-                    "sequence": "mean",
-                    "batch": "l2",
-                    "seq_length": blocks.shape[1],
-                    "seed": calibration.seed,
-                    "precision": str(Machines.of(trainer).precision),
-                    **counts,
-                },
+                calibration={**_record(calibration, blocks, trainer), **counts},
                 rankings=rankings,
                 stream_moment=None if compensation is None else compensation.stream_moment,
                 tokens=None if kept is None else kept.numpy(),
@@ -105,6 +97,17 @@ def measure_and_save(
     if staging is not None:
         print(f"importance: {counts['tokens']:,} tokens in {counts['samples']} samples -> {output}")
     return scores
+
+
+def _record(calibration: Calibration, blocks: Tensor, trainer: Section) -> dict[str, str | int]:
+    """How scores were measured, as they record it."""
+    return {
+        "sequence": "mean",
+        "batch": "l2",
+        "seq_length": blocks.shape[1],
+        "seed": calibration.seed,
+        "precision": str(Machines.of(trainer).precision),
+    }
 
 
 def collect_on_grid(

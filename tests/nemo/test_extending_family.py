@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -156,12 +157,13 @@ def pruned(qwen3, zygote):
     return qwen3
 
 
-def test_a_student_is_distilled_and_exported(pruned, zygote):
-    data = f"{{train:[1.0,{pruned}/data_text_document],validation:[{pruned}/data_text_document]}}"
-    distill = [
-        f"model.restore_from_path={pruned}/student.nemo",
-        f"model.kd_teacher_restore_from_path={pruned}/teacher.nemo",
-        f"model.nemo_path={pruned}/distilled.nemo",
+def distillation(folder: Path, student: str, output: str) -> list[str]:
+    """Keys of two steps of ``output``, named ``student`` before, with the files of ``pruned``."""
+    data = f"{{train:[1.0,{folder}/data_text_document],validation:[{folder}/data_text_document]}}"
+    return [
+        f"model.restore_from_path={folder}/{student}.nemo",
+        f"model.kd_teacher_restore_from_path={folder}/teacher.nemo",
+        f"model.nemo_path={folder}/{output}.nemo",
         f"model.data.data_prefix={data}",
         "model.data.seq_length=32",
         "trainer.max_steps=2",
@@ -170,8 +172,12 @@ def test_a_student_is_distilled_and_exported(pruned, zygote):
         "model.micro_batch_size=2",
         "model.global_batch_size=2",
         "model.optim.lr=1e-2",
-        f"exp_manager.explicit_log_dir={pruned}/log",
+        f"exp_manager.explicit_log_dir={folder}/log_{output}",
     ]
+
+
+def test_a_student_is_distilled_and_exported(pruned, zygote):
+    distill = distillation(pruned, "student", "distilled")
     (found,) = zygote.run(f"{JOBS}:commands", 1, command(pruned, "distill", *distill))
     assert found == [0]
     back = [f"input_name_or_path={pruned}/distilled.nemo", f"output_path={pruned}/distilled_hf"]
@@ -207,3 +213,32 @@ def test_a_model_of_it_is_refused_without_the_file(pruned, tmp_path):
     with pytest.raises(MinitronError, match=r"family must be one of llama, .* found 'qwen3'; extensions=\[./FILE.py\]"):
         convert(pruned / "teacher.nemo", tmp_path / "none")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_three_examples_work_together(pruned, zygote):
+    """A family, a metric and a loss, each of a file: scored, pruned, distilled, exported."""
+    files = {"mine": "A model family", "metric": "An importance metric", "loss": "A distillation loss"}
+    for name, section in files.items():
+        (pruned / f"{name}.py").write_text(example(section))
+    extensions = f"extensions=[{','.join(str(pruned / f'{name}.py') for name in files)}]"
+    teacher = f"model.restore_from_path={pruned}/teacher.nemo"
+    measured = ["calibration.num_samples=8", "calibration.seq_length=32", "importance.metrics=[written]"]
+    measured += [f"calibration.data_prefix={pruned}/data_text_document", f"output_path={pruned}/all_scores"]
+    cut = ["prune.ffn_hidden_size=64", "prune.ranking=written", "prune.compensate=false"]
+    cut += [f"prune.scores={pruned}/all_scores", f"export.save_path={pruned}/all_student.nemo"]
+    distill = distillation(pruned, "all_student", "all_distilled")
+    export = [f"input_name_or_path={pruned}/all_distilled.nemo", f"output_path={pruned}/all_hf"]
+    lines = (
+        ["importance", teacher, *measured, extensions],
+        ["prune", teacher, *cut, extensions],
+        ["distill", *distill, "distill.loss=hellinger", extensions],
+        ["convert", *export, extensions],
+    )
+    for line in lines:
+        assert zygote.run(f"{JOBS}:commands", 1, line) == [[0]]
+    assert "ranking: written\n" in (pruned / "all_student.plan.yaml").read_text()
+    (log,) = (pruned / "log_all_distilled").rglob("metrics.csv")
+    losses = [float(row["val_kd_loss"]) for row in csv.DictReader(log.open()) if row.get("val_kd_loss")]
+    assert losses and all(0 < loss < 1 for loss in losses)  # the distance is bounded by 1
+    assert transformers_logits(pruned / "all_hf").isfinite().all()
