@@ -301,8 +301,8 @@ MUTANTS = [
     ),
     Mutant(
         "prune/cut.py",
-        "at = None if layer is None else plan.position(layer)",
-        "at = layer",
+        "position = None if layer is None else plan.position(layer)",
+        "position = layer",
         "prune/test_cut.py::test_dropped_layers_leave_the_others",
     ),
     # compensation

@@ -219,17 +219,17 @@ def reduce(
     device = tokens.device
     out = {"tokens": tokens.sum().double(), "samples": (tokens > 0).sum().double()}
     sizes = {"ffn": shape.num_layers, "proj": shape.num_layers, "norm": 2 * shape.num_layers + 1}
-    for name, rows in seen.sums.items():
-        if not rows:
+    for name, by_row in seen.sums.items():
+        if not by_row:
             raise MinitronError(f"importance: the forward pass ran through no '{name}' activation")
-        at = torch.tensor(sorted(rows), device=device)
-        sums = torch.stack([rows[row] for row in sorted(rows)])  # [rows, 3, b, C]
+        present = torch.tensor(sorted(by_row), device=device)
+        sums = torch.stack([by_row[row] for row in sorted(by_row)])  # [rows, 3, b, C]
         if name == "norm" and sequence_parallel:
             sums = parallel.all_reduce(sums, groups.tensor)
         per_sample = batch_sums(sequence_statistic(sums, tokens, aggregation.sequence))  # [rows, 2, C]
         squares = sums[:, 2].sum(dim=1, keepdim=True)  # [rows, 1, C]
         full = torch.zeros(sizes[name], 3, sums.shape[-1], dtype=torch.float64, device=device)
-        out[name] = full.index_copy(0, at, torch.cat((per_sample, squares), dim=1))
+        out[name] = full.index_copy(0, present, torch.cat((per_sample, squares), dim=1))
     out["cosine"], out["residual"] = _residual(seen, shape, groups)
     return out
 

@@ -82,7 +82,7 @@ class LayerLoss:
     def __call__(self, sets: Iterable[Removed]) -> list[float]:
         """Mean loss of each set, nats/token; the same on every process. What was asked before is remembered."""
         sets = list(sets)
-        new = sorted({one for one in sets if one not in self._known}, key=sorted)
+        new = sorted({removed for removed in sets if removed not in self._known}, key=sorted)
         if new:
             sums = torch.zeros(len(new), dtype=torch.float64, device=self.tokens.device)
             sample_bytes = 4 * self.tokens.shape[1] * self.shape.hidden_size
@@ -92,24 +92,24 @@ class LayerLoss:
                     sums += self._losses(tokens, new)
             sums = parallel.all_reduce(sums, self.group) / self._count
             self._known |= dict(zip(new, sums.tolist(), strict=True))
-        return [self._known[one] for one in sets]
+        return [self._known[removed] for removed in sets]
 
     def _losses(self, tokens: Tensor, sets: Sequence[Removed]) -> Tensor:
         """Summed losses of each set on some samples, ``[sets]`` float64."""
         streams = {Removed(): self._embed(tokens)}
         for layer in range(self.shape.num_layers):
             weights = read_layer(self.reader, layer, tokens.device)
-            parents = {one: Removed(at for at in one if at < layer) for one in sets}
+            parents = {removed: Removed(earlier for earlier in removed if earlier < layer) for removed in sets}
             following: dict[Removed, Tensor] = {}
-            for one, parent in parents.items():
-                key = parent | (one & {layer})
+            for removed, parent in parents.items():
+                key = parent | (removed & {layer})
                 if key not in following:
                     x = streams[parent]
-                    following[key] = self._without(layer, x) if layer in one else weights.forward(x, self._rotary)
+                    following[key] = self._without(layer, x) if layer in removed else weights.forward(x, self._rotary)
                 self.progress(1)
             streams = following
         norm, head = read_head(self.reader, tokens.device)
-        return torch.stack([self._head(streams[one], tokens, norm, head) for one in sets])
+        return torch.stack([self._head(streams[removed], tokens, norm, head) for removed in sets])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._table[tokens.cpu()].to(tokens.device, torch.float32)
@@ -137,9 +137,9 @@ class LayerLoss:
             weights = read_layer(self.reader, layer, device)
             after = torch.empty_like(x)
             for sample in range(len(x)):
-                one = slice(sample, sample + 1)
+                sample_slice = slice(sample, sample + 1)
                 with self._autocast:
-                    after[one] = weights.forward(x[one], rotary)
+                    after[sample_slice] = weights.forward(x[sample_slice], rotary)
 
             def parts(sample: int, x: Tensor = x, after: Tensor = after) -> tuple[Tensor, Tensor, Tensor]:
                 return self._parts(x[sample], after[sample])
@@ -186,13 +186,13 @@ def search(losses: LayerLoss, count: int, beam: int = 1) -> list[Step]:
         for removed, order in states:
             for layer in order[:TRIED] if removed else order:
                 parents.setdefault(removed | {layer}, (removed, order))
-        found = dict(zip(parents, losses(parents), strict=True))
-        ranked = sorted(parents, key=lambda one: (found[one], sorted(one)))
+        loss_of = dict(zip(parents, losses(parents), strict=True))
+        ranked = sorted(parents, key=lambda candidate: (loss_of[candidate], sorted(candidate)))
         states = []
         for best in ranked[:beam]:
             removed, order = parents[best]
-            tried = [layer for one in ranked for layer in one - removed if removed < one]
+            tried = [layer for candidate in ranked for layer in candidate - removed if removed < candidate]
             rest = tried + [layer for layer in order if layer not in tried]
             states.append((best, [layer for layer in rest if layer not in best]))
-        steps.append(Step(tuple(sorted(ranked[0])), found[ranked[0]]))
+        steps.append(Step(tuple(sorted(ranked[0])), loss_of[ranked[0]]))
     return steps

@@ -47,12 +47,12 @@ def write_samples(
     kept = torch.empty(size, dtype=dtype, device=device)
     written = torch.empty(count, length, dtype=torch.int64)
     written[:, 0] = torch.randint(shape.vocab_size, (count,), generator=generator)
-    for at in range(length - 1):
-        x = table[written[:, at : at + 1].to(device)]
+    for position in range(length - 1):
+        x = table[written[:, position : position + 1].to(device)]
         for layer, (keys, values) in zip(layers, kept, strict=True):
-            x = layer.forward_next(x, keys, values, at, rotary)
+            x = layer.forward_next(x, keys, values, position, rotary)
         logits = rms_norm(x[:, 0], norm, shape.layernorm_epsilon) @ head.T
         chances = torch.softmax(logits.float(), dim=-1).cpu()
-        written[:, at + 1] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        written[:, position + 1] = torch.multinomial(chances, 1, generator=generator)[:, 0]
         progress(1)
     return written

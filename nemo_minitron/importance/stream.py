@@ -78,8 +78,8 @@ def _walk(
     """Carry samples ``[b, s]`` through all layers; ``file`` ``[L+1, s, b, H]`` and ``seen`` receive what they pass."""
     shape, streams = reader.shape, file.tensor
     table = reader.tensor(layout.EMBEDDING)
-    for sample, row in enumerate(tokens):
-        streams[0, :, sample] = table[row.cpu()].float()
+    for sample, sample_tokens in enumerate(tokens):
+        streams[0, :, sample] = table[sample_tokens.cpu()].float()
     del table
     final = reader.tensor(layout.FINAL_NORM).to(tokens.device, torch.float32)
     for number in range(shape.num_layers):

@@ -86,14 +86,16 @@ def _forward(
     """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, into a file."""
     streams = file.tensor
     table = reader.tensor(layout.EMBEDDING)
-    for sample, row in enumerate(tokens):
-        streams[0, sample] = table[row.cpu()].float()
+    for sample, sample_tokens in enumerate(tokens):
+        streams[0, sample] = table[sample_tokens.cpu()].float()
     del table
     for layer in range(reader.shape.num_layers):
         weights = read_layer(reader, layer, tokens.device)
         for sample in range(len(tokens)):
-            one = slice(sample, sample + 1)
-            streams[layer + 1, one] = weights.forward(streams[layer, one].to(tokens.device), rotary).cpu()
+            sample_slice = slice(sample, sample + 1)
+            streams[layer + 1, sample_slice] = weights.forward(
+                streams[layer, sample_slice].to(tokens.device), rotary
+            ).cpu()
         file.release()
         progress(1)
 
@@ -126,10 +128,10 @@ class _LayerWalk:
         """Take ``x [n, s, H]`` through the layer, and ``gradient [n, s, H]`` of what leaves it back to what enters."""
         before = None if gradient is None else torch.empty_like(gradient)
         for sample in range(len(x)):
-            one = slice(sample, sample + 1)
-            seen = self._sample(sample, x[one], None if gradient is None else gradient[one])
+            sample_slice = slice(sample, sample + 1)
+            seen = self._sample(sample, x[sample_slice], None if gradient is None else gradient[sample_slice])
             if before is not None and seen.entering_gradient is not None:
-                before[one] = seen.entering_gradient.cpu()
+                before[sample_slice] = seen.entering_gradient.cpu()
             for observer in observers:
                 observer.sample(seen)
         return before
@@ -167,8 +169,12 @@ class _LayerWalk:
 
     def summed(self, group: parallel.Group) -> dict[Parameter, Tensor]:
         """Gradients of the weights, over all processes; tensors are reduced in the order of the layout table."""
-        rows = layout.layer_parameters(self.weights.shape)
-        return {row: parallel.all_reduce(self._sums[row.key], group) for row in rows if row.key in self._sums}
+        parameters = layout.layer_parameters(self.weights.shape)
+        return {
+            parameter: parallel.all_reduce(self._sums[parameter.key], group)
+            for parameter in parameters
+            if parameter.key in self._sums
+        }
 
 
 @dataclass

@@ -163,8 +163,10 @@ def read_layer(
     reader: LayerReader, layer: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Layer:
     """One layer's canonical tensors in ``dtype``."""
-    rows = layout.layer_parameters(reader.shape)
-    return Layer(reader.shape, {row.key: reader.tensor(row, layer).to(device, dtype) for row in rows})
+    parameters = layout.layer_parameters(reader.shape)
+    return Layer(
+        reader.shape, {parameter.key: reader.tensor(parameter, layer).to(device, dtype) for parameter in parameters}
+    )
 
 
 def read_head(
@@ -172,6 +174,6 @@ def read_head(
 ) -> tuple[Tensor, Tensor]:
     """Final norm ``[H]``, float32, and output layer ``[V, H]`` (the embedding where tied) without padded rows."""
     shape = reader.shape
-    row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
+    parameter = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
     norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
-    return norm, reader.tensor(row)[: shape.vocab_size].to(device, dtype)
+    return norm, reader.tensor(parameter)[: shape.vocab_size].to(device, dtype)

@@ -79,12 +79,12 @@ class Family:
     gguf_permuted: bool = False
 
     def __post_init__(self) -> None:
-        for row in self.parameters:
-            odd = [axis for axis in row.axes if axis not in _AXES]
+        for parameter in self.parameters:
+            odd = [axis for axis in parameter.axes if axis not in _AXES]
             if odd:  # hidden channels are turned and solved together with what reads and writes them
-                raise MinitronError(f"{row.key}: axes must be some of {', '.join(_AXES)}, found '{odd[0]}'")
-            if not row.per_layer or not row.key.startswith("decoder.layers."):
-                raise MinitronError(f"{row.key}: expected a parameter of each layer, 'decoder.layers.…'")
+                raise MinitronError(f"{parameter.key}: axes must be some of {', '.join(_AXES)}, found '{odd[0]}'")
+            if not parameter.per_layer or not parameter.key.startswith("decoder.layers."):
+                raise MinitronError(f"{parameter.key}: expected a parameter of each layer, 'decoder.layers.…'")
 
     @property
     def layers(self) -> str:

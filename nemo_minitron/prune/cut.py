@@ -50,18 +50,18 @@ def kept(plan: Plan, axis: str, layer: int | None = None) -> Tensor | None:
         return torch.tensor(plan.hidden)
     if layer is None:
         raise MinitronError(f"axis '{axis}' differs between layers: name the layer")
-    at = plan.position(layer)
+    position = plan.position(layer)
     if axis == layout.FFN:
-        return torch.tensor(plan.ffn[at])
+        return torch.tensor(plan.ffn[position])
     if axis == layout.GATE_UP:
-        neurons = torch.tensor(plan.ffn[at])
+        neurons = torch.tensor(plan.ffn[position])
         return torch.cat((neurons, neurons + source.ffn_hidden_size))
     if axis == layout.PROJ:
-        return _cells(torch.tensor(plan.heads[at]), source.kv_channels)
+        return _cells(torch.tensor(plan.heads[position]), source.kv_channels)
     if axis == layout.QKV:
         r = source.heads_per_group
-        heads = torch.tensor(plan.heads[at]).view(len(plan.groups[at]), -1)  # (G', r')
-        first = torch.tensor(plan.groups[at])[:, None] * (r + 2)  # first cell of each kept group
+        heads = torch.tensor(plan.heads[position]).view(len(plan.groups[position]), -1)  # (G', r')
+        first = torch.tensor(plan.groups[position])[:, None] * (r + 2)  # first cell of each kept group
         cells = torch.cat((first + heads % r, first + r, first + r + 1), dim=1)  # (G', r'+2): queries, key, value
         return _cells(cells.flatten(), source.kv_channels)
     raise MinitronError(f"unknown axis '{axis}'")
@@ -117,8 +117,8 @@ def prune_checkpoint(reader: TensorReader, plan: Plan, writer: TensorWriter) -> 
         for layer in plan.layers if parameter.per_layer else (None,):
             tensor = reader.tensor(parameter, layer)
             refuse_non_finite(parameter, layer, tensor)
-            at = None if layer is None else plan.position(layer)
-            writer.write(parameter, rewrite(plan, parameter, layer, tensor), at)
+            position = None if layer is None else plan.position(layer)
+            writer.write(parameter, rewrite(plan, parameter, layer, tensor), position)
 
 
 def refuse_non_finite(parameter: Parameter, layer: int | None, tensor: Tensor) -> None:

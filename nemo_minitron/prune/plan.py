@@ -132,13 +132,13 @@ class Plan:
             ("groups", "num_query_groups"),
             ("heads", "num_attention_heads"),
         ):
-            rows = getattr(self, name)
-            if len(rows) != len(self.layers):
+            per_layer = getattr(self, name)
+            if len(per_layer) != len(self.layers):
                 raise MinitronError(
-                    f"plan: '{name}' must have one row per kept layer ({len(self.layers)}), found {len(rows)}"
+                    f"plan: '{name}' must have one row per kept layer ({len(self.layers)}), found {len(per_layer)}"
                 )
-            for layer, row in zip(self.layers, rows, strict=True):
-                _check_indices(f"{name} of layer {layer}", row, getattr(target, size), getattr(source, size))
+            for layer, indices in zip(self.layers, per_layer, strict=True):
+                _check_indices(f"{name} of layer {layer}", indices, getattr(target, size), getattr(source, size))
         for layer, groups, heads in zip(self.layers, self.groups, self.heads, strict=True):
             owners = [head // source.heads_per_group for head in heads]
             if owners != [group for group in groups for _ in range(target.heads_per_group)]:
@@ -159,7 +159,8 @@ class Plan:
                 "hidden": format_ranges(self.hidden),
                 **{
                     name: {
-                        layer: format_ranges(row) for layer, row in zip(self.layers, getattr(self, name), strict=True)
+                        layer: format_ranges(indices)
+                        for layer, indices in zip(self.layers, getattr(self, name), strict=True)
                     }
                     for name in ("ffn", "groups", "heads")
                 },

@@ -106,8 +106,8 @@ class _Walk:
         for number in range(kept_layers[0]):
             self._pass_dropped(number)
             progress(1)
-        for at, number in enumerate(kept_layers):
-            following = kept_layers[at + 1] if at + 1 < len(kept_layers) else source.num_layers
+        for position, number in enumerate(kept_layers):
+            following = kept_layers[position + 1] if position + 1 < len(kept_layers) else source.num_layers
             self._layer(number, range(number + 1, following))
             progress(following - number)
         write_head(self.frame, self.student, self.teacher, self.changed)
@@ -116,13 +116,13 @@ class _Walk:
         """The teacher goes through a layer that the student has not."""
         layer = self._teacher_layer(number)
         for sample in self.samples:
-            one = slice(sample, sample + 1)
-            self.teacher[one] = layer.forward(self.teacher[one], self.rotary)
+            sample_slice = slice(sample, sample + 1)
+            self.teacher[sample_slice] = layer.forward(self.teacher[sample_slice], self.rotary)
         self.changed = True
 
     def _layer(self, number: int, dropped: range) -> None:
         teacher = self._teacher_layer(number)
-        student = {key: self.frame.cut(row, number, teacher[row]) for key, row in self._rows()}
+        student = {key: self.frame.cut(parameter, number, teacher[parameter]) for key, parameter in self._rows()}
         layer = Layer(self.plan.target, student)
 
         if self.frame.narrower:
@@ -130,14 +130,14 @@ class _Walk:
             student[layout.QKV_WEIGHT.key] = read
         middle = torch.empty_like(self.teacher)
         for sample in self.samples:
-            one = slice(sample, sample + 1)
-            inner = teacher.attention(teacher.attention_input(self.teacher[one]), self.rotary)
-            middle[one] = self.teacher[one] + F.linear(inner, teacher[layout.PROJ_WEIGHT])
+            sample_slice = slice(sample, sample + 1)
+            inner = teacher.attention(teacher.attention_input(self.teacher[sample_slice]), self.rotary)
+            middle[sample_slice] = self.teacher[sample_slice] + F.linear(inner, teacher[layout.PROJ_WEIGHT])
         self.changed |= self.plan.target.num_attention_heads < self.plan.source.num_attention_heads
         inputs = self.student.new_empty(*self.student.shape[:2], layer.shape.proj_columns)
         for sample in self.samples:
-            one = slice(sample, sample + 1)
-            inputs[one] = layer.attention(layer.attention_input(self.student[one]), self.rotary)
+            sample_slice = slice(sample, sample + 1)
+            inputs[sample_slice] = layer.attention(layer.attention_input(self.student[sample_slice]), self.rotary)
         self._solve_writer(layout.PROJ_WEIGHT, student, inputs, middle, 2 * number, self.frame.ridge.attention)
         self.student += F.linear(inputs, student[layout.PROJ_WEIGHT.key])
         del inputs
@@ -146,9 +146,9 @@ class _Walk:
             read = self._solve_reader(number, layout.FC1_WEIGHT, teacher, layer, middle, 2 * number)
             student[layout.FC1_WEIGHT.key] = read
         for sample in self.samples:
-            one = slice(sample, sample + 1)
-            inner = teacher.ffn(teacher.ffn_input(middle[one]))
-            self.teacher[one] = middle[one] + F.linear(inner, teacher[layout.FC2_WEIGHT])
+            sample_slice = slice(sample, sample + 1)
+            inner = teacher.ffn(teacher.ffn_input(middle[sample_slice]))
+            self.teacher[sample_slice] = middle[sample_slice] + F.linear(inner, teacher[layout.FC2_WEIGHT])
         del middle, teacher
         for between in dropped:
             self._pass_dropped(between)
@@ -159,12 +159,12 @@ class _Walk:
         self._solve_writer(layout.FC2_WEIGHT, student, inputs, self.teacher, 2 * dropped.stop - 1, self.frame.ridge.ffn)
         self.student += F.linear(inputs, student[layout.FC2_WEIGHT.key])
 
-        at = self.plan.position(number)
-        for key, row in self._rows():
-            self.frame.write(row, at, student[key])
+        position = self.plan.position(number)
+        for key, parameter in self._rows():
+            self.frame.write(parameter, position, student[key])
 
     def _solve_reader(
-        self, number: int, row: Parameter, teacher: Layer, student: Layer, stream: Tensor, place: int
+        self, number: int, parameter: Parameter, teacher: Layer, student: Layer, stream: Tensor, place: int
     ) -> Tensor:
         """``linear_qkv`` or ``linear_fc1`` for the student's narrower normed stream.
 
@@ -174,17 +174,17 @@ class _Walk:
         AdamW's steps of one size mean for the teacher's, the more where the stream is largest.
         ``place``: row of the sensitivity that belongs to ``stream``; the embeddings have none.
         """
-        norm = layout.QKV_NORM if row is layout.QKV_WEIGHT else layout.FC1_NORM
+        norm = layout.QKV_NORM if parameter is layout.QKV_WEIGHT else layout.FC1_NORM
         moment, cross = self.frame.normed_moments(self.student, stream, place if place >= 0 else None)
-        rows = kept(self.plan, row.axes[0], number)
-        weight = teacher[row] if rows is None else teacher[row][rows.to(self.frame.device)]
+        kept_rows = kept(self.plan, parameter.axes[0], number)
+        weight = teacher[parameter] if kept_rows is None else teacher[parameter][kept_rows.to(self.frame.device)]
         solved = self.frame.solve_reader(moment, cross, weight * teacher[norm])
         gain = self.frame.rounded(divisible(_gain_of_turned(solved, weight) if self.frame.turned else student[norm]))
         student.tensors[norm.key].copy_(gain)  # type: ignore[index]
         return self.frame.rounded(solved / gain)
 
     def _solve_writer(
-        self, row: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, place: int, ridge: float
+        self, parameter: Parameter, student: dict[str, Tensor], inputs: Tensor, target: Tensor, place: int, ridge: float
     ) -> None:
         """``linear_proj`` or ``linear_fc2``: the student's stream after it follows the teacher's.
 
@@ -198,15 +198,15 @@ class _Walk:
             return inputs[sample], wanted - self.student[sample], self.frame.sensitivity[place, sample]
 
         moment, cross = self.frame.moments(parts, inputs.shape[-1], self.student.shape[-1])
-        student[row.key] = self.frame.rounded(ridge_solve(moment, cross, student[row.key], ridge))
+        student[parameter.key] = self.frame.rounded(ridge_solve(moment, cross, student[parameter.key], ridge))
 
     def _rows(self) -> list[tuple[str, Parameter]]:
-        return [(row.key, row) for row in layout.layer_parameters(self.plan.source)]
+        return [(parameter.key, parameter) for parameter in layout.layer_parameters(self.plan.source)]
 
     def _teacher_layer(self, number: int) -> Layer:
         layer = read_layer(self.frame.reader, number, self.frame.device)
-        for row in layout.layer_parameters(self.plan.source):
-            refuse_non_finite(row, number, layer[row])
+        for parameter in layout.layer_parameters(self.plan.source):
+            refuse_non_finite(parameter, number, layer[parameter])
         return layer
 
 
