@@ -48,7 +48,8 @@ minitron(f"""
 """)
 
 # %%
-scores = np.load(RUN / "scores/arrays.npz")
+arrays = np.load(RUN / "scores/arrays.npz")
+scores = {axis: arrays[f"rankings/minitron/{axis}"] for axis in ("ffn", "heads", "hidden")}
 figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(2, 1.2, 1.2), layout="constrained")
 left, middle, right = panels
 layers, width = scores["ffn"].shape
