@@ -196,7 +196,7 @@ def test_a_missing_package_is_named_with_its_extra(package, monkeypatch):
 
 
 def test_offline_wandb(run, tmp_path):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="needs nemo_minitron[wandb], which the extra test has")
     seen = run(
         "exp_manager.create_wandb_logger=true",
         "exp_manager.wandb_logger_kwargs={project: minitron, name: tiny, offline: true}",
@@ -210,7 +210,7 @@ def test_offline_wandb(run, tmp_path):
 
 
 def test_mlflow_in_a_folder(run, tmp_path):
-    pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow", reason="needs nemo_minitron[mlflow], which the extra test has")
     seen = run(
         "exp_manager.create_mlflow_logger=true",
         f"exp_manager.mlflow_logger_kwargs={{experiment_name: minitron, tracking_uri: 'file:{tmp_path}/mlruns'}}",
