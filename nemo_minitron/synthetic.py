@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
-from nemo_minitron.checkpoint.hf import HfWriter
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
+from nemo_minitron.checkpoint.hf_write import HfWriter
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import EMBEDDING, FC2_WEIGHT, OUTPUT, PROJ_WEIGHT, Parameter, parameters

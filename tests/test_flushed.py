@@ -181,7 +181,7 @@ def test_a_small_file_that_cannot_be_written_leaves_the_earlier_one(tmp_path, mo
 INSIDE_A_STAGING = {
     "files/staging.py",  # the idiom itself
     "checkpoint/archive.py",  # ArchiveWriter: all below one Staging, as the next four
-    "checkpoint/hf.py",
+    "checkpoint/hf_write.py",
     "checkpoint/distcp.py",
     "checkpoint/tokenizer_files.py",
     "checkpoint/gguf.py",
