@@ -281,16 +281,20 @@ class _Counter(io.RawIOBase):
 
 
 class DistcpWriter:
-    """Streams tensors into ``model_weights/`` as one rank of Megatron-Core would save them.
+    """Streams tensors into a folder of an archive as one rank of Megatron-Core would save them.
 
     Tensors go to ``__0_0.distcp`` in the order of the calls; ``close`` writes the metadata, so a load by Megatron-Core
     at any TP x PP finds every key that its local layer spec asks for, and none more.
+
+    Args:
+        folder: of the weights in the archive, ending in ``/``.
+        common: what is not sharded, for ``common.pt``.
     """
 
-    def __init__(self, archive: ArchiveWriter) -> None:
-        self._archive = archive
+    def __init__(self, archive: ArchiveWriter, folder: str = WEIGHTS, common: Mapping[str, Any] | None = None) -> None:
+        self._archive, self._folder, self._common = archive, folder, dict(common or {})
         self._stack = ExitStack()
-        self._out = _Counter(self._stack.enter_context(archive.member(f"{WEIGHTS}__0_0.distcp")))
+        self._out = _Counter(self._stack.enter_context(archive.member(f"{folder}__0_0.distcp")))
         self._tensors: dict[
             str, tuple[tuple[int, ...], torch.dtype, list[tuple[tuple[int, ...], tuple[int, ...]]]]
         ] = {}
@@ -329,17 +333,17 @@ class DistcpWriter:
     def close(self) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json``."""
         self._stack.close()
-        self._archive.add(f"{WEIGHTS}.metadata", self._metadata())
+        self._archive.add(f"{self._folder}.metadata", self._metadata())
         common = io.BytesIO()
-        torch.save({}, common)
-        self._archive.add(f"{WEIGHTS}common.pt", common.getvalue())
+        torch.save(self._common, common)
+        self._archive.add(f"{self._folder}common.pt", common.getvalue())
         described = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,
             "common_backend": "torch",
             "common_backend_version": 1,
         }
-        self._archive.add(f"{WEIGHTS}metadata.json", json.dumps(described).encode())
+        self._archive.add(f"{self._folder}metadata.json", json.dumps(described).encode())
 
     def _metadata(self) -> bytes:
         from torch.distributed.checkpoint.filesystem import _StorageInfo

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,13 @@ from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import ArchiveWriter, open_archive, read_member
 from nemo_minitron.checkpoint.canonical import (
     check_digest,
-    checked_cast,
     each_tensor,
     fingerprint,
-    tensor_digest,
     tensor_name,
 )
 from nemo_minitron.checkpoint.distcp import (
     STORAGE_DTYPES,
-    DistcpWriter,
+    WEIGHTS,
     Stored,
     read_index,
     read_tensor,
@@ -37,14 +34,13 @@ from nemo_minitron.checkpoint.keys import has_no_place, other_head
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
+from nemo_minitron.checkpoint.sharded_write import ShardedWeights
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing
 from nemo_minitron.files.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
 from nemo_minitron.model.layout import (
     EMBEDDING,
-    EXTRA_STATE_MODULES,
     OUTPUT,
-    VOCAB,
     Parameter,
     parameters,
 )
@@ -259,59 +255,30 @@ class NemoWriter(AllOrNothing):
         self._members = _name_members(self.config, tokenizer)
         self._tokenizer, self._extra = tokenizer, dict(extra_members or {})
         self._check = check
-        self._hashing = ThreadPoolExecutor(1)
-        self._digests: dict[str, str] = {}
         self._archive = ArchiveWriter(path, shape.num_parameters(padded=True) * dtype.itemsize)
         try:
             text = _yaml(self.config)
             check_yaml(text, f"{self.destination}: {CONFIG}")  # what could not be read again must not be written
             self._archive.add(CONFIG, text)
-            self._weights = DistcpWriter(self._archive)
+            self._weights = ShardedWeights(
+                self._archive, shape, dtype, self.destination, folder=WEIGHTS, prefix="model."
+            )
         except BaseException:
             self._archive.abort()
             raise
 
     def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
         """Write one canonical tensor, cast to the writer's dtype; a V-row table is padded with zeros to Vp."""
-        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
-        if name in self._digests:
-            raise MinitronError(f"{self.destination}: tensor '{name}' must be written once, found a second write")
-        unpadded = (self.shape.vocab_size, *size[1:])
-        if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
-            found = tuple(tensor.shape)
-            raise MinitronError(f"{self.destination}: tensor '{name}' must have the size {size}, found {found}")
-        tensor = checked_cast(tensor, self.dtype, name)
-        if tensor.shape[0] != size[0]:
-            tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
-        digest = self._hashing.submit(tensor_digest, tensor)  # while it is written: neither holds the interpreter
-        key = f"model.{parameter.key}"
-        if parameter.per_layer:
-            depth = self.shape.num_layers
-            if layer is None or not 0 <= layer < depth:
-                raise MinitronError(f"{self.destination}: layer must be 0..{depth - 1} for '{name}', found {layer}")
-            self._weights.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
-        else:
-            self._weights.add(key, tensor, size, (0,) * len(size))
-        self._digests[name] = digest.result()
+        self._weights.write(parameter, tensor, layer)
 
     def commit(self) -> None:
         """Check that the file is whole, end it, and have it appear."""
-        self._hashing.shutdown()
-        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
-        if missing:
-            raise MinitronError(
-                f"{self.destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
-            )
-        depth = self.shape.num_layers
-        for layer in range(depth):
-            for module in EXTRA_STATE_MODULES:
-                self._weights.add_empty_state(f"model.{module}", layer, depth)
-        self._weights.close()
+        digests = self._weights.close()
         if self._tokenizer is not None:
             tokenizer_files.pack(self._archive, self._tokenizer)
         for name, file in self._members.items():
             self._archive.add(name, file.read_bytes())
-        self._archive.add(CHECKSUMS, json.dumps(self._digests, indent=1).encode())
+        self._archive.add(CHECKSUMS, json.dumps(digests, indent=1).encode())
         for name, data in self._extra.items():
             self._archive.add(name, data)
         finished = self._archive.end()
@@ -321,7 +288,6 @@ class NemoWriter(AllOrNothing):
 
     def abort(self) -> None:
         """Leave no trace."""
-        self._hashing.shutdown()
         self._weights.abort()
         self._archive.abort()
 
