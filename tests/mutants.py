@@ -109,13 +109,13 @@ MUTANTS = [
         "model/decoder.py",
         "if change is not None:",
         "if False:",
-        "nemo/test_extending_family.py::test_the_plain_decoder_computes_what_transformers_does",
+        "model/families/test_qwen3.py::test_the_plain_decoder_computes_what_transformers_does",
     ),
     Mutant(
         "nemo/spec.py",
         "if self._config.finalize_model_grads_func is None:",
         "if False:",
-        "nemo/test_extending_family.py::test_gradients_at_every_tensor_parallel_size",
+        "nemo/test_qwen3.py::test_gradients_are_those_of_a_dense_model",
     ),
     Mutant(
         "checkpoint/gguf.py",

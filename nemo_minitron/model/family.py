@@ -1,7 +1,7 @@
 """A family of models: all that the package asks about one, in one value.
 
 ``model/families/NAME.py`` holds one as ``FAMILY``, and so does a user's file that ``extensions=[./mine.py]`` names;
-docs/extending.md writes Qwen3's. What a family does not say is a Llama's: pre-norm layers of RMSNorm, grouped-query
+docs/extending.md writes one. What a family does not say is a Llama's: pre-norm layers of RMSNorm, grouped-query
 attention with RoPE and SwiGLU, no biases.
 """
 

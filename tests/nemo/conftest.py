@@ -20,6 +20,7 @@ SHAPES = {
     ),
     "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, None, 1024),
     "qwen2": ModelShape(2, 64, 96, 8, 2, 8, 512, 512, True, 1000000.0, None, 1024, qkv_bias=True),
+    "qwen3": ModelShape(3, 48, 96, 6, 2, 16, 512, 512, False, 1000000.0, None, 1024, family="qwen3"),
 }
 
 
@@ -93,7 +94,7 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
-    assert type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM")
+    assert type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     with torch.no_grad():
         return model(tokens).logits
 

@@ -57,7 +57,9 @@ def test_nemos_own_restore_reads_our_file(pair, trainer, monkeypatch):
     from nemo_minitron.nemo.spec import RMSNorm, layer_spec
 
     def local_specs(name, config, *_):
-        return TransformerBlockSubmodules(layer_specs=[layer_spec(False)] * config.num_layers, layer_norm=RMSNorm)
+        return TransformerBlockSubmodules(
+            layer_specs=[layer_spec(False, config.qk_layernorm)] * config.num_layers, layer_norm=RMSNorm
+        )
 
     hf, nemo, shape = pair
     theirs = megatron_gpt_model.MegatronGPTModel
