@@ -18,7 +18,7 @@ CONFIG = nemo_config_from_hf(HF, SHAPE, dtype=torch.float32, divisor=64, tokeniz
 TIED = SHAPE.replace(share_embeddings_and_output_weights=True)
 
 REFUSED = {
-    "qk_layernorm": (True, "must be false, found true"),
+    "qk_layernorm": ("yes", "must be false, found 'yes'"),
     "softmax_scale": (0.1, "must be null, found 0.1"),
     "no_rope_freq": (4, "must be null"),
     "seq_len_interpolation_factor": (4.0, "must be null, found 4.0"),
