@@ -119,9 +119,12 @@ class HfReader:
         """The HF folder itself; None for a GGUF, whose tokenizer :meth:`save_tokenizer` writes, and without one."""
         return self._source.tokenizer_folder()
 
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files into an existing folder."""
+    def save_tokenizer(self, folder: Path) -> bool:
+        """Write a GGUF's tokenizer into an existing folder, as HF's files; False for a HF folder, whose lie in it."""
+        if not self.is_gguf:
+            return False
         self._source.save_tokenizer(folder)
+        return True
 
     def close(self) -> None:
         """Release the files."""

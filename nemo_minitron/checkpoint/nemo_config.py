@@ -172,7 +172,7 @@ def _number(config: Mapping[str, Any], key: str, where: str, default: float | No
 
 
 def nemo_config_from_hf(
-    hf_config: Mapping[str, Any],
+    hf_config: Mapping[str, Any] | None,
     shape: ModelShape,
     *,
     dtype: torch.dtype,
@@ -184,6 +184,7 @@ def nemo_config_from_hf(
     """A ``model_config.yaml`` with which NeMo's ``MegatronGPTModel.restore_from`` builds and fills this model.
 
     Args:
+        hf_config: the source's, kept for an export; None where it has none.
         divisor: ``make_vocab_size_divisible_by`` that led to ``shape.padded_vocab_size``.
         tokenizer: HF tokenizer folder, stored as an absolute path as NeMo wants it.
         tokenizer_size: entries of the tokenizer; where NeMo would derive other table rows from it,
@@ -197,10 +198,12 @@ def nemo_config_from_hf(
         "model": None,
         "use_fast": True,
     }
-    config["init_method_std"] = float(hf_config.get("initializer_range") or 0.02)
+    config["init_method_std"] = float((hf_config or {}).get("initializer_range") or 0.02)
     if tokenizer_size is None or padded_vocab(tokenizer_size, divisor) != shape.padded_vocab_size:
         config["override_vocab_size"] = shape.padded_vocab_size
-    config[SECTION] = {"vocab_size": shape.vocab_size, "hf_config": dict(hf_config)}
+    config[SECTION] = {"vocab_size": shape.vocab_size}
+    if hf_config is not None:
+        config[SECTION]["hf_config"] = dict(hf_config)
     if generation_config is not None:
         config[SECTION]["generation_config"] = dict(generation_config)
     config["data"]["seq_length"] = shape.max_position_embeddings

@@ -32,7 +32,7 @@ from nemo_minitron.checkpoint.distcp import (
 )
 from nemo_minitron.checkpoint.keys import has_no_place, other_head
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
-from nemo_minitron.checkpoint.nemo_config import shape_from_nemo, update_shape, with_precision
+from nemo_minitron.checkpoint.nemo_config import SECTION, shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
 from nemo_minitron.checkpoint.sharded_write import ShardedWeights
 from nemo_minitron.errors import MinitronError
@@ -191,6 +191,20 @@ class NemoReader:
         What ``tokenizer.type`` names lies elsewhere, and is not opened.
         """
         return tokenizer_files.unpack(self._archive, tokenizer_model(self.config))
+
+    def save_tokenizer(self, folder: Path) -> bool:
+        """False: a tokenizer that is packed lies in files, see :meth:`tokenizer_folder`."""
+        return False
+
+    @property
+    def hf_config(self) -> Mapping[str, Any] | None:
+        """``config.json`` of the model's source, which a file of ours keeps; None of NeMo's own."""
+        return (self.config.get(SECTION) or {}).get("hf_config")
+
+    @property
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """``generation_config.json`` of the model's source, likewise."""
+        return (self.config.get(SECTION) or {}).get("generation_config")
 
     def named_tokenizer(self) -> str | None:
         """Folder or hub name that ``tokenizer.type`` says; what lies there may be another model's by now."""

@@ -39,9 +39,14 @@ def _nemo() -> Any:
     return known(MODEL, "NeMo's model section; its architecture keys are checked against the checkpoint")
 
 
+CONVERT_FORMATS = ("nemo", "hf")
+
+
 @dataclass
 class ConvertConfig:
-    """HF folder or GGUF to .nemo, or .nemo to HF folder; the direction follows from the input.
+    """A checkpoint of any format that is read to any that is written: HF folder or GGUF to .nemo, .nemo to HF folder.
+
+    The input's format is told from its files, the output's from its name or from format=.
 
     A .nemo holds config, weights and tokenizer in one file. Towards HF, config.json, generation_config.json, the
     tokenizer's files and safetensors shards are written; nothing else is needed to load them. One tensor is in memory
@@ -50,6 +55,9 @@ class ConvertConfig:
 
     input_name_or_path: str = key(REQUIRED, "HF folder, .gguf file, .nemo file or unpacked .nemo folder")
     output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
+    format: str | None = key(
+        None, "format to write; by the output's name when null, else HF of a .nemo and .nemo of others", CONVERT_FORMATS
+    )
     precision: str | None = key(None, "dtype to write: 32, bf16 or 16; the input's own when null")
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")

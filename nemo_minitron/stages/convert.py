@@ -1,4 +1,4 @@
-"""``minitron convert``: HF folder or GGUF → ``.nemo``, or ``.nemo`` → HF folder."""
+"""``minitron convert``: a checkpoint of one format to another."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def run(cfg: ConvertConfig) -> None:
     written = convert(
         cfg.input_name_or_path,
         cfg.output_path,
+        format=cfg.format,
         precision=cfg.precision,
         make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by,
         verify=cfg.verify,

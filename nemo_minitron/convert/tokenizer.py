@@ -1,0 +1,79 @@
+"""Which tokenizer goes with a converted model, and whether it fits its table."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint.formats import Reader
+from nemo_minitron.checkpoint.nemo_gate import not_taken_over
+from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files
+from nemo_minitron.checkpoint.tokenizer_open import choose, facts
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.processes import notice
+
+Ids = dict[str, "int | None"]
+"""``bos_token_id`` and its like, as ``config.json`` has them."""
+
+
+def fitting(folder: Path, rows: int, where: Path) -> tuple[int, Ids]:
+    """Entries and ids of a folder's tokenizer, which must not be larger than the model's table of ``rows`` rows.
+
+    Raises:
+        MinitronError: it is; ``where`` names the model.
+    """
+    entries, ids = facts(folder)
+    if entries > rows:
+        raise MinitronError(
+            f"{where}: the tokenizer has {entries} entries, the model's table {rows} rows; expected a tokenizer no "
+            "larger than the table"
+        )
+    return entries, ids
+
+
+def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack) -> tuple[Path | None, Ids, str]:
+    """Tokenizer for an export, its ids (null where they are not known), and why there is none.
+
+    What the checkpoint carries comes first, then what the user asks for. A folder of this machine that a ``.nemo``
+    merely names, as NeMo's do, is the last resort: it is said, files with a tokenizer's names and plain content are all
+    that is read there, and it must fit the table. A name on the hub is never followed.
+    """
+    unknown: Ids = {"bos_token_id": None, "eos_token_id": None}
+    rows = reader.shape.vocab_size
+    for key in not_taken_over(reader.config) if isinstance(reader, NemoReader) else ():
+        notice(f"{reader.path}: {key} has no place in an HF folder and is left out")
+    folder = choose(reader, asked, "tokenizer")
+    packed = folder is not None and folder == reader.tokenizer_folder()
+    if packed and reader.hf_config is not None:
+        return folder, {}, ""  # the ids are the source's; it was read when it was packed
+    if folder is not None:
+        try:
+            return folder, fitting(folder, rows, reader.path)[1], ""
+        except MinitronError as error:
+            if not packed:
+                raise
+            notice(f"{error}; it is exported as it is, with no bos_token_id and eos_token_id")
+            return folder, unknown, ""
+    made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if reader.save_tokenizer(made):
+        return made, fitting(made, rows, reader.path)[1], ""
+    named = reader.named_tokenizer() if isinstance(reader, NemoReader) else None
+    said = "carries no tokenizer"
+    if named is not None and Path(named).is_absolute():
+        try:
+            if Path(named).is_dir() and tokenizer_files(Path(named)):
+                ids = fitting(Path(named), rows, reader.path)[1]
+                notice(f"{reader.path} carries no tokenizer; taken from the folder that it names, {named}")
+                return Path(named), ids, ""
+            said += f", and {named}, which it names, holds none here"
+        except MinitronError as error:
+            said += f", and the folder that it names cannot be used: {error}"
+    elif named is not None:
+        said += f", only the name '{named}', which is not followed"
+    said = f"{reader.path} {said}; the export has none. tokenizer.type=... gives one"
+    notice(said)
+    return None, unknown, said

@@ -1,0 +1,119 @@
+"""The walk of a conversion: every tensor of a source into a writer, and the comparison of both afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.checkpoint import NemoReader, each_tensor, tensor_name
+from nemo_minitron.checkpoint.canonical import check_digest
+from nemo_minitron.checkpoint.formats import Reader, Writer, format_of, named
+from nemo_minitron.checkpoint.nemo_config import dtype_from_precision
+from nemo_minitron.config.schema import ConvertConfig
+from nemo_minitron.convert.target import Request, format_for, open_writer
+from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.layout import VOCAB
+
+
+def convert(
+    input_path: str | Path,
+    output_path: str | Path,
+    *,
+    format: str | None = None,
+    precision: str | int | None = None,
+    make_vocab_size_divisible_by: int | None = None,
+    verify: bool = False,
+    max_shard_size: int | str = ConvertConfig.max_shard_size,
+    tokenizer: Mapping[str, Any] | None = None,
+) -> Path:
+    """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
+
+    Args:
+        format: of the output, one of ``CONVERT_FORMATS``; when None by its name (``.nemo``, ``.gguf``), else a HF
+            folder of a ``.nemo`` and a ``.nemo`` folder of all others.
+        precision: storage dtype of the output (``32``, ``bf16``, ``16`` or NeMo's longer spellings); the input's when
+            None.
+        make_vocab_size_divisible_by: pads the table of the formats that have padding; the format's own rule when None.
+        verify: before the output appears at its place, read it again and compare sizes, RoPE and every tensor, bit by
+            bit, with the input's, and both with the checksums that a ``.nemo`` carries.
+        max_shard_size: of HF's safetensors files.
+        tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
+
+    Raises:
+        MinitronError: bad input or destination; the destination is then as it was.
+    """
+    source, target = Path(input_path), Path(output_path)
+    if not source.exists():
+        raise MinitronError(f"input_name_or_path: expected a HF folder, a .gguf or a .nemo, found nothing at {source}")
+    with ExitStack() as stack:
+        found = format_of(source)
+        name = format_for(target, format, found.name)
+        reader = stack.enter_context(found.open(source))
+        request = Request(
+            target,
+            reader.dtype if precision is None else dtype_from_precision(precision),
+            make_vocab_size_divisible_by,
+            max_shard_size,
+            tokenizer,
+            _comparison(reader, name) if verify else None,
+        )
+        with open_writer(name, reader, request, stack) as writer:
+            _copy(reader, writer)
+    return target
+
+
+def _copy(reader: Reader, writer: Writer) -> None:
+    """Every tensor in the order of the files, the next one read while one is written.
+
+    Only a vocabulary table is large, and its neighbours are small, so two tensors at a time take little more than one.
+    """
+    from tqdm import tqdm
+
+    order = list(each_tensor(reader.shape))
+    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.destination.name}", disable=None)
+    with bar, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(reader.tensor, *order[0])
+        for number, (parameter, layer) in enumerate(order, start=1):
+            tensor = following.result()
+            if number < len(order):
+                following = ahead.submit(reader.tensor, *order[number])
+            writer.write(parameter, tensor, layer)
+            bar.update(tensor.numel() * tensor.element_size())
+
+
+def _comparison(reader: Reader, name: str) -> Callable[[Path], None]:
+    def check(written: Path) -> None:
+        with named(name).open(written) as after:
+            compare(reader, after)
+
+    return check
+
+
+def compare(before: Reader, after: Reader) -> None:
+    """The shapes, RoPE and all, and every tensor of ``after`` against the same one of ``before`` cast to its dtype, bit
+    by bit; checksums as well.
+
+    Raises:
+        MinitronError: the first size or tensor that differs from the other's, or from its own file's checksum, by name.
+    """
+    for name, found in vars(after.shape).items():
+        expected = getattr(before.shape, name)
+        if found != expected and name != "padded_vocab_size":
+            raise MinitronError(f"{after.path}: {name} must be {expected} as in {before.path}, found {found}")
+    sums = [reader.checksums() if isinstance(reader, NemoReader) else None for reader in (before, after)]
+    for parameter, layer in each_tensor(after.shape):
+        tensors = [reader.tensor(parameter, layer) for reader in (before, after)]
+        for reader, expected, tensor in zip((before, after), sums, tensors, strict=True):
+            if expected is not None:
+                check_digest(reader.path, expected, parameter, layer, tensor)
+        if parameter.axes[0] == VOCAB:
+            tensors = [tensor[: after.shape.vocab_size] for tensor in tensors]
+        # as bytes: as numbers, a zero would equal its negative
+        old, new = (tensor.to(after.dtype).contiguous().view(torch.uint8) for tensor in tensors)
+        if not torch.equal(old, new):
+            raise MinitronError(f"{after.path}: tensor '{tensor_name(parameter, layer)}' differs from {before.path}'s")
