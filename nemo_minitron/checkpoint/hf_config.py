@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.hf_dress import Dress, dress_of
+from nemo_minitron.checkpoint.hf_layers import cut_lists
 from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rope
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.family import Family
@@ -71,10 +73,27 @@ def _check_layer_types(kinds: Any, layers: int, where: str) -> None:
 
 
 def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[str, Any] | None = None) -> dict:
-    """A ``config.json`` for ``shape``: ``source`` with only the fields changed whose meaning differs.
+    """The ``config.json`` of :func:`dressed_config`, without a word about it."""
+    return dressed_config(shape, dtype, source)[0]
+
+
+def dressed_config(
+    shape: ModelShape,
+    dtype: torch.dtype,
+    source: Mapping[str, Any] | None = None,
+    layers: Sequence[int] | None = None,
+) -> tuple[dict[str, Any], Dress]:
+    """A ``config.json`` for ``shape``: ``source`` with only the fields changed whose meaning differs; and its dress.
 
     With ``source`` of the same shape and dtype the result equals ``source`` key by key, so that a round trip is
-    bit-identical; without it, the config of the first family that has such layers is made.
+    bit-identical; without it, the config of the first family that has such layers is made. A model of another shape
+    than its source's is dressed (:func:`nemo_minitron.checkpoint.hf_dress.dress_of`), and so is one without a source.
+
+    Args:
+        layers: index of each layer among the source's, where that is known.
+
+    Raises:
+        MinitronError: ``source`` is of another family, or has lists per layer that cannot be cut.
     """
     config = copy.deepcopy(dict(source)) if source else _fresh_config(shape)
     before = shape_from_hf(config) if source else None
@@ -94,13 +113,20 @@ def hf_config_from_shape(shape: ModelShape, dtype: torch.dtype, source: Mapping[
             config[key] = value
     if before is None or before.kv_channels != shape.kv_channels or _implied_head_dim(config) != shape.kv_channels:
         config["head_dim"] = shape.kv_channels
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = [_FULL] * shape.num_layers
+    if before is not None:
+        cut_lists(config, before.num_layers, shape.num_layers, layers)
+    pruned = before is None or before.replace(padded_vocab_size=shape.padded_vocab_size) != shape
+    dress = dress_of(shape, family_from_hf(config, "config.json"), may_change=pruned)
+    if dress.family is not None:  # what was said by silence is another thing in another architecture
+        silent = {key: getattr(shape, field) for key, field in _FIELDS.items()}
+        silent |= {"head_dim": shape.kv_channels} | ({"bos_token_id": None, "eos_token_id": None} if source else {})
+        config |= {key: value for key, value in silent.items() if config.get(key) is None}
+    dress.put_on(config)
     write_rope(config, (shape.rotary_base, shape.rope_scaling), fresh=before is None)
     name = dtype_name(dtype)
     if config.get("torch_dtype") != name or config.get("dtype", name) != name:
         config |= {"torch_dtype": name, "dtype": name}  # transformers up to 4.55 reads the first, later ones the second
-    return config
+    return config, dress
 
 
 _FIELDS = {

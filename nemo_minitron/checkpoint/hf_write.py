@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -15,11 +15,12 @@ import torch
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
 from nemo_minitron.checkpoint.fuse import hf_part_rows, unfuse
-from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
+from nemo_minitron.checkpoint.hf_config import dressed_config
 from nemo_minitron.checkpoint.safetensors_folder import CODES
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing, Staging
+from nemo_minitron.jobs.processes import notice
 from nemo_minitron.model.layout import VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
 
@@ -41,6 +42,7 @@ class HfWriter(AllOrNothing):
         tokenizer: folder whose tokenizer files are copied.
         without_tokenizer: says, where there is none, why; written as ``tokenizer.missing.txt``.
         token_ids: ``eos_token_id`` and its like for a config that is made.
+        layers: index of each layer among those of ``hf_config``, where that is known.
         max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
         check: called with the path of the finished folder before it is renamed into place.
     """
@@ -66,11 +68,12 @@ class HfWriter(AllOrNothing):
         tokenizer: Path | None = None,
         without_tokenizer: str = "",
         token_ids: Mapping[str, int | None] | None = None,
+        layers: Sequence[int] | None = None,
         max_shard_size: int | str = ConvertConfig.max_shard_size,
         check: Callable[[Path], None] | None = None,
     ) -> None:
         self.destination, self.shape, self.dtype = Path(folder), shape, dtype
-        made = hf_config_from_shape(shape, dtype, hf_config)
+        made, self.dress = dressed_config(shape, dtype, hf_config, layers)
         if hf_config is None:
             made |= dict(token_ids or {})
         self._config = {key: value for key, value in made.items() if key not in _CODE_KEYS}
@@ -83,6 +86,8 @@ class HfWriter(AllOrNothing):
         self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS, room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
+        if self.dress.note:
+            notice(f"{self.destination}: {self.dress.note}")
         try:
             for number, names in enumerate(self._shards, start=1):
                 self._start_shard(self._file_name(number), names)

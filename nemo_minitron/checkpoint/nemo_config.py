@@ -7,13 +7,14 @@ NeMo ignores the section ``minitron``, which holds what its own keys cannot say:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.hf_layers import differ
 from nemo_minitron.checkpoint.keys import Keys
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.family import PLAIN, Family, family_of
@@ -208,6 +209,19 @@ def nemo_config_from_hf(
         config[SECTION]["generation_config"] = dict(generation_config)
     config["data"]["seq_length"] = shape.max_position_embeddings
     return update_shape(config, shape)
+
+
+def with_kept_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """A NeMo config that notes in ``minitron.layers`` which layers stay, where lists of HF's config tell them apart.
+
+    Args:
+        kept: indices among the layers of ``config``; noted are those among the layers of ``minitron.hf_config``.
+    """
+    section = config.get(SECTION) or {}
+    hf_config, earlier = section.get("hf_config") or {}, section.get("layers")
+    if not differ(hf_config, hf_config.get("num_hidden_layers", 0)):
+        return dict(config)
+    return {**config, SECTION: {**section, "layers": [earlier[i] if earlier else i for i in kept]}}
 
 
 def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from nemo_minitron.checkpoint import HfWriter
+from nemo_minitron.checkpoint import HfWriter, NemoReader
 from nemo_minitron.checkpoint.formats import Reader
+from nemo_minitron.checkpoint.nemo_config import SECTION
 from nemo_minitron.convert.target import Request
 from nemo_minitron.convert.tokenizer import for_export
 
@@ -22,6 +23,7 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> HfWriter:
         tokenizer=tokenizer,
         without_tokenizer=why_none,
         token_ids=ids,
+        layers=(reader.config.get(SECTION) or {}).get("layers") if isinstance(reader, NemoReader) else None,
         max_shard_size=request.max_shard_size,
         check=request.check,
     )

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
 from nemo_minitron.checkpoint.archive import ArchiveWriter
+from nemo_minitron.checkpoint.nemo_config import with_kept_layers
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.scores import Scores
@@ -66,7 +67,9 @@ def write_student(
         return
     with (
         Staging(plan_path) as staging,
-        NemoWriter(save_path, reader.config, plan.target, reader.dtype, tokenizer=tokenizer) as writer,
+        NemoWriter(
+            save_path, with_kept_layers(reader.config, plan.layers), plan.target, reader.dtype, tokenizer=tokenizer
+        ) as writer,
     ):
         staging.path.write_text(plan.to_yaml(), encoding="utf-8", newline="\n")
         _fill(reader, plan, writer, scores)

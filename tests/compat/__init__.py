@@ -1,0 +1,1 @@
+"""What we export, as several versions of transformers load it."""
