@@ -1,4 +1,4 @@
-"""As which HF architecture a model is exported: its own, or one of the same layers that more readers load.
+"""The HF architecture that a model is exported as: its own, or one of the same layers that more readers load.
 
 A pruned model's head_dim is no longer its hidden size divided by its heads, and readers differ in what they make of
 that. Read in their sources (heads = ``num_attention_heads``):
@@ -25,6 +25,9 @@ from nemo_minitron.model.family import PLAIN, Family
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import FAMILIES
 
+_NEWER = "5.0.0"
+"""Below it, transformers says of any tokenizer beside a Mistral's config that it must be loaded with
+``fix_mistral_regex=True``, which would give this one another's rules."""
 _LLAMA_KEYS = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
 
 
@@ -71,7 +74,7 @@ def dress_of(shape: ModelShape, family: Family, may_change: bool) -> Dress:
         note = f"exported as {mistral.architecture} without a window, which computes the same: {refused}"
         if shape.rope_scaling is not None:
             note += "; Megatron-Bridge loses the RoPE scaling of a Mistral"
-        return Dress(mistral, {"sliding_window": None}, _LLAMA_KEYS, note)
+        return Dress(mistral, {"sliding_window": None, "transformers_version": _NEWER}, _LLAMA_KEYS, note)
     if family.architecture == "Qwen2ForCausalLM" and explicit:
         ignored = f"vLLM takes hidden_size // heads for the head_dim of a Qwen2ForCausalLM, here {sizes}"
         return Dress(note=f"{ignored}; it will not load this one, transformers does")

@@ -38,6 +38,7 @@ def tokenizer(folder, texts, chat):
         "named": {name: str(getattr(loaded, name)) for name in names[:4]},
         "chat": loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) if chat else None,
         "length": len(loaded),
+        "regex": getattr(loaded, "fix_mistral_regex", None),  # not None: we were told to ask for another's rules
     }
 
 
