@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 
 GQA = ModelShape(
     num_layers=3,
@@ -29,6 +29,7 @@ SHAPES: dict[str, ModelShape] = {
             factor=13.5, low_freq_factor=1.25, high_freq_factor=3.75, original_max_position_embeddings=48
         ),
     ),
+    "linear_rope": GQA.replace(hidden_size=48, rotary_base=1e6, rope_scaling=LinearScaling(2.5)),
     "padded": GQA.replace(vocab_size=250, padded_vocab_size=250, share_embeddings_and_output_weights=True),
     "bf16": GQA.replace(num_query_groups=2),
     "qkv_bias": GQA.replace(qkv_bias=True, share_embeddings_and_output_weights=True),  # Qwen2

@@ -6,15 +6,18 @@ it still reads the older keys. So what is written for both has the older keys, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.shape import RopeScaling
+from nemo_minitron.model.shape import LinearScaling, RopeScaling, Scaling
 
-Rope = tuple[float, RopeScaling | None]
+Rope = tuple[float, Scaling | None]
 _BASE = 10000.0  # what transformers 4 takes where nothing is said
 _NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_NOT_IN_MEGATRON = ("yarn", "dynamic", "longrope", "su")
+_KINDS = ("default", "llama3", "linear")
 _SECTIONS = ("rope_scaling", "rope_parameters")
 
 
@@ -22,11 +25,11 @@ def read_rope(config: Mapping[str, Any], where: str) -> Rope:
     """Base and scaling of a config; whatever is said twice must agree.
 
     Raises:
-        MinitronError: another kind of RoPE than plain or Llama 3's, one for each kind of layer, numbers that are
-            missing or unknown, or two keys that disagree.
+        MinitronError: another kind of RoPE than plain, linear or Llama 3's, one for each kind of layer, numbers that
+            are missing or unknown, or two keys that disagree.
     """
     bases: dict[str, float] = {}
-    scalings: dict[str, RopeScaling | None] = {}
+    scalings: dict[str, Scaling | None] = {}
     if config.get("rope_theta") is not None:
         bases["rope_theta"] = number(config, "rope_theta", where)
     for key in _SECTIONS:
@@ -44,7 +47,7 @@ def read_rope(config: Mapping[str, Any], where: str) -> Rope:
         raise MinitronError(f"{where}: rope_parameters: expected the key rope_theta, found none")
     scaling = next(iter(scalings.values()), None)
     length = config.get("original_max_position_embeddings")
-    if scaling is not None and length not in (None, scaling.original_max_position_embeddings):
+    if isinstance(scaling, RopeScaling) and length not in (None, scaling.original_max_position_embeddings):
         raise MinitronError(
             f"{where}: original_max_position_embeddings ({length!r:.80}) must be as in the RoPE scaling, found "
             f"{scaling.original_max_position_embeddings} there"
@@ -61,11 +64,11 @@ def write_rope(config: dict[str, Any], rope: Rope, fresh: bool) -> None:
     base, scaling = rope
     if fresh or not older_reads(config, rope):
         config["rope_theta"] = base
-        config["rope_scaling"] = None if scaling is None else {"rope_type": "llama3", **_numbers(scaling)}
+        config["rope_scaling"] = None if scaling is None else _section(scaling)
     newer = config.get("rope_parameters")
     if newer and read_rope({"rope_parameters": {"rope_theta": base, **newer}}, "config.json") != rope:
-        config["rope_parameters"] = {"rope_type": "default" if scaling is None else "llama3", "rope_theta": base}
-        config["rope_parameters"] |= {} if scaling is None else _numbers(scaling)
+        section = _section(scaling)
+        config["rope_parameters"] = {"rope_type": section.pop("rope_type"), "rope_theta": base, **section}
 
 
 def older_reads(config: Mapping[str, Any], rope: Rope) -> bool:
@@ -81,15 +84,16 @@ def _agree(found: Mapping[str, Any], where: str) -> None:
             raise MinitronError(f"{where}: {first} and {name} must agree, found {value!r} and {other!r}")
 
 
-def _scaling(section: Mapping[str, Any], where: str) -> RopeScaling | None:
+def _scaling(section: Mapping[str, Any], where: str) -> Scaling | None:
     for key, value in section.items():
         if isinstance(value, Mapping):
             raise MinitronError(f"{where}: expected one RoPE for all layers, found one for '{key:.60}'")
     names = {key: section[key] for key in ("rope_type", "type") if section.get(key) is not None}
     _agree(names, where)
     kind = next(iter(names.values()), "default")
-    if kind not in ("default", "llama3"):
-        raise MinitronError(f"{where}: rope_type must be 'default' or 'llama3', found {kind!r:.80}")
+    if kind not in _KINDS:
+        also = "; Megatron-Core's GPT has no such RoPE" if kind in _NOT_IN_MEGATRON else ""
+        raise MinitronError(f"{where}: rope_type must be one of {', '.join(_KINDS)}, found {kind!r:.80}{also}")
     if section.get("partial_rotary_factor") not in (None, 1):
         raise MinitronError(f"{where}: partial_rotary_factor must be 1, found {section['partial_rotary_factor']!r:.80}")
     given = [key for key in section if section[key] is not None]
@@ -105,6 +109,8 @@ def _scaling(section: Mapping[str, Any], where: str) -> RopeScaling | None:
                     f"{where}: {key} must be absent without scaling, found {section[key]!r:.80} with {found}"
                 )
         return None
+    if kind == "linear":
+        return _linear(section, given, where)
     missing = [key for key in _NUMBERS if key not in given]
     if missing:
         raise MinitronError(f"{where}: expected {', '.join(_NUMBERS)} for llama3; missing: {', '.join(missing)}")
@@ -114,8 +120,23 @@ def _scaling(section: Mapping[str, Any], where: str) -> RopeScaling | None:
     return RopeScaling(factor, low, high, whole(section, _NUMBERS[3], where))
 
 
-def _numbers(scaling: RopeScaling) -> dict[str, Any]:
-    return {key: getattr(scaling, key) for key in _NUMBERS}
+def _linear(section: Mapping[str, Any], given: list[str], where: str) -> LinearScaling | None:
+    for key in given:
+        if key in _NUMBERS[1:3]:
+            raise MinitronError(f"{where}: '{key}' is unknown in a RoPE of type 'linear'")
+    if section.get("factor") is None:
+        raise MinitronError(f"{where}: expected factor for linear; missing: factor")
+    factor = number(section, "factor", where)
+    if factor < 1:
+        raise MinitronError(f"{where}: factor must be at least 1 in a RoPE of type 'linear', found {factor}")
+    return LinearScaling(factor) if factor != 1 else None
+
+
+def _section(scaling: Scaling | None) -> dict[str, Any]:
+    """A section of HF's that means ``scaling``, without a base."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    return {"rope_type": "llama3" if isinstance(scaling, RopeScaling) else "linear", **dataclasses.asdict(scaling)}
 
 
 def whole(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

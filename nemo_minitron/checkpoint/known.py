@@ -194,7 +194,7 @@ _SIZES = _names(
     """
     num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels make_vocab_size_divisible_by
     override_vocab_size rotary_base scale_factor low_freq_factor high_freq_factor old_context_len
-    max_position_embeddings encoder_seq_length layernorm_epsilon
+    seq_len_interpolation_factor max_position_embeddings encoder_seq_length layernorm_epsilon
     """
 )
 _SWITCHES = _names("share_embeddings_and_output_weights scale_positional_embedding qkv_bias")
@@ -254,7 +254,6 @@ NEMO = Keys(
         "bias": (False,),
         "rotary_percentage": (1,),
         "rotary_interleaved": (False, None),
-        "seq_len_interpolation_factor": (None, 1),
         "transformer_block_type": ("pre_ln", None),
         "attention_type": ("multihead", None),
         "normalize_attention_scores": (True, None),

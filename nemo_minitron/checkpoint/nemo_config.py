@@ -18,7 +18,7 @@ from nemo_minitron.checkpoint.hf_layers import differ
 from nemo_minitron.checkpoint.keys import Keys
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.family import PLAIN, Family, family_of
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling, Scaling
 from nemo_minitron.registry import FAMILIES
 
 SECTION = "minitron"
@@ -35,6 +35,7 @@ _OTHER_LAYERS = (
     "megatron_gpt_hyena",
     "te_gpt_hyena",
 )  # names of NeMo's specs
+_INTERPOLATION = "seq_len_interpolation_factor"
 _SCALING_KEYS = {
     "scale_factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -92,13 +93,6 @@ def shape_from_nemo(
     hidden = _size(config, "hidden_size", where)
     if heads < 1:
         raise MinitronError(f"{where}: num_attention_heads must be at least 1, found {heads}")
-    scaling = None
-    if _flag(config, "scale_positional_embedding", where, False):
-        given = {ours: theirs for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
-        numbers: dict[str, Any] = {ours: _number(config, theirs, where) for ours, theirs in given.items()}
-        if "original_max_position_embeddings" in numbers:
-            numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
-        scaling = RopeScaling(**numbers)
     qkv_bias = _flag(config, "qkv_bias", where, False)
     if qkv_bias != family.qkv_bias:
         raise MinitronError(f"{where}: qkv_bias must be {str(family.qkv_bias).lower()} in the family '{family.name}'")
@@ -113,12 +107,28 @@ def shape_from_nemo(
         padded_vocab_size=table_rows,
         share_embeddings_and_output_weights=_flag(config, "share_embeddings_and_output_weights", where, True),
         rotary_base=_number(config, "rotary_base", where, 10000),
-        rope_scaling=scaling,
+        rope_scaling=_scaling(config, where),
         max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
         layernorm_epsilon=_number(config, "layernorm_epsilon", where, 1e-5),
         qkv_bias=qkv_bias,
         family=family.layers,
     )
+
+
+def _scaling(config: Mapping[str, Any], where: str) -> Scaling | None:
+    factor = 1.0 if config.get(_INTERPOLATION) is None else _number(config, _INTERPOLATION, where)
+    linear = LinearScaling(factor) if factor != 1 else None
+    if factor < 1:
+        raise MinitronError(f"{where}: {_INTERPOLATION} must be at least 1, found {factor}")
+    if not _flag(config, "scale_positional_embedding", where, False):
+        return linear
+    if linear is not None:
+        raise MinitronError(f"{where}: {_INTERPOLATION} must be 1 with scale_positional_embedding, found {factor}")
+    given = {ours: theirs for theirs, ours in _SCALING_KEYS.items() if config.get(theirs) is not None}
+    numbers: dict[str, Any] = {ours: _number(config, theirs, where) for ours, theirs in given.items()}
+    if "original_max_position_embeddings" in numbers:
+        numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
+    return RopeScaling(**numbers)
 
 
 def family_from_nemo(config: Mapping[str, Any], where: str = "model_config.yaml") -> Family:
@@ -242,13 +252,17 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         "layernorm_epsilon": shape.layernorm_epsilon,
         "max_position_embeddings": shape.max_position_embeddings,
         "qkv_bias": shape.qkv_bias,
-        "scale_positional_embedding": shape.rope_scaling is not None,
+        "scale_positional_embedding": isinstance(shape.rope_scaling, RopeScaling),
     }
     new.setdefault("encoder_seq_length", shape.max_position_embeddings)
     for theirs, ours in _SCALING_KEYS.items():
         new.pop(theirs, None)
-        if shape.rope_scaling is not None:
+        if isinstance(shape.rope_scaling, RopeScaling):
             new[theirs] = getattr(shape.rope_scaling, ours)
+    if isinstance(shape.rope_scaling, LinearScaling):
+        new[_INTERPOLATION] = shape.rope_scaling.factor
+    elif new.get(_INTERPOLATION) not in (None, 1):
+        del new[_INTERPOLATION]
     if new.get("override_vocab_size") is not None:
         new["override_vocab_size"] = shape.padded_vocab_size
     new |= family_of(shape).nemo

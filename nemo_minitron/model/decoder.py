@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from nemo_minitron.model import layout
 from nemo_minitron.model.family import family_of
 from nemo_minitron.model.parameter import Parameter
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, Scaling
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rotary:
 
     @classmethod
     def of(cls, shape: ModelShape, seq_length: int, device: torch.device | str = "cpu") -> Rotary:
-        """Tables for ``seq_length`` positions, with the Llama-3.1 scaling of ``shape`` where it has one."""
+        """Tables for ``seq_length`` positions, with the scaling of ``shape`` where it has one."""
         d = shape.kv_channels
         frequencies = 1.0 / shape.rotary_base ** (torch.arange(0, d, 2, device=device).float() / d)
         if shape.rope_scaling is not None:
@@ -46,8 +46,10 @@ class Rotary:
         return (x.float() * self.cos + torch.cat((-high, low), dim=-1) * self.sin).to(x.dtype)
 
 
-def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama-3.1's frequencies, as :class:`~nemo_minitron.model.shape.RopeScaling` defines them."""
+def _scaled(frequencies: Tensor, scaling: Scaling) -> Tensor:
+    """Frequencies as :mod:`nemo_minitron.model.shape` defines them for either kind of scaling."""
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # c/w
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     alpha = ((turns - low) / (high - low)).clamp(0.0, 1.0)

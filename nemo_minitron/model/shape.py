@@ -19,6 +19,7 @@ from nemo_minitron.registry import FAMILIES
 
 _SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
 """Sizes that tensor parallelism divides, beside the padded vocabulary."""
+_LINEAR = "linear"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Linear RoPE scaling: every position counts ``factor`` times less, which divides all frequencies by it.
+
+    Upstream: HF's ``rope_scaling: {rope_type: linear}``, Megatron-Core's ``seq_len_interpolation_factor``.
+    """
+
+    factor: float
+
+
+Scaling = RopeScaling | LinearScaling
+"""How the frequencies of RoPE are made to reach further than its base alone."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class ModelShape:
     padded_vocab_size: int
     share_embeddings_and_output_weights: bool = False
     rotary_base: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     max_position_embeddings: int = 2048
     layernorm_epsilon: float = 1e-5
     qkv_bias: bool = False
@@ -119,6 +134,8 @@ class ModelShape:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a file; without ``family`` where it says nothing, as files had it before there was one."""
         values = dataclasses.asdict(self)
+        if isinstance(self.rope_scaling, LinearScaling):
+            values["rope_scaling"] = {"rope_type": _LINEAR, **values["rope_scaling"]}
         if self.family == "llama":
             del values["family"]
         return values
@@ -127,8 +144,9 @@ class ModelShape:
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
         """Inverse of :meth:`to_dict`; an unknown or missing name is a ``TypeError``."""
         values = dict(values)
-        scaling = values.pop("rope_scaling", None)
-        return cls(**values, rope_scaling=None if scaling is None else RopeScaling(**scaling))
+        scaling = dict(values.pop("rope_scaling", None) or {})
+        kind = LinearScaling if scaling.pop("rope_type", None) == _LINEAR else RopeScaling
+        return cls(**values, rope_scaling=kind(**scaling) if scaling else None)
 
     def check_parallel(self, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> None:
         """Refuse a grid that cannot hold this shape, naming both numbers.

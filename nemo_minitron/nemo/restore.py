@@ -40,11 +40,15 @@ ARCHITECTURE = (
     "low_freq_factor",
     "high_freq_factor",
     "old_context_len",
+    "seq_len_interpolation_factor",
     "share_embeddings_and_output_weights",
     "make_vocab_size_divisible_by",
     "override_vocab_size",
 )
 """Keys of ``model`` that describe the network. A run may restate them, but not change them."""
+
+_UNSAID = {"seq_len_interpolation_factor": 1}
+"""What a checkpoint means that is silent on one of these keys, where that is neither null, 0 nor false."""
 
 _FUSIONS = (
     "persist_layer_norm",
@@ -71,7 +75,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
     merged = for_model_class(checkpoint, f"{path}: model_config.yaml")
     for key, value in asked.items():
         if key in ARCHITECTURE and value is not None:
-            found = checkpoint.get(key)
+            found = _UNSAID.get(key) if checkpoint.get(key) is None else checkpoint[key]
             if not _same(value, found):
                 raise MinitronError(
                     f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.config.schema import SynthesizeConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 
 _FILES = (
     "config.json",
@@ -61,4 +61,6 @@ def shape_of(model: Mapping[str, Any]) -> ModelShape:
             model.get("high_freq_factor", 4.0),
             model.get("old_context_len", 8192),
         )
+    elif model.get("seq_len_interpolation_factor") not in (None, 1):
+        values["rope_scaling"] = LinearScaling(float(model["seq_len_interpolation_factor"]))
     return ModelShape(**{name: value for name, value in values.items() if value is not None})

@@ -111,7 +111,8 @@ MODEL: Rules = {
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "max_position_embeddings normalization layernorm_epsilon bias qkv_bias activation position_embedding_type "
         "rotary_base rotary_percentage scale_positional_embedding scale_factor low_freq_factor high_freq_factor "
-        "old_context_len share_embeddings_and_output_weights make_vocab_size_divisible_by override_vocab_size",
+        "old_context_len seq_len_interpolation_factor share_embeddings_and_output_weights "
+        "make_vocab_size_divisible_by override_vocab_size",
         applied(None, _CHECKPOINT),
     ),
     "encoder_seq_length": applied(whole(1), "the same as model.data.seq_length"),
@@ -155,7 +156,6 @@ MODEL: Rules = {
     "transformer_block_type": fixed(("pre_ln",), _LLAMA),
     "attention_type": fixed(("multihead",), _LLAMA),
     "window_size": fixed((), _LLAMA),
-    "seq_len_interpolation_factor": fixed((1, 1.0), "the checkpoint's rotary embeddings stay as they are"),
     "attention_backend": applied(choice("auto", "flash", "fused", "unfused", "local"), "of Transformer Engine"),
     "drop_layers": fixed(([],), "minitron prune prune.drop_layers=[…] removes layers"),
     **each("reset_lr reset_lr_steps", fixed((False,), "the first step would have a learning rate of 0")),

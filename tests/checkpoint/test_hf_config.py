@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nemo_minitron.checkpoint import HfReader, NemoReader
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape, shape_from_hf
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.shape import RopeScaling
+from nemo_minitron.model.decoder import Rotary
+from nemo_minitron.model.shape import LinearScaling, RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 
@@ -38,6 +40,9 @@ READ = {
     "newer, default": (newer(rope_type="default", rope_theta=1e6), 1e6, None),
     "newer, no type": (newer(rope_theta=1e6), 1e6, None),
     "both, agreeing": (config(rope_theta=1e6, rope_parameters={"rope_type": "default", "rope_theta": 1e6}), 1e6, None),
+    "older, linear": (config(rope_scaling={"type": "linear", "factor": 4.0}), 1e4, LinearScaling(4.0)),
+    "older, linear by nothing": (config(rope_scaling={"rope_type": "linear", "factor": 1.0}), 1e4, None),
+    "newer, linear": (newer(rope_type="linear", rope_theta=1e6, factor=2.5), 1e6, LinearScaling(2.5)),
     "base above, scaling inside": (
         config(rope_theta=2e4, rope_parameters={"rope_type": "llama3", **LLAMA3}),
         2e4,
@@ -59,11 +64,13 @@ def test_rope_of_both_generations(case):
 
 @pytest.mark.parametrize("case", [case for case in READ if not case.startswith("newer") and "inside" not in case])
 def test_rope_is_what_transformers_reads(case, tmp_path):
-    source, base, scaling = READ[case]
+    source, base, _ = READ[case]
     (tmp_path / "config.json").write_text(json.dumps(source))
     found = AutoConfig.from_pretrained(tmp_path)
-    kind = (found.rope_scaling or {}).get("rope_type", "default")
-    assert found.rope_theta == base and (kind == "llama3") == (scaling is not None)
+    turned = Rotary.of(shape_from_hf(source), 2)  # the angles of position 1 are the frequencies
+    ours = torch.atan2(turned.sin[1], turned.cos[1])[: found.head_dim // 2]
+    torch.testing.assert_close(ours, LlamaRotaryEmbedding(found).inv_freq, rtol=1e-5, atol=1e-7)
+    assert found.rope_theta == base
 
 
 def test_an_export_of_a_newer_folder_has_the_logits_of_the_older_one(tmp_path):
@@ -112,8 +119,16 @@ def test_the_harness_is_not_given_a_folder_that_its_transformers_misreads(tmp_pa
 
 
 REFUSED = {
-    "yarn": (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_scaling: rope_type must .* found 'yarn'"),
-    "linear": (config(rope_scaling={"type": "linear", "factor": 4.0}), "found 'linear'"),
+    "yarn": (
+        config(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "rope_scaling: rope_type must be one of default, llama3, linear, found 'yarn'; Megatron-Core's GPT has no such",
+    ),
+    "linear without a factor": (config(rope_scaling={"type": "linear"}), "rope_scaling: expected factor for linear"),
+    "linear below 1": (config(rope_scaling={"type": "linear", "factor": 0.5}), "factor must be at least 1"),
+    "linear with more": (
+        config(rope_scaling={"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}),
+        "'low_freq_factor' is unknown in a RoPE of type 'linear'",
+    ),
     "dynamic": (newer(rope_type="dynamic", rope_theta=1e4, factor=2.0), "rope_parameters: rope_type .* 'dynamic'"),
     "longrope": (newer(rope_type="longrope", rope_theta=1e4, short_factor=[1]), "found 'longrope'"),
     "a factor without a type": (config(rope_scaling={"factor": 4.0}), "rope_scaling: factor must be absent"),

@@ -5,10 +5,11 @@ import torch
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor, known
 from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
-from nemo_minitron.checkpoint.nemo_config import nemo_config_from_hf, shape_from_nemo
+from nemo_minitron.checkpoint.nemo_config import nemo_config_from_hf, shape_from_nemo, update_shape
 from nemo_minitron.config.nemo_keys import MODEL
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import EMBEDDING
+from nemo_minitron.model.shape import LinearScaling
 from tests.canonical import random_model
 from tests.llamas import GQA
 
@@ -21,7 +22,7 @@ REFUSED = {
     "qk_layernorm": ("yes", "must be false, found 'yes'"),
     "softmax_scale": (0.1, "must be null, found 0.1"),
     "no_rope_freq": (4, "must be null"),
-    "seq_len_interpolation_factor": (4.0, "must be null, found 4.0"),
+    "seq_len_interpolation_factor": (0.5, "must be at least 1, found 0.5"),
     "rotary_percentage": (0.5, "must be 1, found 0.5"),
     "rotary_interleaved": (True, "must be false"),
     "window_size": ([128, 0], "must be null"),
@@ -46,10 +47,33 @@ def test_refused_by_name(key):
         shape_from_nemo({**CONFIG, key: value}, SHAPE.padded_vocab_size)
 
 
+def test_linear_rope_is_read_and_written():
+    linear = SHAPE.replace(rope_scaling=LinearScaling(4.0))
+    config = update_shape({**CONFIG, "seq_len_interpolation_factor": None}, linear)
+    assert config["seq_len_interpolation_factor"] == 4.0 and config["scale_positional_embedding"] is False
+    assert shape_from_nemo(config, SHAPE.padded_vocab_size) == linear
+    assert shape_from_nemo({**CONFIG, "seq_len_interpolation_factor": None}, SHAPE.padded_vocab_size) == SHAPE
+    assert "seq_len_interpolation_factor" not in update_shape(config, SHAPE)
+    with pytest.raises(MinitronError, match="seq_len_interpolation_factor must be 1 with scale_positional_embedding"):
+        shape_from_nemo({**config, "scale_positional_embedding": True}, SHAPE.padded_vocab_size)
+
+
 @pytest.mark.parametrize("key", ["mcore_gpt", "normalization", "activation", "position_embedding_type", "bias"])
 def test_what_is_absent_means_what_nemo_assumes(key):
     with pytest.raises(MinitronError, match=f"model_config.yaml: {key} must be"):
         shape_from_nemo({name: value for name, value in CONFIG.items() if name != key}, SHAPE.padded_vocab_size)
+
+
+def test_a_run_may_say_again_how_rope_is_scaled():
+    from nemo_minitron.nemo import restore
+
+    linear = update_shape(CONFIG, SHAPE.replace(rope_scaling=LinearScaling(4.0)))
+    for config, value in ((CONFIG, 1), (CONFIG, 1.0), (linear, 4)):
+        found = restore.merge_config(config, {"seq_len_interpolation_factor": value}, "m.nemo")
+        assert found.get("seq_len_interpolation_factor") == config.get("seq_len_interpolation_factor")
+    for config, value in ((CONFIG, 4), (linear, 1)):
+        with pytest.raises(MinitronError, match=rf"^model\.seq_len_interpolation_factor={value} disagrees"):
+            restore.merge_config(config, {"seq_len_interpolation_factor": value}, "m.nemo")
 
 
 @pytest.mark.parametrize(("key", "value"), [("window_size", [64, 0]), ("drop_layers", [0])])

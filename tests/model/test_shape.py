@@ -3,10 +3,18 @@
 import pytest
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 
 LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256)
 SMOLLM2 = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 49152, True)
+LINEAR = SMOLLM2.replace(rope_scaling=LinearScaling(4.0))
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(32.0, 1.0, 4.0, 64), LinearScaling(4.0)])
+def test_a_shape_comes_back_from_plain_values(scaling):
+    shape = SMOLLM2.replace(rope_scaling=scaling)
+    assert ModelShape.from_dict(shape.to_dict()) == shape
+    assert (shape.to_dict()["rope_scaling"] or {}).get("rope_type") == ("linear" if shape == LINEAR else None)
 
 
 def test_parameter_counts():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 from tests.llamas import GQA
 from tests.zygote import Zygote
 
@@ -18,7 +18,7 @@ SHAPES = {
     "tied_head_dim_rope": ModelShape(
         3, 48, 96, 6, 2, 16, 500, 500, True, 500000.0, RopeScaling(32.0, 1.0, 4.0, 64), 4096, 1e-6
     ),
-    "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, None, 1024),
+    "mha_odd_vocab": ModelShape(2, 32, 64, 4, 4, 8, 300, 300, False, 10000.0, LinearScaling(4.0), 1024),
     "qwen2": ModelShape(2, 64, 96, 8, 2, 8, 512, 512, True, 1000000.0, None, 1024, qkv_bias=True),
     "qwen3": ModelShape(3, 48, 96, 6, 2, 16, 512, 512, False, 1000000.0, None, 1024, family="qwen3"),
 }

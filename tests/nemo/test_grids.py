@@ -20,7 +20,7 @@ from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.sources import Source
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model import layout
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.nemo.grid_jobs import LENGTH, curve
 
@@ -40,7 +40,7 @@ GRIDS = [
     ((4, 1, False), 4),
     ((4, 1, True), 4),
 ]
-ROPE = RopeScaling(8.0, 1.0, 4.0, 64)
+ROPE, LINEAR = RopeScaling(8.0, 1.0, 4.0, 64), LinearScaling(3.0)
 # teacher and student of one pair differ in width and depth; 250 tokens need padding at every TP
 PAIRS = {
     "tied_4_groups": (
@@ -48,8 +48,8 @@ PAIRS = {
         ModelShape(2, 32, 64, 8, 4, 16, 250, 250, True, 500000.0, ROPE, 256),
     ),
     "untied_8_groups": (
-        ModelShape(2, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
-        ModelShape(2, 40, 96, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
+        ModelShape(2, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, LINEAR, 256),
+        ModelShape(2, 40, 96, 16, 8, 8, 250, 250, False, 10000.0, LINEAR, 256),
     ),
     "teacher_of_3_groups": (  # does not divide over 2 or 4 ranks: whole on each
         ModelShape(3, 48, 90, 6, 3, 16, 250, 250, True, 10000.0, None, 256),
@@ -180,7 +180,7 @@ def _paths(folder: Path) -> tuple[str, str]:
 # one model and the sizes that it is pruned to: every grid can hold it and its student
 WIDE = {
     "untied_8_groups": (
-        ModelShape(4, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, None, 256),
+        ModelShape(4, 64, 128, 16, 8, 8, 250, 250, False, 10000.0, LINEAR, 256),
         ["hidden_size=32", "ffn_hidden_size=64", "num_query_groups=4", "num_layers=2"],
     ),
     "tied_4_groups": (  # 5 layers: unequal stages at PP2; heads are pruned within their groups
