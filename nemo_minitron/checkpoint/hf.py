@@ -11,8 +11,10 @@ import torch
 from nemo_minitron.checkpoint.canonical import each_tensor, fingerprint
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
 from nemo_minitron.checkpoint.hf_config import shape_from_hf
+from nemo_minitron.checkpoint.hf_folder import HfFolder, shards
 from nemo_minitron.checkpoint.keys import has_no_place, other_head
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
+from nemo_minitron.checkpoint.pytorch_bin import PytorchBinFolder
 from nemo_minitron.checkpoint.safetensors_folder import SafetensorsFolder
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import EMBEDDING, OUTPUT, Parameter, parameters
@@ -99,7 +101,7 @@ class HfReader:
     @property
     def is_gguf(self) -> bool:
         """Whether the tokenizer must be made by :meth:`save_tokenizer`."""
-        return not isinstance(self._source, SafetensorsFolder)
+        return not isinstance(self._source, HfFolder)
 
     def num_bytes(self) -> int:
         """Bytes of the model's tensors in :attr:`dtype`."""
@@ -143,10 +145,21 @@ def _open_source(path: Path) -> TensorSource:
     if not (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         refuse_other_kinds(path, "a HF folder with config.json, or one .gguf file")
     if path.is_dir() and (path / "config.json").is_file():
-        return SafetensorsFolder(path)
+        return _open_folder(path)
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
     if len(ggufs) != 1:
         raise MinitronError(f"{path}: expected a HF folder with config.json, or one .gguf file, found neither")
     from nemo_minitron.checkpoint.gguf import GgufFile
 
     return GgufFile(ggufs[0])
+
+
+def _open_folder(path: Path) -> HfFolder:
+    """A folder's safetensors, else its ``.bin`` files; in this order transformers looks as well."""
+    for kind in (SafetensorsFolder, PytorchBinFolder):
+        if next(shards(path, *kind.NAMES), None) is not None:
+            opened: HfFolder = kind(path)
+            return opened
+    others = sorted(p.name for pattern in ("*.safetensors", "*.bin") for p in path.glob(pattern))
+    found = f"{others[0]}, which has another name" if others else "none"
+    raise MinitronError(f"{path}: expected model.safetensors, pytorch_model.bin, or numbered shards, found {found}")

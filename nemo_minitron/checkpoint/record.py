@@ -1,13 +1,15 @@
-"""One ``torch.save`` record of a tensor, read in place without ``torch.load``.
+"""Records of ``torch.save``, of a tensor or of a dict of them, read in place without ``torch.load``.
 
-A record is a zip of stored (never compressed) entries: ``NAME/data.pkl``, a pickle that describes the tensor, and
-``NAME/data/0``, its values. What the pickle claims is checked before anything is allocated for it.
+A record is a zip of stored (never compressed) entries: ``NAME/data.pkl``, a pickle that describes the tensors, and
+``NAME/data/0`` and its like, their values. What the pickle claims is checked before anything is allocated for it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,17 @@ from nemo_minitron.files.stored_zip import Read, ZipError, entries_of
 
 _MAX_ENTRIES, _MAX_PICKLE = 64, 1 << 16
 _MAX_FOREIGN_ENTRIES = 20_000
+_MAX_TENSORS, _MAX_DICT_PICKLE = 100_000, 32 << 20
 _STORAGES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
+_OTHER_STORAGES = {  # of buffers, which a caller refuses by their names where they have no place
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 class RecordError(Exception):
@@ -61,7 +73,52 @@ def describe(read: Read, length: int) -> View:
     """
     entries = _entries(read, length, _MAX_ENTRIES)
     prefix, described = _pickled(entries, read)
-    tensor = _unpickled(described)
+    tensor = _unpickled(described, _STORAGES)
+    if not isinstance(tensor, _Tensor):
+        raise RecordError(f"expected a tensor, found {type(tensor).__name__}")
+    _check_byte_order(entries, prefix, read)
+    return _view(tensor, entries, prefix)
+
+
+def describe_dict(read: Read, length: int) -> dict[str, View]:
+    """Where the values of each tensor lie in a file of ``length`` bytes that holds a dict of them by name, as a state
+    dict is saved. Tensors may share their values.
+
+    Raises:
+        RecordError: as :func:`describe`; no such dict, or values of different storages that overlap in the file.
+    """
+    entries = _entries(read, length, _MAX_TENSORS)
+    for (start, size), (following, _) in itertools.pairwise(sorted(entries.values())):
+        if start + size > following:
+            raise RecordError("expected entries one after the other, found two that overlap")
+    prefix, described = _pickled(entries, read, _MAX_DICT_PICKLE)
+    found = _unpickled(described, _STORAGES | _OTHER_STORAGES)
+    if not isinstance(found, dict):
+        raise RecordError(f"expected a dict of tensors by name, found {_kind(found)}")
+    _check_byte_order(entries, prefix, read)
+    views = {}
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+            raise RecordError(f"expected a dict of tensors by name, found {_kind(tensor)} at {name!r:.80}")
+        try:
+            views[name] = _view(tensor, entries, prefix)
+        except RecordError as error:
+            raise RecordError(f"tensor {name!r:.200}: {error}") from None
+    return views
+
+
+def _kind(found: object) -> str:
+    return "a tensor" if isinstance(found, _Tensor) else type(found).__name__
+
+
+def _check_byte_order(entries: dict[str, tuple[int, int]], prefix: str, read: Read) -> None:
+    start, size = entries.get(f"{prefix}/byteorder", (0, 0))
+    if size and read(start, min(size, 16)) != b"little":
+        raise RecordError("expected little-endian values")
+
+
+def _view(tensor: _Tensor, entries: dict[str, tuple[int, int]], prefix: str) -> View:
+    """The tensor's place, once all of its numbers are borne out by its storage's entry."""
     for item in (*tensor.size, *tensor.stride, tensor.offset, tensor.storage.numel):
         if type(item) is not int or not 0 <= item < 1 << 62:
             raise RecordError(f"sizes, strides and offsets must be positive numbers, found {item!r:.40}")
@@ -70,8 +127,6 @@ def describe(read: Read, length: int) -> View:
     place = entries.get(f"{prefix}/data/{tensor.storage.key}")
     if place is None:
         raise RecordError("expected its values, found none")
-    if f"{prefix}/byteorder" in entries and read(*entries[f"{prefix}/byteorder"])[:16] != b"little":
-        raise RecordError("expected little-endian values")
     dtype = tensor.storage.dtype
     view = View(dtype, tensor.size, tensor.stride, place[0] + tensor.offset * dtype.itemsize)
     if (tensor.offset + view.span) * dtype.itemsize > place[1] or math.prod(view.size) * dtype.itemsize > place[1]:
@@ -102,15 +157,22 @@ def names_in(read: Read, length: int, limit: int) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- the pickle
 
 
+class _Sealed:
+    """What a pickle may make, and not change afterwards."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state of a tensor has no place in it")
+
+
 @dataclass(frozen=True)
-class _Storage:
+class _Storage(_Sealed):
     dtype: torch.dtype
     key: str
     numel: int
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _Tensor(_Sealed):
     storage: _Storage
     offset: int
     size: tuple[int, ...]
@@ -127,14 +189,24 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
+class _OrderedDict(dict[Any, Any]):
+    """Takes the attributes of a state dict (versions of its modules), and does nothing with them."""
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
 class _RecordUnpickler(InertUnpickler):
+    def __init__(self, data: bytes, storages: Mapping[str, torch.dtype]) -> None:
+        super().__init__(data)
+        self._storages = storages
+
     def stand_in(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in self._storages:
+            return self._storages[name]
         return {
             "torch._utils._rebuild_tensor_v2": _tensor,
             "torch._utils._rebuild_parameter": _parameter,
-            "collections.OrderedDict": dict,
+            "collections.OrderedDict": _OrderedDict,
             "torch.Size": tuple,
         }.get(f"{module}.{name}")
 
@@ -155,14 +227,11 @@ def _pickled(entries: dict[str, tuple[int, int]], read: Read, limit: int = _MAX_
     return found[0].partition("/")[0], read(start, size)
 
 
-def _unpickled(data: bytes) -> _Tensor:
+def _unpickled(data: bytes, storages: Mapping[str, torch.dtype]) -> Any:
     try:
-        tensor = _RecordUnpickler(data).read_all()
+        return _RecordUnpickler(data, storages).read_all()
     except pickle.UnpicklingError as error:
         raise RecordError(f"its pickle is refused: {error}") from None
-    if not isinstance(tensor, _Tensor):
-        raise RecordError(f"expected a tensor, found {type(tensor).__name__}")
-    return tensor
 
 
 def _entries(read: Read, length: int, limit: int) -> dict[str, tuple[int, int]]:

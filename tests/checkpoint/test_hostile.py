@@ -335,6 +335,10 @@ NEMO = {
         record(FC2, tensor_record((10,), (1,), function=b"torch._utils\n_rebuild_wrapper_subclass")),
         "_rebuild_wrapper_subclass' has no place",
     ),
+    "a filled stand-in in a record": (
+        record(FC2, zipped(("archive/data.pkl", tensor_pickle((10,), (1,))[:-1] + b"}X\x07\0\0\0storageK\x05sb."))),
+        "a state of a tensor has no place",
+    ),
     "no zip": (record(FC2, bytes(1 << 20)), f"{FC2}': .* expected a zip"),
     "zip directory elsewhere": (
         record(FC2, bytes((1 << 20) - 22) + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 9, 9, 1000, 1 << 31, 0)),
@@ -577,10 +581,81 @@ HF = {
         "expected a tokenizer that transformers loads",
     ),
     "tokenizer link": (tokenizer_link, "tokenizer.json: expected a plain file or .* found a link out of the folder"),
-    "pickled weights": (
+    "safetensors under another name": (
         lambda folder: (folder / "hf" / "model.safetensors").rename(folder / "hf" / "pytorch_model.bin").parent,
-        "found pytorch_model.bin",
+        "pytorch_model.bin: expected a zip as torch has written",
     ),
+}
+
+
+def pickled(make, name="pytorch_model.bin"):
+    """The weights as a pickle, made of them: bytes, or what ``torch.save`` is to save."""
+
+    def spoil(folder):
+        path = folder / "hf" / "model.safetensors"
+        content = make(load_file(path))
+        path.unlink()
+        (folder / "hf" / name).write_bytes(content if isinstance(content, bytes) else saved(content))
+        return folder / "hf"
+
+    return spoil
+
+
+def dict_of(body):
+    """A record of a dict with one tensor, pickled as ``tensor_pickle`` does, or what else ``body`` is."""
+    name = b"model.norm.weight"
+    text = b"\x80\x02}X" + struct.pack("<I", len(name)) + name + body.removeprefix(b"\x80\x02").removesuffix(b".")
+    return lambda tensors: zipped(("archive/data.pkl", text + b"s."), ("archive/data/0", bytes(40)))
+
+
+def overlapping(tensors):
+    """The second storage's entry leads to the first's bytes."""
+    data = bytearray(saved({name: tensors[name] for name in list(tensors)[:3]}))
+    first, second = (data.rindex(b"archive/data/%d" % number) - 46 for number in (0, 1))  # in the central directory
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]
+    return bytes(data)
+
+
+def index_of_pickles(weight_map):
+    def make(folder):
+        pickled(lambda tensors: tensors, "one.bin")(folder)
+        shutil.copy(folder / "hf" / "one.bin", folder / "outside.bin")
+        content = {"weight_map": {"model.norm.weight": "one.bin"} | weight_map}
+        (folder / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(content))
+        return folder / "hf"
+
+    return make
+
+
+FILLED = tensor_pickle((10,), (1,))[:-1] + b"}X\x07\0\0\0storageK\x05sb."
+HF |= {
+    "bin of code": (pickled(lambda t: t | {"model.norm.weight": Code()}), "pytorch_model.bin: .* 'posix.mkdir' has no"),
+    "bin that is code": (pickled(lambda t: Code()), "pytorch_model.bin: .* 'posix.mkdir' has no place"),
+    "bin of bare code": (pickled(lambda t: pickle.dumps(Code())), "pytorch_model.bin: expected a zip"),
+    "bin of a module": (pickled(lambda t: torch.nn.Linear(2, 2)), "'torch.nn.modules.linear.Linear' has no place"),
+    "bin cut short": (pickled(lambda t: saved(t)[:-3000]), "pytorch_model.bin: .* expected a zip"),
+    "bin without values": (
+        pickled(lambda t: zipped(("archive/data.pkl", pickle.dumps({})))),
+        "expected the tensor 'model.embed_tokens.weight'",
+    ),
+    "empty bin": (pickled(lambda t: b""), "pytorch_model.bin: .* expected a zip"),
+    "bin of overlapping storages": (pickled(overlapping), "found two that overlap"),
+    "bin of an overflowing size": (
+        pickled(dict_of(tensor_pickle((1 << 61, 1 << 61), (1, 1)))),
+        "'model.norm.weight': expected .* values in its storage",
+    ),
+    "bin of an expanded value": (pickled(dict_of(tensor_pickle((1 << 40,), (0,)))), "values in its storage, found 40"),
+    "bin of values beyond": (pickled(dict_of(tensor_pickle((10,), (1,), offset=1))), "10 values in its storage"),
+    "bin of a negative stride": (pickled(dict_of(tensor_pickle((10,), (-1,)))), "must be positive numbers"),
+    "bin of a filled stand-in": (pickled(dict_of(FILLED)), "its pickle is refused: a state of a tensor"),
+    "bin of a memo bomb": (pickled(dict_of(bomb_opcodes())), "found NoneType at 'model.norm.weight'"),
+    "bin of nested tuples": (
+        pickled(lambda t: zipped(("archive/data.pkl", nested_tuples()))),
+        "its pickle is refused: tuples must nest",
+    ),
+    "bin index elsewhere": (index_of_pickles({"x": "../outside.bin"}), r"index.json: .*'\.\./outside.bin'"),
+    "bin index of an absent file": (index_of_pickles({"x": "two.bin"}), "two.bin: expected a"),
+    "bin index of an absent tensor": (index_of_pickles({"x": "one.bin"}), "tensor 'x' that the index promises"),
 }
 
 

@@ -14,10 +14,6 @@ KINDS = {
     "an iteration of it": (["run_config.yaml", "__0_0.distcp"], "Megatron-Bridge"),
     "Megatron-LM": (["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"], "Megatron-LM; export it"),
     "an iteration": (["common.pt", "__0_0.distcp"], "weights of a Megatron checkpoint without its config"),
-    "pickled": (
-        ["config.json", "pytorch_model.bin"],
-        r"pytorch_model\.bin, which is not read; .*safe_serialization=True",
-    ),
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter, .*merge_and_unload"),
     "adapter beside its model": (["config.json", "model.safetensors", "adapter_config.json"], "a PEFT adapter"),
     "parts of a GGUF": (["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], "a GGUF in 2 parts; join"),

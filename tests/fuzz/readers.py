@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, each_tensor
 from nemo_minitron.checkpoint.record import RecordError, describe, names_in
@@ -48,6 +49,10 @@ class Readers:
         make_llama(self._hf, TINY)
         for file in self._hf.glob("*token*"):
             file.unlink()  # what transformers does with a tokenizer is not ours to fuzz
+        (folder / "bin").mkdir()
+        self._bin = folder / "bin" / "pytorch_model.bin"
+        shutil.copy(self._hf / "config.json", folder / "bin")
+        torch.save(load_file(self._hf / "model.safetensors"), self._bin)
         convert(self._hf, self._nemo)
         convert(self._hf, folder / "m.nemo")
         self.good = {
@@ -58,6 +63,7 @@ class Readers:
             4: (self._hf / "config.json").read_bytes(),
             5: (self._nemo / "model_config.yaml").read_bytes(),
             7: (self._nemo / "model_weights" / "common.pt").read_bytes(),
+            18: self._bin.read_bytes(),
         }
         self._others = folder / "others"
         self._others.mkdir()
@@ -81,6 +87,7 @@ class Readers:
             _yaml,
             lambda data: self._other("old/scores.json", data, lambda path: Scores.load(path.parent)),
             lambda data: self._other("old/arrays.npz", data, lambda path: Scores.load(path.parent)),
+            self._pickled,
         ]
 
     def read(self, data: bytes) -> bool:
@@ -99,6 +106,10 @@ class Readers:
     def _whole(self, data: bytes) -> None:
         self._file.write_bytes(data)
         _read_all(NemoReader(self._file))
+
+    def _pickled(self, data: bytes) -> None:
+        self._bin.write_bytes(data)
+        _read_all(HfReader(self._bin.parent))
 
     def _gguf(self, data: bytes) -> None:
         path = self._file.with_suffix(".gguf")
