@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint import hub, tokenizer_files
 from nemo_minitron.config.sections import TOKENIZER_LIBRARIES, Tokenizer
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
@@ -85,7 +84,7 @@ def facts(folder: Path) -> tuple[int, dict[str, int | None]]:
 def find_folder(name: str, key: str) -> Path:
     """Local folder of the HF tokenizer that a *user's* key names: a folder, a ``.nemo`` that packs one, or a hub name.
 
-    Of a hub's repository only the tokenizer's files are downloaded, and none when ``HF_HUB_OFFLINE`` is set.
+    Of a hub's repository only the tokenizer's files are downloaded (:mod:`nemo_minitron.checkpoint.hub`).
 
     Raises:
         MinitronError: naming ``key``: nothing there, or not to be had.
@@ -105,19 +104,9 @@ def find_folder(name: str, key: str) -> Path:
         if not any((path / file).is_file() for file in (*_HF, SENTENCEPIECE)):
             raise MinitronError(f"{key}: '{name}' holds no tokenizer (any of {', '.join(_HF)}, {SENTENCEPIECE})")
         return path
-    if path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if not hub.is_name(name):
         raise MinitronError(f"{key}: expected a folder with a tokenizer at '{name}', found none")
-    return _from_hub(name, key)
-
-
-def _from_hub(name: str, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    where = " without the network" if offline else ""
-    with foreign(f"{key}: expected a tokenizer on the hub under '{name}'{where}"):
-        patterns = [*tokenizer_files.FILES, "config.json", "spiece.model"]
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=offline))
+    return hub.tokenizer_folder(name, key)
 
 
 def asked_for(asked: Mapping[str, Any] | None, key: str) -> dict[str, str]:

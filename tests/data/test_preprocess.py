@@ -234,7 +234,7 @@ def test_bad_tokenizers(hf, earlier, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     message = refused(good, earlier, tokenizer_type="no-such-owner/no-such-model")
-    assert "'no-such-owner/no-such-model' without the network" in message
+    assert "'no-such-owner/no-such-model' is no path here" in message and "HF_HUB_OFFLINE is set" in message
 
 
 def test_a_tokenizer_without_eos_needs_append_eod_false(hf, earlier, tmp_path):
