@@ -20,7 +20,7 @@ _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^?]+)")
 
 @dataclass
 class Repository:
-    """One repository. ``access`` is ``open``, ``gated`` (listed, its files for those whom it lets in) or ``private``."""
+    """One repository; ``access`` is ``open``, ``gated`` (listed, but its files are for members) or ``private``."""
 
     folder: Path
     access: str = "open"
@@ -75,7 +75,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             elif revision not in repository.revisions:
                 self._answer(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
             elif repository.access == "gated" and files and not (known and repository.member):
-                self._answer(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
+                self._answer(403 if known else 401, {"X-Error-Code": "GatedRepo", "X-Error-Message": "No access"})
             else:
                 return False
             return True

@@ -53,7 +53,7 @@ class ConvertConfig:
     at a time.
     """
 
-    input_name_or_path: str = key(REQUIRED, "HF folder, .gguf file, .nemo file or unpacked .nemo folder")
+    input_name_or_path: str = key(REQUIRED, "checkpoint to read, or a name on the hub, ORG/NAME[@REVISION]")
     output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
     format: str | None = key(
         None, "format to write; by the output's name when null, else HF of a .nemo and .nemo of others", CONVERT_FORMATS

@@ -13,6 +13,7 @@ import torch
 from nemo_minitron.checkpoint import NemoReader, each_tensor, tensor_name
 from nemo_minitron.checkpoint.canonical import check_digest
 from nemo_minitron.checkpoint.formats import Reader, Writer, format_of, named
+from nemo_minitron.checkpoint.hub import located
 from nemo_minitron.checkpoint.nemo_config import dtype_from_precision
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.convert.target import Request, format_for, open_writer
@@ -34,6 +35,7 @@ def convert(
     """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
 
     Args:
+        input_path: a path; a text may be a model's name on the hub (:func:`nemo_minitron.checkpoint.hub.located`).
         format: of the output, one of ``CONVERT_FORMATS``; when None by its name (``.nemo``, ``.gguf``), else a HF
             folder of a ``.nemo`` and a ``.nemo`` folder of all others.
         precision: storage dtype of the output (``32``, ``bf16``, ``16`` or NeMo's longer spellings); the input's when
@@ -47,7 +49,7 @@ def convert(
     Raises:
         MinitronError: bad input or destination; the destination is then as it was.
     """
-    source, target = Path(input_path), Path(output_path)
+    source, target = located(input_path, "input_name_or_path"), Path(output_path)
     if not source.exists():
         raise MinitronError(f"input_name_or_path: expected a HF folder, a .gguf or a .nemo, found nothing at {source}")
     with ExitStack() as stack:
