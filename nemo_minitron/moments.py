@@ -19,6 +19,10 @@ TOKENS_AT_ONCE = 4096
 """Tokens per float32 product before it is added in float64."""
 
 
+BIAS_TOKENS = 64.0
+"""Tokens whose errors a solved bias' distance from what it was counts as: a handful of tokens decides nothing."""
+
+
 class SingularMoments(UserWarning):
     """Calibration that does not determine a solution; the caller's fallback is in the message."""
 
@@ -137,6 +141,44 @@ def ridge_solve(moment: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> T
         )
         return prior
     return torch.cholesky_solve(cross + lam * prior.T.to(cross), factor).T.to(prior.dtype)
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """``[…, C]`` → ``[…, C+1]``: inputs with a constant, whose coefficients are a bias."""
+    return torch.cat((x, x.new_ones(*x.shape[:-1], 1)), dim=-1)
+
+
+def around_mean(moment: Tensor) -> Tensor:
+    """Second moment of inputs once the best bias has taken what is constant: ``[C+1, C+1]`` of :func:`with_ones` →
+    ``[C, C]``."""
+    mean = moment[:-1, -1]
+    return moment[:-1, :-1] - torch.outer(mean, mean) / moment[-1, -1].clamp_min(torch.finfo(moment.dtype).tiny)
+
+
+def ridge_solve_with_bias(
+    moment: Tensor, cross: Tensor, prior: Tensor, bias: Tensor, ridge: float, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The W and b nearest to explaining y by ``W x + b``: :func:`ridge_solve` with a constant among the inputs.
+
+    ``argmin sum_t w_t |W x_t + b - y_t|^2 + lam |W - prior|^2 + p |b - bias|^2``. ``lam`` is relative to the moment of
+    x around its mean; p is worth ``BIAS_TOKENS`` tokens of mean weight.
+
+    Args:
+        moment: ``[C+1, C+1]`` of :func:`with_ones` of x. cross: ``[C+1, D]``. prior: ``[D, C]``. bias: ``[D]``.
+        tokens: number of the job's tokens t.
+
+    Returns:
+        ``[D, C]`` and ``[D]`` in the dtypes of ``prior`` and ``bias``; where :func:`ridge_solve` keeps the prior, the
+        best b beside it.
+    """
+    pull = BIAS_TOKENS * moment[-1, -1] / tokens
+    mean, weight = moment[:-1, -1], moment[-1, -1] + pull
+    if not float(weight) > 0:
+        return ridge_solve(moment[:-1, :-1], cross[:-1], prior, ridge), bias
+    total = cross[-1] + pull * bias.to(cross)
+    centred = moment[:-1, :-1] - torch.outer(mean, mean) / weight
+    solved = ridge_solve(centred, cross[:-1] - torch.outer(mean, total) / weight, prior, ridge)
+    return solved, ((total - solved.to(cross) @ mean) / weight).to(bias.dtype)
 
 
 def elimination_order(

@@ -43,13 +43,16 @@ def slots(shape: ModelShape) -> list[tuple[Parameter, int | None]]:
 
 
 def random_model(shape: ModelShape, seed: int = 0) -> Memory:
-    """Float64 weights of unit-scale outputs, norms near 1."""
+    """Float64 weights of unit-scale outputs, norms near 1, biases around 0."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[Slot, Tensor] = {}
     for parameter, layer in slots(shape):
         size = parameter.size(shape)
         tensor = torch.randn(size, generator=generator, dtype=torch.float64)
-        tensors[parameter.key, layer] = 1 + 0.2 * tensor if len(size) == 1 else tensor / math.sqrt(size[-1])
+        if parameter.key.endswith("bias"):
+            tensors[parameter.key, layer] = 0.5 * tensor
+        else:
+            tensors[parameter.key, layer] = 1 + 0.2 * tensor if len(size) == 1 else tensor / math.sqrt(size[-1])
     return Memory(shape, tensors)
 
 
@@ -68,6 +71,8 @@ def to_transformers(model: Memory, eps: float | None = None) -> LlamaForCausalLM
             head_dim=shape.kv_channels,
             rope_theta=shape.rotary_base,
             tie_word_embeddings=False,
+            attention_bias=shape.qkv_bias,
+            mlp_bias=shape.mlp_bias,
             attn_implementation="eager",
         )
     )
@@ -84,6 +89,7 @@ def to_transformers(model: Memory, eps: float | None = None) -> LlamaForCausalLM
     }
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
+        state |= _biases(get, shape, layer, prefix)
         queries, keys, values = [], [], []
         for group in get["self_attention.linear_qkv.weight", layer].chunk(shape.num_query_groups):
             cells = group.split(shape.kv_channels)
@@ -104,6 +110,22 @@ def to_transformers(model: Memory, eps: float | None = None) -> LlamaForCausalLM
         }
     reference.load_state_dict(state)
     return reference.eval()
+
+
+def _biases(get: dict[Slot, Tensor], shape: ModelShape, layer: int, prefix: str) -> dict[str, Tensor]:
+    """Biases by transformers' names, zeros for an attention's output that has none beside QKV's."""
+    found = {}
+    if shape.qkv_bias:
+        cells = get["self_attention.linear_qkv.bias", layer].view(shape.num_query_groups, -1, shape.kv_channels)
+        parts = zip("qkv", (cells[:, :-2], cells[:, -2], cells[:, -1]), strict=True)
+        found |= {prefix + f"self_attn.{name}_proj.bias": part.flatten() for name, part in parts}
+        zeros = torch.zeros(shape.hidden_size, dtype=torch.float64)
+        found[prefix + "self_attn.o_proj.bias"] = get.get(("self_attention.linear_proj.bias", layer), zeros)
+    if shape.mlp_bias:
+        gate, up = get["mlp.linear_fc1.bias", layer].chunk(2)
+        found |= {prefix + "mlp.gate_proj.bias": gate, prefix + "mlp.up_proj.bias": up}
+        found[prefix + "mlp.down_proj.bias"] = get["mlp.linear_fc2.bias", layer]
+    return found
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ SHAPES: dict[str, ModelShape] = {
     "padded": GQA.replace(vocab_size=250, padded_vocab_size=250, share_embeddings_and_output_weights=True),
     "bf16": GQA.replace(num_query_groups=2),
     "qkv_bias": GQA.replace(qkv_bias=True, share_embeddings_and_output_weights=True),  # Qwen2
+    "biases": GQA.replace(hidden_size=48, qkv_bias=True, proj_bias=True, mlp_bias=True),  # Llama's two keys
+    "attention_bias": GQA.replace(qkv_bias=True, proj_bias=True, share_embeddings_and_output_weights=True),
+    "mlp_bias": GQA.replace(mlp_bias=True),
     "fp16": GQA.replace(layernorm_epsilon=1e-6, share_embeddings_and_output_weights=True),
 }
 """Named shapes for ``pytest.mark.parametrize``; V = Vp, as an HF folder has them."""

@@ -36,10 +36,54 @@ _SPEC = "nemo/test_spec.py::"
 _GATE = _CONVERT + "test_gate_and_up_are_what_transformers_makes_of_them"
 _TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
 _DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers"
+_BIASES = "prune/test_resolve_biases.py::"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
 MUTANTS = [
+    # linear layers with a bias
+    Mutant(
+        "prune/frame.py",
+        "if layout.is_norm(parameter):",
+        "if parameter.axes == (layout.HIDDEN,):",
+        "prune/test_resolve.py::test_turning_loses_nothing_where_the_stream_is_narrow",
+    ),
+    Mutant(
+        "prune/resolve.py",
+        "if rows and shape.qkv_bias",
+        "if False",
+        _BIASES + "test_first_qkv_reads_the_narrower_stream_with_an_intercept",
+    ),
+    Mutant(
+        "prune/resolve.py",
+        "student.tensors[bias.key] = self.frame.rounded(offset)",
+        "student[bias].copy_(self.frame.rounded(offset))",
+        _BIASES + "test_the_source_is_left_as_it_was",
+    ),
+    Mutant(
+        "moments.py",
+        "total = cross[-1] + pull * bias.to(cross)",
+        "total = cross[-1]",
+        _BIASES + "test_first_fc2_is_the_least_squares_with_an_intercept",
+    ),
+    Mutant(
+        "nemo/spec.py",
+        "super().__init__(*args, bias=False, **options)",
+        "super().__init__(*args, bias=bias, **options)",
+        _SPEC + "test_a_layer_has_the_biases_that_are_named",
+    ),
+    Mutant(
+        "checkpoint/biases.py",
+        "return every or qkv, every, every",
+        "return qkv, every, every",
+        "checkpoint/test_biases.py::test_bias_alone_means_every_linear_layer",
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "ffn = around_mean(ffn) if self._job.shape.mlp_bias else ffn",
+        "ffn = ffn[:-1, :-1] if self._job.shape.mlp_bias else ffn",
+        "importance/test_reconstruction.py::test_a_neuron_that_always_says_the_same_goes_first_where_a_bias_can_say_it",
+    ),
     # layers in Megatron-Core
     Mutant(
         "nemo/spec.py",

@@ -245,8 +245,8 @@ BAD_HF = {
         lambda f: edit(f / "config.json", architectures=["BloomForCausalLM"]),
         "BloomForCausalLM",
     ),
-    "attention bias": (lambda f: edit(f / "config.json", attention_bias=True), "attention_bias"),
-    "mlp bias": (lambda f: edit(f / "config.json", mlp_bias=True), "mlp_bias"),
+    "attention bias": (lambda f: edit(f / "config.json", attention_bias=True), "expected the tensor .*q_proj.bias"),
+    "mlp bias": (lambda f: edit(f / "config.json", mlp_bias=True), "expected the tensor .*gate_proj.bias"),
     "rope": (lambda f: edit(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"),
     "activation": (lambda f: edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
     "mistral window": (

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from nemo_minitron.checkpoint.canonical import each_tensor, fingerprint
+from nemo_minitron.checkpoint.canonical import each_tensor, fingerprint, raw_bytes
 from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
 from nemo_minitron.checkpoint.hf_config import shape_from_hf
 from nemo_minitron.checkpoint.hf_folder import HfFolder, shards
@@ -17,7 +17,9 @@ from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.pytorch_bin import PytorchBinFolder
 from nemo_minitron.checkpoint.safetensors_folder import SafetensorsFolder
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.layout import EMBEDDING, OUTPUT, Parameter, parameters
+from nemo_minitron.jobs.processes import notice
+from nemo_minitron.model.layout import EMBEDDING, OUTPUT, PROJ_BIAS, Parameter, parameters
+from nemo_minitron.model.shape import ModelShape
 
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -63,16 +65,31 @@ class HfReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._source = _open_source(self.path)
+        self._zeros: frozenset[str] = frozenset()
         try:
             self.hf_config, self.generation_config = self._source.config, self._source.generation_config
-            self.shape = shape_from_hf(self.hf_config, f"{self.path}: config.json")
+            self.shape = self._without_zeros(shape_from_hf(self.hf_config, f"{self.path}: config.json"))
             self.dtype = self._check_tensors()
         except BaseException:
             self._source.close()
             raise
 
+    def _without_zeros(self, shape: ModelShape) -> ModelShape:
+        """The shape without a bias of the attention's output where that is zero in every layer.
+
+        So is a Qwen2 in the dress of a Llama, which has ``attention_bias`` for QKV alone.
+        """
+        zeros = {PROJ_BIAS.hf[0].format(l=layer) for layer in range(shape.num_layers)} if shape.proj_bias else set()
+        if not zeros or any(self._source.sizes.get(name) != (shape.hidden_size,) for name in zeros):
+            return shape
+        if any(any(raw_bytes(self._source.get(name))) for name in zeros):
+            return shape
+        self._zeros = frozenset(zeros)
+        notice(f"{self.path}: every o_proj.bias is zero; read as a model with a bias on queries, keys and values alone")
+        return shape.replace(proj_bias=False)
+
     def _check_tensors(self) -> torch.dtype:
-        dtype, unknown = None, set(self._source.sizes)
+        dtype, unknown = None, set(self._source.sizes) - self._zeros
         for parameter, layer in each_tensor(self.shape):
             rows = hf_part_rows(parameter, self.shape)
             for name, count in zip(parameter.hf, rows, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.biases import biases_of, has_zero_biases, in_words
 from nemo_minitron.checkpoint.hf_dress import Dress, dress_of
 from nemo_minitron.checkpoint.hf_layers import cut_lists
 from nemo_minitron.checkpoint.hf_rope import number, read_rope, whole, write_rope
@@ -34,7 +35,9 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     """
     family = family_from_hf(config, where)
     config = {**family.hf_absent, **config}
-    known.HF.having(family.hf_only, family.hf_neutral).check(config, where)
+    biases = dict.fromkeys(family.hf_biases, (False, True, None))
+    known.HF.having({**biases, **family.hf_only}, family.hf_neutral).check(config, where)
+    attention, mlp = (key in family.hf_biases and bool(config.get(key)) for key in ("attention_bias", "mlp_bias"))
     hidden, heads = (whole(config, key, where) for key in ("hidden_size", "num_attention_heads"))
     vocab, layers = (whole(config, key, where) for key in ("vocab_size", "num_hidden_layers"))
     _check_layer_types(config.get("layer_types"), layers, where)
@@ -56,7 +59,9 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
         rope_scaling=scaling,
         max_position_embeddings=whole(config, "max_position_embeddings", where, 2048),
         layernorm_epsilon=0.0 if config.get("rms_norm_eps") == 0 else number(config, "rms_norm_eps", where, 1e-6),
-        qkv_bias=family.qkv_bias,
+        qkv_bias=family.qkv_bias or attention,
+        proj_bias=attention,
+        mlp_bias=mlp,
         family=family.layers,
     )
 
@@ -97,10 +102,10 @@ def dressed_config(
     """
     config = copy.deepcopy(dict(source)) if source else _fresh_config(shape)
     before = shape_from_hf(config) if source else None
-    if before is not None and before.qkv_bias != shape.qkv_bias:
+    if before is not None and biases_of(before) != biases_of(shape) and not has_zero_biases(before, shape):
         raise MinitronError(
             f"config.json: architectures {config.get('architectures')} must be of a model "
-            f"{'with' if shape.qkv_bias else 'without'} a bias on queries, keys and values, as its weights are"
+            f"{in_words(biases_of(shape))}, as its weights are"
         )
     if before is not None and before.family != shape.family:
         raise MinitronError(
@@ -143,10 +148,13 @@ _FIELDS = {
 
 
 def _fresh_config(shape: ModelShape) -> dict[str, Any]:
-    bias = shape.qkv_bias
-    family = next((one for one in FAMILIES.every() if (one.layers, one.qkv_bias) == (shape.family, bias)), None)
-    if family is None:
-        raise MinitronError(f"qkv_bias must be {str(not bias).lower()} in the family '{shape.family}'")
+    biases = biases_of(shape)
+    alike = [family for family in FAMILIES.every() if family.layers == shape.family]
+    fitting = [family for zeros in (False, True) for family in alike if family.has_biases(biases, zeros)]
+    if not fitting:
+        raise MinitronError(f"there are no models {in_words(biases)} in the family '{shape.family}'")
+    family = fitting[0]
+    keys = {"attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias}
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -155,6 +163,7 @@ def _fresh_config(shape: ModelShape) -> dict[str, Any]:
         "initializer_range": 0.02,
         "use_cache": True,
         **family.hf_fresh,
+        **{key: keys[key] for key in family.hf_biases},
     }
 
 

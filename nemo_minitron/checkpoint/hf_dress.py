@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemo_minitron.checkpoint.biases import biases_of
 from nemo_minitron.model.family import PLAIN, Family
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import FAMILIES
@@ -68,7 +69,7 @@ def dress_of(shape: ModelShape, family: Family, may_change: bool) -> Dress:
         return Dress()
     if family.architecture == "LlamaForCausalLM" and uneven:
         refused = f"transformers 5 refuses a LlamaForCausalLM of {sizes}"
-        if not may_change or _has_biases(shape):
+        if not may_change or any(biases_of(shape)):
             return Dress(note=f"{refused}; transformers 4 loads this one")
         mistral = FAMILIES.get("mistral")
         note = f"exported as {mistral.architecture} without a window, which computes the same: {refused}"
@@ -79,7 +80,3 @@ def dress_of(shape: ModelShape, family: Family, may_change: bool) -> Dress:
         ignored = f"vLLM takes hidden_size // heads for the head_dim of a Qwen2ForCausalLM, here {sizes}"
         return Dress(note=f"{ignored}; it will not load this one, transformers does")
     return Dress()
-
-
-def _has_biases(shape: ModelShape) -> bool:
-    return shape.qkv_bias

@@ -13,15 +13,16 @@ from typing import IO, Any
 import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint.biases import has_zero_biases
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
 from nemo_minitron.checkpoint.fuse import hf_part_rows, unfuse
-from nemo_minitron.checkpoint.hf_config import dressed_config
+from nemo_minitron.checkpoint.hf_config import dressed_config, shape_from_hf
 from nemo_minitron.checkpoint.safetensors_folder import CODES
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing, Staging
 from nemo_minitron.jobs.processes import notice
-from nemo_minitron.model.layout import VOCAB, Parameter
+from nemo_minitron.model.layout import PROJ_BIAS, PROJ_WEIGHT, VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
 
 NO_TOKENIZER = "tokenizer.missing.txt"
@@ -79,10 +80,12 @@ class HfWriter(AllOrNothing):
         self._config = {key: value for key, value in made.items() if key not in _CODE_KEYS}
         self._why_none = without_tokenizer
         self._generation, self._tokenizer = generation_config, tokenizer
-        self._shards = _plan_shards(shape, dtype, parse_size(max_shard_size))
+        self._zeros = has_zero_biases(shape_from_hf(made), shape)
+        laid_out = shape.replace(proj_bias=True) if self._zeros else shape
+        self._shards = _plan_shards(laid_out, dtype, parse_size(max_shard_size))
         self._check = check
         self._written: set[str] = set()
-        room = shape.num_parameters() * dtype.itemsize
+        room = laid_out.num_parameters() * dtype.itemsize
         self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS, room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
@@ -126,10 +129,15 @@ class HfWriter(AllOrNothing):
             tensor = tensor[: self.shape.vocab_size]
         tensor = checked_cast(tensor, self.dtype, name)
         for hf_name, part in zip(parameter.hf, unfuse(parameter, tensor, self.shape), strict=True):
-            stream, start = self._places[hf_name.format(l=layer)]
-            stream.seek(start)
-            stream.write(raw_bytes(part))
+            self._put(hf_name.format(l=layer), part)
+        if self._zeros and parameter is PROJ_WEIGHT:
+            self._put(PROJ_BIAS.hf[0].format(l=layer), tensor.new_zeros(self.shape.hidden_size))
         self._written.add(name)
+
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        stream, start = self._places[name]
+        stream.seek(start)
+        stream.write(raw_bytes(tensor))
 
     def commit(self) -> None:
         """Check that the folder is whole, complete it, and have it appear."""

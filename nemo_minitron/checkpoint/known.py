@@ -251,7 +251,7 @@ NEMO = Keys(
         "normalization": ("rmsnorm", "RMSNorm"),
         "activation": ("fast-swiglu", "swiglu"),
         "position_embedding_type": ("rope",),
-        "bias": (False,),
+        "bias": (False, True),
         "rotary_percentage": (1,),
         "rotary_interleaved": (False, None),
         "transformer_block_type": ("pre_ln", None),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint.biases import biases_for_nemo, biases_from_nemo, flag
 from nemo_minitron.checkpoint.hf_layers import differ
 from nemo_minitron.checkpoint.keys import Keys
 from nemo_minitron.errors import MinitronError
@@ -93,9 +94,11 @@ def shape_from_nemo(
     hidden = _size(config, "hidden_size", where)
     if heads < 1:
         raise MinitronError(f"{where}: num_attention_heads must be at least 1, found {heads}")
-    qkv_bias = _flag(config, "qkv_bias", where, False)
-    if qkv_bias != family.qkv_bias:
-        raise MinitronError(f"{where}: qkv_bias must be {str(family.qkv_bias).lower()} in the family '{family.name}'")
+    qkv_bias, proj_bias, mlp_bias = biases = biases_from_nemo(config, config.get(SECTION) or {}, where)
+    if not family.has_biases(biases, zeros=True):
+        key = "bias" if proj_bias or mlp_bias else "qkv_bias"
+        wanted = str(not config.get(key, True)).lower()
+        raise MinitronError(f"{where}: {key} must be {wanted} in the family '{family.name}'")
     return ModelShape(
         num_layers=_size(config, "num_layers", where),
         hidden_size=hidden,
@@ -105,12 +108,14 @@ def shape_from_nemo(
         kv_channels=_size(config, "kv_channels", where, hidden // heads),
         vocab_size=_size({"vocab_size": vocab}, "vocab_size", where),
         padded_vocab_size=table_rows,
-        share_embeddings_and_output_weights=_flag(config, "share_embeddings_and_output_weights", where, True),
+        share_embeddings_and_output_weights=flag(config, "share_embeddings_and_output_weights", where, True),
         rotary_base=_number(config, "rotary_base", where, 10000),
         rope_scaling=_scaling(config, where),
         max_position_embeddings=_size(config, "max_position_embeddings", where, config.get("encoder_seq_length", 512)),
         layernorm_epsilon=_number(config, "layernorm_epsilon", where, 1e-5),
         qkv_bias=qkv_bias,
+        proj_bias=proj_bias,
+        mlp_bias=mlp_bias,
         family=family.layers,
     )
 
@@ -120,7 +125,7 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling | None:
     linear = LinearScaling(factor) if factor != 1 else None
     if factor < 1:
         raise MinitronError(f"{where}: {_INTERPOLATION} must be at least 1, found {factor}")
-    if not _flag(config, "scale_positional_embedding", where, False):
+    if not flag(config, "scale_positional_embedding", where, False):
         return linear
     if linear is not None:
         raise MinitronError(f"{where}: {_INTERPOLATION} must be 1 with scale_positional_embedding, found {factor}")
@@ -146,11 +151,11 @@ def family_from_nemo(config: Mapping[str, Any], where: str = "model_config.yaml"
             )
         family: Family = FAMILIES.get(named)
         return family
-    bias = bool(config.get("qkv_bias"))
+    biases = biases_from_nemo(config, config.get(SECTION) or {}, where)
     fitting = [
         family
         for family in FAMILIES.every()
-        if family.qkv_bias == bias and all(config.get(key) == value for key, value in family.nemo.items())
+        if family.has_biases(biases) and all(config.get(key) == value for key, value in family.nemo.items())
     ]
     return max(fitting, key=lambda family: len(family.nemo))  # the first of equals, and there is always a Llama's
 
@@ -158,13 +163,6 @@ def family_from_nemo(config: Mapping[str, Any], where: str = "model_config.yaml"
 def nemo_keys(family: Family) -> Keys:
     """What the keys of a ``model_config.yaml`` mean for a model of this family."""
     return known.NEMO.having({key: (value,) for key, value in family.nemo.items()}, required=True)
-
-
-def _flag(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if value not in (True, False, None):
-        raise MinitronError(f"{where}: {key} must be true or false, found {value!r:.80}")
-    return bool(value)
 
 
 def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
@@ -240,6 +238,7 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
     ``minitron.hf_config`` stays the source's: an export overlays the fields that pruning changed.
     """
     new: dict[str, Any] = copy.deepcopy(dict(config))
+    bias_keys, bias_section = biases_for_nemo(shape)
     new |= {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -251,7 +250,7 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         "rotary_base": shape.rotary_base,
         "layernorm_epsilon": shape.layernorm_epsilon,
         "max_position_embeddings": shape.max_position_embeddings,
-        "qkv_bias": shape.qkv_bias,
+        **bias_keys,
         "scale_positional_embedding": isinstance(shape.rope_scaling, RopeScaling),
     }
     new.setdefault("encoder_seq_length", shape.max_position_embeddings)
@@ -266,8 +265,10 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
     if new.get("override_vocab_size") is not None:
         new["override_vocab_size"] = shape.padded_vocab_size
     new |= family_of(shape).nemo
-    named = {} if shape.family == PLAIN else {"family": shape.family}
-    new[SECTION] = {**(new.get(SECTION) or {}), "vocab_size": shape.vocab_size, **named}
+    named: dict[str, Any] = {} if shape.family == PLAIN else {"family": shape.family}
+    named |= bias_section
+    kept = {key: value for key, value in (new.get(SECTION) or {}).items() if key != "biases"}
+    new[SECTION] = {**kept, "vocab_size": shape.vocab_size, **named}
     return new
 
 

@@ -11,7 +11,13 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nemo_minitron.checkpoint.nemo_config import SECTION, family_from_nemo, model_defaults, nemo_keys
+from nemo_minitron.checkpoint.biases import biases_from_nemo, linear_names
+from nemo_minitron.checkpoint.nemo_config import (
+    SECTION,
+    family_from_nemo,
+    model_defaults,
+    nemo_keys,
+)
 from nemo_minitron.errors import MinitronError
 
 LIBRARIES = ("huggingface", "sentencepiece", "megatron")
@@ -94,4 +100,6 @@ def for_model_class(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         section[key] = value
     vocab = (config.get(SECTION) or {}).get("vocab_size")
     section[SECTION] = {} if vocab is None else {"vocab_size": int(vocab)}  # proven with the shape
+    if config.get("bias", True):
+        section[SECTION]["biases"] = linear_names(biases_from_nemo(config, config.get(SECTION) or {}, where))
     return section

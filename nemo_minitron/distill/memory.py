@@ -96,13 +96,13 @@ def layer_activations(shape: ModelShape, run: Run) -> int:
 
 
 def _parameters(shape: ModelShape, run: Run, stage: int) -> int:
-    """Parameters of a rank of one pipeline stage; norms are whole on every rank."""
+    """Parameters of a rank of one pipeline stage; norms, and biases that write to the stream, are whole on each."""
     layers = _layers(shape, run, stage)
     last = stage == run.pipeline_parallel - 1
     tables = int(stage == 0) + int(last and not (shape.share_embeddings_and_output_weights and stage == 0))
-    norms = (2 * layers + int(last)) * shape.hidden_size
-    matrices = layers * (shape.parameters_per_layer() - 2 * shape.hidden_size)
-    return (matrices + tables * _padded(shape, run) * shape.hidden_size) // run.tensor_parallel + norms
+    whole = (2 * layers + int(last)) * shape.hidden_size + layers * shape.whole_biases()
+    matrices = layers * (shape.parameters_per_layer() - 2 * shape.hidden_size - shape.whole_biases())
+    return (matrices + tables * _padded(shape, run) * shape.hidden_size) // run.tensor_parallel + whole
 
 
 def _padded(shape: ModelShape, run: Run) -> int:

@@ -25,7 +25,7 @@ from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.model.next_token import loss_sums
-from nemo_minitron.moments import ridge_solve, stream_weights, two_pass_moments
+from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, stream_weights, two_pass_moments, with_ones
 
 Removed = frozenset[int]
 
@@ -117,7 +117,9 @@ class LayerLoss:
     def _without(self, layer: int, x: Tensor) -> Tensor:
         if self._stand_ins is None:
             return x
-        return x + rms_norm(x, None, self.shape.layernorm_epsilon) @ self._stand_ins[layer].T
+        weight, bias = self._stand_ins[layer]
+        added = rms_norm(x, None, self.shape.layernorm_epsilon) @ weight.T
+        return x + added if bias is None else x + added + bias
 
     def _head(self, x: Tensor, tokens: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """Sum of the next-token losses of ``x [n, s, H]``, float64."""
@@ -127,9 +129,14 @@ class LayerLoss:
         return total
 
     @torch.no_grad()
-    def _fit(self, tokens: Tensor) -> list[Tensor]:
-        """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square."""
-        maps = []
+    def _fit(self, tokens: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square.
+
+        Where linear layers that write to the stream have a bias, which re-solving uses, it has one too, ``[H]``.
+        """
+        maps: list[tuple[Tensor, Tensor | None]] = []
+        biased = self.shape.proj_bias or self.shape.mlp_bias
+        count = int(parallel.all_reduce(torch.tensor([tokens.numel()], device=tokens.device), self.group))
         width, device = self.shape.hidden_size, tokens.device
         rotary = Rotary.of(self.shape, tokens.shape[1], device)
         x = self._embed(tokens)
@@ -142,10 +149,15 @@ class LayerLoss:
                     after[sample_slice] = weights.forward(x[sample_slice], rotary)
 
             def parts(sample: int, x: Tensor = x, after: Tensor = after) -> tuple[Tensor, Tensor, Tensor]:
-                return self._parts(x[sample], after[sample])
+                normed, added, weights = self._parts(x[sample], after[sample])
+                return with_ones(normed) if biased else normed, added, weights
 
-            moment, cross = two_pass_moments(parts, len(x), (width, width), device, self.group)
-            maps.append(ridge_solve(moment, cross, torch.zeros_like(cross.T, dtype=torch.float32), RIDGE))
+            moment, cross = two_pass_moments(parts, len(x), (width + biased, width), device, self.group)
+            none = torch.zeros_like(cross[:width].T, dtype=torch.float32)
+            if biased:
+                maps.append(ridge_solve_with_bias(moment, cross, none, none[0], RIDGE, count))
+            else:
+                maps.append((ridge_solve(moment, cross, none, RIDGE), None))
             x = after
             self.progress(1)
         return maps

@@ -24,7 +24,16 @@ from nemo_minitron.importance.walk import job_of, walk
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import LayerReader
 from nemo_minitron.model.shape import ModelShape
-from nemo_minitron.moments import TOKENS_AT_ONCE, elimination_order, metric_root, quantum, second_moment, stream_weights
+from nemo_minitron.moments import (
+    TOKENS_AT_ONCE,
+    around_mean,
+    elimination_order,
+    metric_root,
+    quantum,
+    second_moment,
+    stream_weights,
+    with_ones,
+)
 
 RECONSTRUCTION = "reconstruction"
 RIDGE = 0.03
@@ -103,8 +112,11 @@ class Elimination(Observer):
         if self._gathered is None:
             self._gathered = _Moments(self._job)
         gathered = self._gathered
-        gathered.ffn.add(seen.fc2_input * stream_weights(seen.leaving).sqrt()[..., None])
-        gathered.proj.add(seen.proj_input * stream_weights(seen.middle).sqrt()[..., None])
+        shape = self._job.shape
+        fc2_input = with_ones(seen.fc2_input) if shape.mlp_bias else seen.fc2_input
+        proj_input = with_ones(seen.proj_input) if shape.proj_bias else seen.proj_input
+        gathered.ffn.add(fc2_input * stream_weights(seen.leaving).sqrt()[..., None])
+        gathered.proj.add(proj_input * stream_weights(seen.middle).sqrt()[..., None])
         gathered.ffn_metric.add(seen.leaving_gradient)
         gathered.proj_metric.add(seen.middle_gradient)
         self.moment.sample(seen)
@@ -113,6 +125,8 @@ class Elimination(Observer):
         gathered, self._gathered = self._gathered or _Moments(self._job), None
         head, r = self._job.shape.kv_channels, self._job.shape.heads_per_group
         ffn, proj, ffn_metric, proj_metric = gathered.totals()
+        ffn = around_mean(ffn) if self._job.shape.mlp_bias else ffn
+        proj = around_mean(proj) if self._job.shape.proj_bias else proj
         fc2 = metric_root(ffn_metric) @ seen.weights[layout.FC2_WEIGHT].cpu().double()
         proj_weight = metric_root(proj_metric) @ seen.weights[layout.PROJ_WEIGHT].cpu().double()
         self._ranks["ffn"][seen.layer] = elimination_order(ffn, fc2, RIDGE, overwrite=True)
@@ -177,12 +191,14 @@ class _Moments:
 
     Attributes:
         ffn ``[F, F]``, proj ``[A*d, A*d]``: inputs of ``linear_fc2`` and of ``linear_proj``, each token by the inverse
-            mean square of the stream it is added to. ffn_metric, proj_metric ``[H, H]``: gradients of that stream.
+            mean square of the stream it is added to; where these have a bias, with a constant, and so one more each.
+            ffn_metric, proj_metric ``[H, H]``: gradients of that stream.
     """
 
     def __init__(self, job: Job) -> None:
         shape, self._group = job.shape, job.group
-        self.ffn, self.proj = (_Gathered(size, job.device) for size in (shape.ffn_hidden_size, shape.proj_columns))
+        sizes = (shape.ffn_hidden_size + shape.mlp_bias, shape.proj_columns + shape.proj_bias)
+        self.ffn, self.proj = (_Gathered(size, job.device) for size in sizes)
         self.ffn_metric, self.proj_metric = (_Gathered(shape.hidden_size, job.device) for _ in range(2))
 
     def totals(self) -> list[Tensor]:

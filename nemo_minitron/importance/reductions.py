@@ -106,7 +106,7 @@ def unit_sums(shape: ModelShape, parameter: Parameter, values: Tensor) -> dict[s
 
     A neuron has its rows of gate and up and its column of ``linear_fc2``; a head its query rows and its columns of
     ``linear_proj``; a query group those of its heads, and its key and value rows; a hidden channel a row or column of
-    all that reads or writes the residual stream, norms and tables among them. Biases of QKV count as rows.
+    all that reads or writes the residual stream, norms and tables among them. Biases count as their rows.
 
     Args:
         values: one per weight, ``parameter.size(shape)``; of a table, any of its rows.

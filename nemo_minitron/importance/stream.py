@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.importance.collect import Groups, Pass, add, finish, reduce
@@ -103,12 +102,12 @@ def _pass(weights: Layer, x: Tensor, rotary: Rotary, seen: Pass, number: int, sa
     _keep(seen, "norm", 2 * number, h, sample, samples)
     inner = weights.attention(h, rotary)
     _keep(seen, "proj", number, inner, sample, samples)
-    x = x + F.linear(inner, weights[layout.PROJ_WEIGHT])
+    x = x + weights.attention_output(inner)
     h = weights.ffn_input(x)
     _keep(seen, "norm", 2 * number + 1, h, sample, samples)
     neurons = weights.ffn(h)
     _keep(seen, "ffn", number, neurons, sample, samples)
-    return (x + F.linear(neurons, weights[layout.FC2_WEIGHT]))[0]
+    return (x + weights.ffn_output(neurons))[0]
 
 
 def _keep(seen: Pass, name: str, row: int, x: Tensor, sample: int, samples: int) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
@@ -142,10 +141,10 @@ class _LayerWalk:
             entering = x.to(device, copy=True).requires_grad_(gradient is not None)
             qkv_input = weights.attention_input(entering)
             proj_input = weights.attention(qkv_input, self._rotary)
-            middle = entering + F.linear(proj_input, weights[layout.PROJ_WEIGHT])
+            middle = entering + weights.attention_output(proj_input)
             fc1_input = weights.ffn_input(middle)
             fc2_input = weights.ffn(fc1_input)
-            leaving = middle + F.linear(fc2_input, weights[layout.FC2_WEIGHT])
+            leaving = middle + weights.ffn_output(fc2_input)
         gradients: tuple[Tensor | None, ...] = (None, None, None)
         if gradient is not None:
             after, leaves = gradient.to(device), list(self._leaves.values())

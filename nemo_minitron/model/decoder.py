@@ -123,8 +123,8 @@ class Layer:
         return attend(self._heads(h), rotary)
 
     def _heads(self, h: Tensor) -> Heads:
-        bias = self[layout.QKV_BIAS] if self.shape.qkv_bias else None
-        query, key, value = split_heads(F.linear(h, self[layout.QKV_WEIGHT], bias), self.shape)
+        qkv = F.linear(h, self[layout.QKV_WEIGHT], self._bias(layout.QKV_BIAS, self.shape.qkv_bias))
+        query, key, value = split_heads(qkv, self.shape)
         change = family_of(self.shape).queries_and_keys
         if change is not None:
             query, key = change(self, query, key)
@@ -136,7 +136,18 @@ class Layer:
 
     def ffn(self, h: Tensor) -> Tensor:
         """Input of ``linear_fc2`` ``[b, s, F]`` from :meth:`ffn_input`."""
-        return gate(F.linear(h, self[layout.FC1_WEIGHT]))
+        return gate(F.linear(h, self[layout.FC1_WEIGHT], self._bias(layout.FC1_BIAS, self.shape.mlp_bias)))
+
+    def attention_output(self, inner: Tensor) -> Tensor:
+        """What ``linear_proj`` adds to the stream, ``[b, s, H]``, from :meth:`attention`."""
+        return F.linear(inner, self[layout.PROJ_WEIGHT], self._bias(layout.PROJ_BIAS, self.shape.proj_bias))
+
+    def ffn_output(self, neurons: Tensor) -> Tensor:
+        """What ``linear_fc2`` adds to the stream, ``[b, s, H]``, from :meth:`ffn`."""
+        return F.linear(neurons, self[layout.FC2_WEIGHT], self._bias(layout.FC2_BIAS, self.shape.mlp_bias))
+
+    def _bias(self, parameter: Parameter, there: bool) -> Tensor | None:
+        return self[parameter] if there else None
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """The residual stream ``[b, s, H]`` after this layer."""
@@ -149,8 +160,8 @@ class Layer:
 
     def _after_attention(self, x: Tensor, inner: Tensor) -> Tensor:
         """The rest of the layer, from the input of ``linear_proj``."""
-        x = x + F.linear(inner, self[layout.PROJ_WEIGHT])
-        return x + F.linear(self.ffn(self.ffn_input(x)), self[layout.FC2_WEIGHT])
+        x = x + self.attention_output(inner)
+        return x + self.ffn_output(self.ffn(self.ffn_input(x)))
 
 
 class LayerReader(Protocol):

@@ -2,7 +2,7 @@
 
 ``model/families/NAME.py`` holds one as ``FAMILY``, and so does a user's file that ``extensions=[./mine.py]`` names;
 docs/extending.md writes one. What a family does not say is a Llama's: pre-norm layers of RMSNorm, grouped-query
-attention with RoPE and SwiGLU, no biases.
+attention with RoPE and SwiGLU, no biases but those that it names.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class LayerWeights(Protocol):
     def __getitem__(self, parameter: Parameter) -> Tensor: ...
 
 
+Biases = tuple[bool, bool, bool]
+"""``ModelShape``'s ``qkv_bias``, ``proj_bias`` and ``mlp_bias``."""
+
 QueriesAndKeys = Callable[[LayerWeights, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps queries ``[b, A, s, d]`` and keys ``[b, G, s, d]`` before RoPE to others of the same sizes, by torch operations
 with a gradient, each head and token by itself: a head that is cut must not change the ones that stay."""
@@ -48,7 +51,10 @@ class Family:
             value is refused. Added to the keys that :data:`nemo_minitron.checkpoint.known.HF` has for all families.
         hf_neutral: keys that mean nothing in this family, under the values that ``hf_only`` and the rest leave it.
         hf_fresh: keys of a ``config.json`` that is made where a model has none to begin with.
-        qkv_bias: whether queries, keys and values have a bias.
+        qkv_bias: whether queries, keys and values always have a bias.
+        hf_biases: those of the keys ``attention_bias`` and ``mlp_bias`` of ``config.json`` that its models heed: with
+            the first, queries, keys, values and the attention's output have a bias, with the second gate, up and down.
+            What is not named must be off.
         parameters: further rows of one layer (:class:`nemo_minitron.model.parameter.Parameter`): names, HF names,
             fusing, the axes along which pruning cuts, the dimension that tensor parallelism splits. ``per_layer`` all.
         queries_and_keys: what is done to queries and keys before RoPE; None for nothing.
@@ -71,6 +77,7 @@ class Family:
     hf_neutral: tuple[str, ...] = ()
     hf_fresh: Mapping[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
+    hf_biases: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     queries_and_keys: QueriesAndKeys | None = None
     nemo: Mapping[str, bool | int | float | str] = field(default_factory=dict)
@@ -85,6 +92,17 @@ class Family:
                 raise MinitronError(f"{parameter.key}: axes must be some of {', '.join(_AXES)}, found '{odd[0]}'")
             if not parameter.per_layer or not parameter.key.startswith("decoder.layers."):
                 raise MinitronError(f"{parameter.key}: expected a parameter of each layer, 'decoder.layers.…'")
+
+    def has_biases(self, biases: Biases, zeros: bool = False) -> bool:
+        """Whether there are models of this family with biases on QKV, on the attention's output, and in the MLP.
+
+        Args:
+            zeros: count those whose bias of the attention's output is there and zero, which is as good as none.
+        """
+        qkv, proj, mlp = biases
+        optional = "attention_bias" in self.hf_biases
+        attention = proj == qkv or (zeros and qkv) if optional else (qkv, proj) == (self.qkv_bias, False)
+        return attention and (not mlp or "mlp_bias" in self.hf_biases)
 
     @property
     def layers(self) -> str:

@@ -51,6 +51,7 @@ QKV_BIAS = Parameter(
     tp_dim=0,
 )
 PROJ_WEIGHT = Parameter(_A + "linear_proj.weight", (_HA + "o_proj.weight",), (HIDDEN, PROJ), tp_dim=1)
+PROJ_BIAS = Parameter(_A + "linear_proj.bias", (_HA + "o_proj.bias",), (HIDDEN,))
 FC1_NORM = Parameter(
     _M + "linear_fc1.layer_norm_weight",
     ("model.layers.{l}.post_attention_layernorm.weight",),
@@ -64,14 +65,18 @@ FC1_WEIGHT = Parameter(
     fuse="cat",
     tp_dim=0,
 )
+FC1_BIAS = Parameter(
+    _M + "linear_fc1.bias", (_HM + "gate_proj.bias", _HM + "up_proj.bias"), (GATE_UP,), fuse="cat", tp_dim=0
+)
 FC2_WEIGHT = Parameter(_M + "linear_fc2.weight", (_HM + "down_proj.weight",), (HIDDEN, FFN), tp_dim=1)
+FC2_BIAS = Parameter(_M + "linear_fc2.bias", (_HM + "down_proj.bias",), (HIDDEN,))
 
 EXTRA_STATE_MODULES = (_A + "linear_qkv", _A + "linear_proj", _M + "linear_fc1", _M + "linear_fc2")
 """Per-layer modules whose empty ``_extra_state`` objects Megatron-Core saves and asks for again on load."""
 
 
 def parameters(shape: ModelShape) -> Iterator[Parameter]:
-    """Rows that a model of this shape has, in forward order: tied models have no output layer, most no QKV bias."""
+    """Rows that a model of this shape has, in forward order: tied models have no output layer, most no biases."""
     yield EMBEDDING
     yield from layer_parameters(shape)
     yield FINAL_NORM
@@ -81,16 +86,29 @@ def parameters(shape: ModelShape) -> Iterator[Parameter]:
 
 def layer_parameters(shape: ModelShape) -> Iterator[Parameter]:
     """Rows of one decoder layer of this shape, in forward order."""
-    return layer_rows(family_of(shape), shape.qkv_bias)
+    return layer_rows(family_of(shape), shape.qkv_bias, shape.proj_bias, shape.mlp_bias)
 
 
-def layer_rows(family: Family, qkv_bias: bool) -> Iterator[Parameter]:
+def layer_rows(family: Family, qkv_bias: bool, proj_bias: bool = False, mlp_bias: bool = False) -> Iterator[Parameter]:
     """Rows of one decoder layer of a family, in forward order; its own come after QKV."""
     yield from (QKV_NORM, QKV_WEIGHT)
     if qkv_bias:
         yield QKV_BIAS
     yield from family.parameters
-    yield from (PROJ_WEIGHT, FC1_NORM, FC1_WEIGHT, FC2_WEIGHT)
+    yield PROJ_WEIGHT
+    if proj_bias:
+        yield PROJ_BIAS
+    yield from (FC1_NORM, FC1_WEIGHT)
+    if mlp_bias:
+        yield FC1_BIAS
+    yield FC2_WEIGHT
+    if mlp_bias:
+        yield FC2_BIAS
+
+
+def is_norm(parameter: Parameter) -> bool:
+    """Whether a row holds the weights of a norm over hidden channels, which scale; a bias ``[H]`` is added."""
+    return parameter.axes == (HIDDEN,) and not parameter.key.endswith("bias")
 
 
 def slots(shape: ModelShape) -> Iterator[tuple[Parameter, int | None]]:

@@ -17,6 +17,9 @@ from nemo_minitron.config.sections import Budget
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.registry import FAMILIES
 
+_ALWAYS = object()
+_NEWER = {"proj_bias": False, "mlp_bias": False, "family": "llama"}
+"""Fields that came after files were written, with what was meant before."""
 _SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
 """Sizes that tensor parallelism divides, beside the padded vocabulary."""
 _LINEAR = "linear"
@@ -58,7 +61,9 @@ class ModelShape:
     ``kv_channels`` (head_dim) is explicit: a width-pruned model has ``kv_channels != hidden_size / heads``.
     ``vocab_size`` is the tokenizer's true vocabulary V, ``padded_vocab_size`` the rows of the embedding table Vp;
     counts of parameters use V, counts of memory use Vp. ``family`` names the family whose layers these are where a
-    Llama's, with or without ``qkv_bias``, are not what it has (:attr:`nemo_minitron.model.family.Family.layers`).
+    Llama's, with or without biases, are not what it has (:attr:`nemo_minitron.model.family.Family.layers`).
+    ``qkv_bias``, ``proj_bias`` and ``mlp_bias`` say which linear layers have a bias: queries, keys and values; the
+    attention's output; gate, up and down.
     """
 
     num_layers: int
@@ -75,6 +80,8 @@ class ModelShape:
     max_position_embeddings: int = 2048
     layernorm_epsilon: float = 1e-5
     qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
     family: str = "llama"
 
     def __post_init__(self) -> None:
@@ -132,13 +139,11 @@ class ModelShape:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for a file; without ``family`` where it says nothing, as files had it before there was one."""
+        """Plain values for a file; without the newer of its fields where they say nothing, as older files had it."""
         values = dataclasses.asdict(self)
         if isinstance(self.rope_scaling, LinearScaling):
             values["rope_scaling"] = {"rope_type": _LINEAR, **values["rope_scaling"]}
-        if self.family == "llama":
-            del values["family"]
-        return values
+        return {name: value for name, value in values.items() if _NEWER.get(name, _ALWAYS) != value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
@@ -190,12 +195,18 @@ class ModelShape:
         return tables * vocab * self.hidden_size + self.hidden_size + self.num_layers * self.parameters_per_layer()
 
     def parameters_per_layer(self) -> int:
-        """Parameters of one decoder layer: QKV (and its bias), projection, gate/up/down, two norms, a family's own."""
+        """Parameters of one decoder layer: QKV, projection, gate/up/down, their biases, two norms, a family's own."""
         attention = self.hidden_size * (self.qkv_rows + self.proj_columns) + (self.qkv_rows if self.qkv_bias else 0)
+        biases = self.whole_biases() + (2 * self.ffn_hidden_size if self.mlp_bias else 0)
         own = (
             0 if self.family == "llama" else sum(math.prod(p.size(self)) for p in FAMILIES.get(self.family).parameters)
         )
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size + own
+        return attention + biases + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size + own
+
+    def whole_biases(self) -> int:
+        """Values in the biases of one layer that every tensor-parallel rank holds whole: those of the two linear
+        layers that write to the residual stream."""
+        return (self.proj_bias + self.mlp_bias) * self.hidden_size
 
     def forward_flops_per_token(self, seq_length: int) -> float:
         """Multiply-adds counted as 2, dense causal attention averaged over positions, head included."""

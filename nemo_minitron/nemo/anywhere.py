@@ -118,7 +118,7 @@ class AnywhereGPTModel(MegatronGPTModel):
         (NeMo's own distillation script forgets it for the student).
         """
         use_te = bool(self.cfg.get("transformer_engine", False)) and has_transformer_engine()
-        spec = layer_spec(use_te, self.transformer_config.qk_layernorm)
+        spec = layer_spec(use_te, self.transformer_config.qk_layernorm, self.cfg.get("minitron", {}).get("biases"))
         if not use_te:
             layers = get_num_layers_to_build(self.transformer_config)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)

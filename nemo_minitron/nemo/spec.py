@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -108,12 +110,16 @@ class HeadNorm(RMSNorm):
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
-def layer_spec(transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSpec:
+def layer_spec(
+    transformer_engine: bool, qk_layernorm: bool = False, biases: Collection[str] | None = None
+) -> ModuleSpec:
     """Spec of one decoder layer.
 
     Args:
         transformer_engine: whether to take TE's fused modules.
         qk_layernorm: Megatron's ``TransformerConfig.qk_layernorm``: whether queries and keys pass a norm before RoPE.
+        biases: which of ``linear_qkv``, ``linear_proj``, ``linear_fc1`` and ``linear_fc2`` have a bias, where
+            Megatron's ``add_bias_linear`` gives all of them one; None: what it says.
     """
     if transformer_engine:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -127,4 +133,20 @@ def layer_spec(transformer_engine: bool, qk_layernorm: bool = False) -> ModuleSp
     if qk_layernorm:
         attention = spec.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = HeadNorm
+    if biases is not None:
+        for part in (spec.submodules.self_attention.submodules, spec.submodules.mlp.submodules):
+            for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+                if hasattr(part, name) and name not in biases:
+                    setattr(part, name, _without_bias(getattr(part, name)))
     return spec
+
+
+def _without_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A linear layer of Megatron's that never has a bias, whatever the config of the whole model says."""
+
+    class WithoutBias(linear):  # type: ignore[valid-type, misc]
+        def __init__(self, *args: Any, bias: bool, **options: Any) -> None:
+            super().__init__(*args, bias=False, **options)
+
+    WithoutBias.__name__ = WithoutBias.__qualname__ = linear.__name__
+    return WithoutBias

@@ -7,6 +7,7 @@ plan turns the stream first, the directions of :mod:`nemo_minitron.prune.rotatio
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import rms_norm
 from nemo_minitron.model.layout import Parameter
-from nemo_minitron.moments import ridge_solve, two_pass_moments
+from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, two_pass_moments, with_ones
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, kept, refuse_non_finite, rewrite
 from nemo_minitron.prune.plan import Compensation, Plan
 from nemo_minitron.prune.rotation import Basis, principal_basis, selection
@@ -60,6 +61,11 @@ class Frame:
         self.narrower = plan.target.hidden_size < plan.source.hidden_size
         self.basis, self.turned = self._basis(stream_moment)
 
+    @cached_property
+    def token_count(self) -> int:
+        """Number of the job's calibration tokens; every process must ask at the same place."""
+        return int(parallel.all_reduce(torch.tensor([self.tokens.numel()], device=self.device), self.group))
+
     def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
         """Choose the basis of the student's stream, and say whether it is turned."""
         source, size = self.plan.source, self.plan.target.hidden_size
@@ -93,13 +99,16 @@ class Frame:
         return weight.to(self.dtype).float()
 
     def cut(self, parameter: Parameter, layer: int | None, tensor: Tensor) -> Tensor:
-        """The student's part of a canonical tensor before anything is solved; a turned norm's weights are ones."""
+        """The student's part of a canonical tensor before anything is solved.
+
+        Of a turned stream, norms' weights are ones, and what writes to it, a bias too, is turned with it.
+        """
         if not self.turned:
             return rewrite(self.plan, parameter, layer, tensor)
         for dim, axis in enumerate(parameter.axes):
             rows = None if axis == layout.HIDDEN else kept(self.plan, axis, layer)
             tensor = tensor if rows is None else tensor.index_select(dim, rows.to(tensor.device))
-        if parameter.axes == (layout.HIDDEN,):
+        if layout.is_norm(parameter):
             return torch.ones(self.plan.target.hidden_size, device=self.device)
         if parameter is layout.EMBEDDING:
             return torch.cat([self.basis.project(part.float()).to(self.dtype) for part in tensor.split(ROWS_AT_ONCE)])
@@ -115,26 +124,39 @@ class Frame:
         """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's samples, float64."""
         return two_pass_moments(parts, len(self.samples), (inputs, outputs), self.device, self.group)
 
-    def normed_moments(self, student: Tensor, teacher: Tensor, place: int | None) -> tuple[Tensor, Tensor]:
+    def normed_moments(
+        self, student: Tensor, teacher: Tensor, place: int | None, biased: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Moments of the student's normed stream, ``[k, k]``, and of it with the teacher's, ``[k, H]``.
 
         Args:
             student: ``[n, s, k]``. teacher: ``[n, s, H]``.
             place: row of the sensitivity by which tokens are weighted; None: all alike.
+            biased: with a constant beside the student's channels, ``[k+1, k+1]`` and ``[k+1, H]``.
         """
         epsilon = self.plan.source.layernorm_epsilon
 
         def parts(sample: int) -> tuple[Tensor, Tensor, Tensor | None]:
             own, other = (rms_norm(x[sample], None, epsilon) for x in (student, teacher))
-            return own, other, None if place is None else self.sensitivity[place, sample]
+            weights = None if place is None else self.sensitivity[place, sample]
+            return with_ones(own) if biased else own, other, weights
 
-        return self.moments(parts, student.shape[-1], teacher.shape[-1])
+        return self.moments(parts, student.shape[-1] + biased, teacher.shape[-1])
 
     def solve_reader(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
         """``[rows, k]`` on the student's normed stream for ``folded [rows, H]`` on the teacher's."""
-        shrunk = (cross * self.basis.down).sum() / moment.trace().clamp_min(TINY)  # of the two norms
-        prior = folded @ self.basis.up * shrunk.float()
+        prior = self._reader_prior(moment, cross, folded)
         return ridge_solve(moment, cross @ folded.T.double(), prior, self.ridge.read)
+
+    def solve_biased_reader(self, moment: Tensor, cross: Tensor, folded: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`solve_reader` with the map's bias ``[rows]``, of moments with a constant."""
+        prior = self._reader_prior(moment[:-1, :-1], cross[:-1], folded)
+        outputs = cross @ folded.T.double() + torch.outer(moment[:, -1], bias.double())
+        return ridge_solve_with_bias(moment, outputs, prior, bias, self.ridge.read, self.token_count)
+
+    def _reader_prior(self, moment: Tensor, cross: Tensor, folded: Tensor) -> Tensor:
+        shrunk = (cross * self.basis.down).sum() / moment.trace().clamp_min(TINY)  # of the two norms
+        return folded @ self.basis.up * shrunk.float()
 
 
 def divisible(gain: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ x* the teacher's in the student's channels (:mod:`nemo_minitron.prune.frame`):
    the stream that leaves the last of these, so that the kept layer stands in for them;
 3. at last final norm and output layer (:mod:`nemo_minitron.prune.head`).
 
-All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Layers that nothing
+All are ridge regressions towards the cut weights (:func:`nemo_minitron.moments.ridge_solve`). Where a linear layer has
+a bias b, it is solved with the weights, ``W a + b`` in the place of ``W a``; but the bias of QKV of a model that has no
+other, a Qwen2, stays as it is. Layers that nothing
 before them has changed are copied. A tied embedding stays tied and is only cut or turned: the student reads it too.
 
 One layer's weights and one second moment are in memory at a time. Weights are whole: under any grid each process takes
@@ -26,13 +28,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, Rotary, read_layer
 from nemo_minitron.model.layout import Parameter
-from nemo_minitron.moments import ridge_solve
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, with_ones
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, check_source, kept, refuse_non_finite
 from nemo_minitron.prune.frame import Frame, divisible
 from nemo_minitron.prune.head import write_head
@@ -86,6 +88,7 @@ class _Walk:
         self.frame, self.plan, self.samples = frame, frame.plan, frame.samples
         self.changed = frame.narrower
         """Whether the student's stream differs from the teacher's so far."""
+        self._biases = _solved_biases(self.plan.source)
         self.rotary = Rotary.of(self.plan.source, frame.tokens.shape[1], frame.device)
         table = frame.read(layout.EMBEDDING)
         self.teacher = self._embedded(table)
@@ -132,14 +135,14 @@ class _Walk:
         for sample in self.samples:
             sample_slice = slice(sample, sample + 1)
             inner = teacher.attention(teacher.attention_input(self.teacher[sample_slice]), self.rotary)
-            middle[sample_slice] = self.teacher[sample_slice] + F.linear(inner, teacher[layout.PROJ_WEIGHT])
+            middle[sample_slice] = self.teacher[sample_slice] + teacher.attention_output(inner)
         self.changed |= self.plan.target.num_attention_heads < self.plan.source.num_attention_heads
         inputs = self.student.new_empty(*self.student.shape[:2], layer.shape.proj_columns)
         for sample in self.samples:
             sample_slice = slice(sample, sample + 1)
             inputs[sample_slice] = layer.attention(layer.attention_input(self.student[sample_slice]), self.rotary)
         self._solve_writer(layout.PROJ_WEIGHT, student, inputs, middle, 2 * number, self.frame.ridge.attention)
-        self.student += F.linear(inputs, student[layout.PROJ_WEIGHT.key])
+        self.student += layer.attention_output(inputs)
         del inputs
 
         if self.frame.narrower:
@@ -148,7 +151,7 @@ class _Walk:
         for sample in self.samples:
             sample_slice = slice(sample, sample + 1)
             inner = teacher.ffn(teacher.ffn_input(middle[sample_slice]))
-            self.teacher[sample_slice] = middle[sample_slice] + F.linear(inner, teacher[layout.FC2_WEIGHT])
+            self.teacher[sample_slice] = middle[sample_slice] + teacher.ffn_output(inner)
         del middle, teacher
         for between in dropped:
             self._pass_dropped(between)
@@ -157,7 +160,7 @@ class _Walk:
         for sample in self.samples:
             inputs[sample] = layer.ffn(layer.ffn_input(self.student[sample]))
         self._solve_writer(layout.FC2_WEIGHT, student, inputs, self.teacher, 2 * dropped.stop - 1, self.frame.ridge.ffn)
-        self.student += F.linear(inputs, student[layout.FC2_WEIGHT.key])
+        self.student += layer.ffn_output(inputs)
 
         position = self.plan.position(number)
         for key, parameter in self._rows():
@@ -175,10 +178,16 @@ class _Walk:
         ``place``: row of the sensitivity that belongs to ``stream``; the embeddings have none.
         """
         norm = layout.QKV_NORM if parameter is layout.QKV_WEIGHT else layout.FC1_NORM
-        moment, cross = self.frame.normed_moments(self.student, stream, place if place >= 0 else None)
+        bias = self._biases.get(parameter.key)
+        weighted = place if place >= 0 else None
+        moment, cross = self.frame.normed_moments(self.student, stream, weighted, bias is not None)
         kept_rows = kept(self.plan, parameter.axes[0], number)
         weight = teacher[parameter] if kept_rows is None else teacher[parameter][kept_rows.to(self.frame.device)]
-        solved = self.frame.solve_reader(moment, cross, weight * teacher[norm])
+        if bias is None:
+            solved = self.frame.solve_reader(moment, cross, weight * teacher[norm])
+        else:
+            solved, offset = self.frame.solve_biased_reader(moment, cross, weight * teacher[norm], student[bias])
+            student.tensors[bias.key] = self.frame.rounded(offset)  # type: ignore[index]  # it may be the teacher's own
         gain = self.frame.rounded(divisible(_gain_of_turned(solved, weight) if self.frame.turned else student[norm]))
         student.tensors[norm.key].copy_(gain)  # type: ignore[index]
         return self.frame.rounded(solved / gain)
@@ -193,12 +202,22 @@ class _Walk:
         if not self.changed:
             return
 
+        bias = self._biases.get(parameter.key)
+
         def parts(sample: int) -> tuple[Tensor, Tensor, Tensor]:
             wanted = self.frame.projected(target[sample])
-            return inputs[sample], wanted - self.student[sample], self.frame.sensitivity[place, sample]
+            given = inputs[sample] if bias is None else with_ones(inputs[sample])
+            return given, wanted - self.student[sample], self.frame.sensitivity[place, sample]
 
-        moment, cross = self.frame.moments(parts, inputs.shape[-1], self.student.shape[-1])
-        student[parameter.key] = self.frame.rounded(ridge_solve(moment, cross, student[parameter.key], ridge))
+        moment, cross = self.frame.moments(parts, inputs.shape[-1] + (bias is not None), self.student.shape[-1])
+        prior = student[parameter.key]
+        if bias is None:
+            solved = ridge_solve(moment, cross, prior, ridge)
+        else:
+            before = student[bias.key]
+            solved, offset = ridge_solve_with_bias(moment, cross, prior, before, ridge, self.frame.token_count)
+            student[bias.key] = self.frame.rounded(offset)
+        student[parameter.key] = self.frame.rounded(solved)
 
     def _rows(self) -> list[tuple[str, Parameter]]:
         return [(parameter.key, parameter) for parameter in layout.layer_parameters(self.plan.source)]
@@ -208,6 +227,14 @@ class _Walk:
         for parameter in layout.layer_parameters(self.plan.source):
             refuse_non_finite(parameter, number, layer[parameter])
         return layer
+
+
+def _solved_biases(shape: ModelShape) -> dict[str, Parameter]:
+    """Biases that are solved anew, by the key of the weights with which they are."""
+    rows = {layout.PROJ_WEIGHT.key: layout.PROJ_BIAS} if shape.proj_bias else {}
+    if shape.mlp_bias:
+        rows |= {layout.FC1_WEIGHT.key: layout.FC1_BIAS, layout.FC2_WEIGHT.key: layout.FC2_BIAS}
+    return rows | ({layout.QKV_WEIGHT.key: layout.QKV_BIAS} if rows and shape.qkv_bias else {})
 
 
 def _gain_of_turned(solved: Tensor, weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ REFUSED = {
     "num_moe_experts": (8, "must be null"),
     "activation": ("gelu", "must be 'fast-swiglu'"),
     "normalization": ("layernorm1p", "must be 'rmsnorm'"),
-    "bias": (True, "must be false"),
+    "bias": ("all", "must be true or false, found 'all'"),
     "drop_layers": ([1], "must be null"),
     "mcore_customization_config": ({"final_logit_softcapping": 30.0}, "must be null"),
     "apply_embedding_scaling": (True, "must be false"),
@@ -58,7 +58,7 @@ def test_linear_rope_is_read_and_written():
         shape_from_nemo({**config, "scale_positional_embedding": True}, SHAPE.padded_vocab_size)
 
 
-@pytest.mark.parametrize("key", ["mcore_gpt", "normalization", "activation", "position_embedding_type", "bias"])
+@pytest.mark.parametrize("key", ["mcore_gpt", "normalization", "activation", "position_embedding_type"])
 def test_what_is_absent_means_what_nemo_assumes(key):
     with pytest.raises(MinitronError, match=f"model_config.yaml: {key} must be"):
         shape_from_nemo({name: value for name, value in CONFIG.items() if name != key}, SHAPE.padded_vocab_size)

@@ -393,7 +393,7 @@ def test_a_record_that_expands_is_refused(folder):
         ({"num_query_groups": 3}, "must divide"),
         ({"normalization": "layernorm1p"}, "normalization"),
         ({"activation": "gelu"}, "activation"),
-        ({"bias": True}, "bias"),
+        ({"bias": True}, "linear_qkv.bias"),
         ({"mcore_gpt": False}, "mcore_gpt"),
         ({"hidden_size": "many"}, "hidden_size must be an integer"),
         ({"rotary_percentage": 0.5}, "rotary_percentage"),

@@ -34,7 +34,8 @@ def build(shape: ModelShape, tensor: int, pipeline: int, sequence_parallel: bool
         kv_channels=shape.kv_channels,
         normalization="RMSNorm",
         layernorm_epsilon=shape.layernorm_epsilon,
-        add_bias_linear=False,
+        add_bias_linear=shape.proj_bias or shape.mlp_bias,
+        add_qkv_bias=shape.qkv_bias,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         bias_activation_fusion=False,
@@ -53,7 +54,8 @@ def build(shape: ModelShape, tensor: int, pipeline: int, sequence_parallel: bool
     model = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[layer_spec(False)] * get_num_layers_to_build(config), layer_norm=RMSNorm
+            layer_specs=[layer_spec(False, biases=_biases(shape))] * get_num_layers_to_build(config),
+            layer_norm=RMSNorm,
         ),
         vocab_size=shape.padded_vocab_size,
         max_sequence_length=64,
@@ -68,6 +70,12 @@ def build(shape: ModelShape, tensor: int, pipeline: int, sequence_parallel: bool
         for slot, target in slots_of(model, shape).items():
             target.copy_(this_ranks_part(shape, slot, weights[slot]))
     return model
+
+
+def _biases(shape: ModelShape) -> list[str]:
+    there = {"linear_qkv": shape.qkv_bias, "linear_proj": shape.proj_bias}
+    there |= dict.fromkeys(("linear_fc1", "linear_fc2"), shape.mlp_bias)
+    return [name for name, bias in there.items() if bias]
 
 
 def slots_of(model: Any, shape: ModelShape) -> dict[Slot, torch.nn.Parameter]:

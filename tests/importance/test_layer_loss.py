@@ -32,7 +32,7 @@ class Table:
         return [self.cost(one) for one in sets]
 
 
-@pytest.mark.parametrize("name", ["gqa", "tied", "head_dim", "llama3_rope"])
+@pytest.mark.parametrize("name", ["gqa", "tied", "head_dim", "llama3_rope", "biases"])
 def test_loss_is_that_of_the_model_without_the_layers(name, tmp_path, monkeypatch):
     shape = SHAPES[name]
     folder = make_llama(tmp_path / "hf", shape)
@@ -85,6 +85,17 @@ def test_stand_ins_recover_part_of_what_a_layer_did():
         layer = layer_loss.read_layer(model, 0)
         stream_error.append(float((losses._without(0, x) - layer.forward(x, losses._rotary)).square().mean()))
     assert stream_error[1] < 0.9 * stream_error[0]
+
+
+def test_a_stand_in_says_what_is_constant_where_a_bias_can():
+    model = as_float32(random_model(SHAPE.replace(mlp_bias=True)))
+    for row in (layout.PROJ_WEIGHT, layout.FC2_WEIGHT):
+        model.tensors[row.key, 1].zero_()
+    model.tensors[layout.FC2_BIAS.key, 1].copy_(torch.linspace(-3, 3, SHAPE.hidden_size))
+    losses = LayerLoss(model, TOKENS, stand_ins=TOKENS.repeat(100, 1))
+    without, whole = losses([Removed({1}), Removed()])
+    passed_by = LayerLoss(model, TOKENS)([Removed({1})])[0]
+    assert abs(without - whole) < 0.1 * abs(passed_by - whole)
 
 
 def test_leave_one_out_and_contiguous():

@@ -18,7 +18,7 @@ def reconstruct(reader, tokens):
     return rankings["reconstruction"], compensation
 
 
-@pytest.mark.parametrize("name", ["gqa", "tied", "head_dim", "llama3_rope"])
+@pytest.mark.parametrize("name", ["gqa", "tied", "head_dim", "llama3_rope", "biases"])
 def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
     folder = make_llama(tmp_path / "hf", SHAPES[name])
     tokens = torch.randint(0, SHAPES[name].vocab_size, (3, 40), generator=torch.Generator().manual_seed(5))
@@ -63,6 +63,23 @@ def test_neurons_that_do_nothing_and_copies_go_first(tmp_path):
     for worth in ranking["ffn"]:
         assert {3, 50} == set(np.argsort(worth)[:2])
         assert min(worth[7], worth[8]) < 20  # of 96: one of the two can be spared, at the ridge's price
+
+
+def test_a_neuron_that_always_says_the_same_goes_first_where_a_bias_can_say_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_llama(tmp_path / "hf", SHAPES["mlp_bias"])
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for layer in range(3):
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.{layer}.mlp.{name}.weight"][11] = 0
+            tensors[f"model.layers.{layer}.mlp.{name}.bias"][11] = 2.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    tokens = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(5))
+    with HfReader(folder) as reader:
+        ranking, _ = reconstruct(reader, tokens)
+    assert [int(worth.argmin()) for worth in ranking["ffn"]] == [11, 11, 11]
 
 
 def test_the_longest_gradients_are_cut():

@@ -134,6 +134,22 @@ def _with_cache(model: Any) -> Tensor:
     return torch.cat([step(served, part, context) for part in passes], dim=1)
 
 
+BIASES = [{"qkv_bias": True}, {"qkv_bias": True, "proj_bias": True}, {"mlp_bias": True}]
+BIASES += [{"qkv_bias": True, "proj_bias": True, "mlp_bias": True}]
+
+
+def _parameters_of_biased() -> list[set[Slot]]:
+    shapes = [SHAPE.replace(**biases) for biases in BIASES]
+    return [set(slots_of(build(shape, 1, 1, False), shape)) for shape in shapes]
+
+
+def test_a_layer_has_the_biases_that_are_named():
+    """Megatron's config has one switch for all linear layers, and one for QKV."""
+    (found,) = run_ranks(_parameters_of_biased, 1)
+    for biases, slots in zip(BIASES, found, strict=True):
+        assert slots == set(random_model(SHAPE.replace(**biases)).tensors), biases
+
+
 @pytest.fixture(scope="module")
 def two_ranks():
     return run_ranks(_on_two_ranks, 2)

@@ -16,6 +16,7 @@ from nemo_minitron.prune.plan import Plan
 from tests.canonical import FINGERPRINT, Memory, logits, random_model, slots
 
 SHAPE = ModelShape(3, 24, 20, 6, 3, 8, 40, 48, max_position_embeddings=64)
+BIASES = {"qkv_bias": True, "proj_bias": True, "mlp_bias": True}
 R, D = SHAPE.heads_per_group, SHAPE.kv_channels
 
 
@@ -43,12 +44,12 @@ def apply(model, plan):
     return writer
 
 
-def plan_for(target, scores=None, **options):
-    return make_plan(SHAPE, scores, target, source_fingerprint=FINGERPRINT, **options)
+def plan_for(target, scores=None, shape=SHAPE, **options):
+    return make_plan(shape, scores, target, source_fingerprint=FINGERPRINT, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"share_embeddings_and_output_weights": True}, {"qkv_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"share_embeddings_and_output_weights": True}, {"qkv_bias": True}, BIASES])
 def test_identity_is_bit_identical(dtype, changes):
     shape = SHAPE.replace(**changes)
     model = random_model(shape)
@@ -59,43 +60,47 @@ def test_identity_is_bit_identical(dtype, changes):
         assert tensor.dtype == dtype and torch.equal(tensor, model.tensors[slot])
 
 
-def test_zeroed_neurons_leave_logits():
-    model, dead = random_model(SHAPE), [[0, 3, 19], [1, 2, 4], [17, 18, 5]]
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+def test_zeroed_neurons_leave_logits(changes):
+    model, dead = random_model(SHAPE.replace(**changes)), [[0, 3, 19], [1, 2, 4], [17, 18, 5]]
     for layer, units in enumerate(dead):
         model.tensors[layout.FC2_WEIGHT.key, layer][:, units] = 0
-    out = apply(model, plan_for({"ffn_hidden_size": 17}, scores_with(ffn=dead)))
+    out = apply(model, plan_for({"ffn_hidden_size": 17}, scores_with(ffn=dead), shape=model.shape))
     torch.testing.assert_close(logits(out), logits(model), rtol=0, atol=1e-12)
 
 
-def test_zeroed_heads_leave_logits():
-    model, dead = random_model(SHAPE), [[0, 2, 5], [1, 3, 4], [0, 3, 5]]  # one of each group
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+def test_zeroed_heads_leave_logits(changes):
+    model, dead = random_model(SHAPE.replace(**changes)), [[0, 2, 5], [1, 3, 4], [0, 3, 5]]  # one of each group
     for layer, units in enumerate(dead):
         columns = model.tensors[layout.PROJ_WEIGHT.key, layer].view(24, 6, D)
         columns[:, units] = 0
-    out = apply(model, plan_for({"num_attention_heads": 3}, scores_with(heads=dead)))
+    out = apply(model, plan_for({"num_attention_heads": 3}, scores_with(heads=dead), shape=model.shape))
     assert out.shape.num_query_groups == 3 and out.shape.heads_per_group == 1
     torch.testing.assert_close(logits(out), logits(model), rtol=0, atol=1e-12)
 
 
-def test_zeroed_groups_leave_logits():
-    model, dead = random_model(SHAPE), [[0], [2], [1]]
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+def test_zeroed_groups_leave_logits(changes):
+    model, dead = random_model(SHAPE.replace(**changes)), [[0], [2], [1]]
     for layer, units in enumerate(dead):
         model.tensors[layout.PROJ_WEIGHT.key, layer].view(24, 3, R * D)[:, units] = 0
-    out = apply(model, plan_for({"num_query_groups": 2}, scores_with(groups=dead)))
+    out = apply(model, plan_for({"num_query_groups": 2}, scores_with(groups=dead), shape=model.shape))
     assert (out.shape.num_attention_heads, out.shape.num_query_groups) == (4, 2)
     torch.testing.assert_close(logits(out), logits(model), rtol=0, atol=1e-12)
 
 
-def test_zeroed_hidden_channels_leave_logits_only_after_the_norm_rescale():
+@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+def test_zeroed_hidden_channels_leave_logits_only_after_the_norm_rescale(changes):
     """Dropping zero channels raises the mean square by H/H'; norm gains times sqrt(H/H') undo it as eps goes to 0."""
-    model, dead = random_model(SHAPE), [0, 7, 8, 23]
-    for parameter, layer in slots(SHAPE):
+    model, dead = random_model(SHAPE.replace(**changes)), [0, 7, 8, 23]
+    for parameter, layer in slots(model.shape):
         tensor = model.tensors[parameter.key, layer]
         if parameter in (layout.EMBEDDING, layout.OUTPUT):
             tensor[:, dead] = 0
-        elif parameter in (layout.PROJ_WEIGHT, layout.FC2_WEIGHT):
+        elif parameter in (layout.PROJ_WEIGHT, layout.PROJ_BIAS, layout.FC2_WEIGHT, layout.FC2_BIAS):
             tensor[dead] = 0
-    plain = apply(model, plan_for({"hidden_size": 20}, scores_with(hidden=dead)))
+    plain = apply(model, plan_for({"hidden_size": 20}, scores_with(hidden=dead), shape=model.shape))
     before = logits(model, eps=1e-14)
     assert (logits(plain, eps=1e-14) - before).abs().max() > 1e-2  # the published method does not rescale
     for parameter, layer in slots(plain.shape):

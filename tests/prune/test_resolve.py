@@ -19,6 +19,8 @@ from tests.prune.test_cut import scores_with
 
 SHAPE = ModelShape(3, 24, 20, 6, 3, 8, 40, 48, max_position_embeddings=64)
 TIED = SHAPE.replace(share_embeddings_and_output_weights=True)
+BIASED = SHAPE.replace(qkv_bias=True, proj_bias=True, mlp_bias=True)
+BIASES = [SHAPE, TIED, SHAPE.replace(qkv_bias=True), BIASED]
 TOKENS = torch.randint(0, 40, (12, 33), generator=torch.Generator().manual_seed(1))
 EVEN = torch.ones(6, *TOKENS.shape)
 TARGETS = {
@@ -67,9 +69,10 @@ def stream(model, tokens):
     return x
 
 
-def test_nothing_removed_is_bit_identical():
-    model = model_in_float32(SHAPE)
-    plan = Plan.identity(SHAPE, FINGERPRINT)
+@pytest.mark.parametrize("shape", [SHAPE, BIASED], ids=["plain", "biases"])
+def test_nothing_removed_is_bit_identical(shape):
+    model = model_in_float32(shape)
+    plan = Plan.identity(shape, FINGERPRINT)
     plan = Plan(**{**vars(plan), "compensation": Compensation("t" * 64, rescale=True)})
     student = student_of(model, plan)
     assert student.tensors.keys() == model.tensors.keys()
@@ -77,7 +80,7 @@ def test_nothing_removed_is_bit_identical():
         assert torch.equal(tensor, model.tensors[slot]), slot
 
 
-@pytest.mark.parametrize("shape", [SHAPE, TIED, SHAPE.replace(qkv_bias=True)], ids=["untied", "tied", "bias"])
+@pytest.mark.parametrize("shape", BIASES, ids=["untied", "tied", "bias", "biases"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_stream_follows_the_teacher_better_than_after_cutting(target, shape):
     model = model_in_float32(shape)
@@ -274,13 +277,13 @@ def low_dimensional(shape, size):
     for (key, _), tensor in model.tensors.items():
         if key == layout.EMBEDDING.key:
             tensor.copy_(tensor @ q @ q.T)
-        elif key in (layout.PROJ_WEIGHT.key, layout.FC2_WEIGHT.key):
+        elif key in (layout.PROJ_WEIGHT.key, layout.PROJ_BIAS.key, layout.FC2_WEIGHT.key, layout.FC2_BIAS.key):
             tensor.copy_(q @ q.T @ tensor)
     x = stream(model, TOKENS).flatten(0, 1).double()
     return model, x.T @ x
 
 
-@pytest.mark.parametrize("shape", [SHAPE, TIED, SHAPE.replace(qkv_bias=True)], ids=["untied", "tied", "bias"])
+@pytest.mark.parametrize("shape", BIASES, ids=["untied", "tied", "bias", "biases"])
 def test_turning_loses_nothing_where_the_stream_is_narrow(shape):
     model, moment = low_dimensional(shape, 16)
     how = Compensation("t" * 64, ffn=1e-6, attention=1e-6, read=1e-6, rotate=True)

@@ -8,6 +8,7 @@ FAMILY = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
+    hf_biases=("attention_bias", "mlp_bias"),
     hf_fresh={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
     gguf="llama",
     gguf_permuted=True,

@@ -45,11 +45,14 @@ def dense(folder, tokens, shape):
     for name, size in sizes.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             found["hidden"] += size.sum(dim=1)
+        elif name.endswith(("o_proj.bias", "down_proj.bias")):
+            found["hidden"] += size
         elif not name.endswith(".bias"):
             found["hidden"] += size if size.dim() == 1 else size.sum(dim=0)
     for layer in range(shape.num_layers):
         part = {name.split(f".{layer}.")[1]: size for name, size in sizes.items() if f".layers.{layer}." in name}
         neurons = part["mlp.gate_proj.weight"].sum(1) + part["mlp.up_proj.weight"].sum(1)
+        neurons = neurons + part.get("mlp.gate_proj.bias", 0) + part.get("mlp.up_proj.bias", 0)
         found["ffn"].append(neurons + part["mlp.down_proj.weight"].sum(0))
         rows = {name: part[f"self_attn.{name}_proj.weight"].sum(1) for name in "qkv"}
         for name in rows:
@@ -61,7 +64,7 @@ def dense(folder, tokens, shape):
     return {axis: (worth if axis == "hidden" else torch.stack(worth)).numpy() for axis, worth in found.items()}
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "head_dim", "llama3_rope", "bf16", "qkv_bias"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "head_dim", "llama3_rope", "bf16", "qkv_bias", "biases"])
 def test_worth_is_that_of_dense_autograd(name, tmp_path, monkeypatch):
     shape = SHAPES[name]
     folder = make_llama(tmp_path / "hf", shape, dtype=DTYPES[name])
