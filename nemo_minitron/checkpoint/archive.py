@@ -174,7 +174,7 @@ def _expand(path: Path, packed: IO[bytes]) -> IO[bytes]:
 
 
 class ArchiveWriter(AllOrNothing):
-    """Streams members into a ``.nemo`` at ``path``: a tar if the name ends in ``.nemo`` or ``.tar``, else a folder.
+    """Streams members into an archive at ``path``: a tar if the name ends in ``.nemo`` or ``.tar``, else a folder.
 
     The tar has NeMo's own member names (``./name``), and no times or owners, so that equal content gives equal
     bytes. Sizes need not be known beforehand: a header is written empty and patched when its member ends (base-256
@@ -182,14 +182,15 @@ class ArchiveWriter(AllOrNothing):
 
     Args:
         room: bytes to come, for which there must be room.
+        replaceable: patterns of what an existing folder may hold, to be replaced; a ``.nemo``'s by default.
     """
 
     _PATTERNS = ("model_config.yaml", "model_weights", "minitron", "*_tokenizer.*", "*.model")
 
-    def __init__(self, path: str | Path, room: int = 0) -> None:
+    def __init__(self, path: str | Path, room: int = 0, replaceable: tuple[str, ...] = _PATTERNS) -> None:
         self.destination = Path(path)
         self.packed = self.destination.suffix in (".nemo", ".tar")
-        self._staging = Staging(path, folder=not self.packed, replaceable=self._PATTERNS, room=room)
+        self._staging = Staging(path, folder=not self.packed, replaceable=replaceable, room=room)
         self._tar: IO[bytes] | None = self._staging.path.open("wb") if self.packed else None
 
     @contextmanager

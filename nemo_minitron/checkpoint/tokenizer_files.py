@@ -122,10 +122,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         (target / name).write_bytes(data)
 
 
-def pack(writer: ArchiveWriter, folder: Path) -> None:
-    """Add a folder's tokenizer files to a ``.nemo`` that is being written."""
+def pack(writer: ArchiveWriter, folder: Path, where: str = PREFIX) -> None:
+    """Add a folder's tokenizer files to a checkpoint that is being written, in its folder ``where``."""
     for name, data in _carried(folder).items():
-        writer.add(PREFIX + name, data)
+        writer.add(where + name, data)
 
 
 def unpack(archive: Archive, model: str | None = None) -> Path | None:
