@@ -27,6 +27,7 @@ class Request:
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for a source that carries none.
         check: called with the path of the finished output before it appears at its place.
+        format: a key of the table of what is written.
     """
 
     path: Path
@@ -35,9 +36,10 @@ class Request:
     max_shard_size: int | str = ConvertConfig.max_shard_size
     tokenizer: Mapping[str, Any] | None = None
     check: Callable[[Path], None] | None = None
+    format: str = "hf"
 
 
-_MODULES = {"nemo": "to_nemo", "hf": "to_hf"}
+_MODULES = {"nemo": "to_nemo", "hf": "to_hf", "bridge": "to_megatron", "megatron": "to_megatron"}
 """Module of each format that is written; its ``writer`` takes the reader, the request and a stack that outlives it."""
 _PADDED = ("nemo", "bridge", "megatron", "nemo2")
 """Formats whose vocabulary tables may have rows of padding."""

@@ -45,7 +45,7 @@ def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack
     unknown: Ids = {"bos_token_id": None, "eos_token_id": None}
     rows = reader.shape.vocab_size
     for key in not_taken_over(reader.config) if isinstance(reader, NemoReader) else ():
-        notice(f"{reader.path}: {key} has no place in an HF folder and is left out")
+        notice(f"{reader.path}: {key} has no place in the export and is left out")
     folder = choose(reader, asked, "tokenizer")
     packed = folder is not None and folder == reader.tokenizer_folder()
     if packed and reader.hf_config is not None:

@@ -63,6 +63,7 @@ def convert(
             max_shard_size,
             tokenizer,
             _comparison(reader, name) if verify else None,
+            format=name,
         )
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)

@@ -20,6 +20,7 @@ from nemo_minitron.checkpoint.megatron_args import further_arguments
 from nemo_minitron.checkpoint.megatron_fields import _ELSEWHERE, FIELDS
 from nemo_minitron.checkpoint.megatron_write import DRESSES, MegatronWriter
 from nemo_minitron.checkpoint.nemo_config import padded_vocab
+from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
@@ -90,6 +91,18 @@ def test_megatron(hf, tmp_path):
     assert (args.untie_embeddings_and_output_weights, args.swiglu, args.add_bias_linear) == (True, True, False)
     assert (args.norm_epsilon, args.normalization) == (2e-6, "RMSNorm")
     assert args.tokenizer_model == str(folder / "tokenizer")
+
+
+def test_convert_says_what_megatron_lm_does_not_read(tmp_path, capfd):
+    hf = make_llama(tmp_path / "hf", MODELS["scaled"])
+    assert convert(hf, tmp_path / "out", format="megatron") == tmp_path / "out"
+    said = capfd.readouterr().err
+    assert "must say --norm-epsilon 2e-06 --use-rope-scaling --rope-scaling-factor 32" in said
+    assert "the factor 32, which is in the checkpoint" in said
+    write(hf, "megatron", tmp_path / "again")
+    for file in (tmp_path / "again").rglob("*"):
+        if file.is_file() and file.name != "common.pt":  # which names the folder of the tokenizer
+            assert file.read_bytes() == (tmp_path / "out" / file.relative_to(tmp_path / "again")).read_bytes()
 
 
 def test_what_the_command_line_must_say():

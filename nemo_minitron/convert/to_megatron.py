@@ -1,0 +1,42 @@
+"""Towards the checkpoints of Megatron-Bridge, Megatron-LM and NeMo 2."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from nemo_minitron.checkpoint.formats import Reader
+from nemo_minitron.checkpoint.megatron_args import further_arguments
+from nemo_minitron.checkpoint.megatron_write import MegatronWriter
+from nemo_minitron.checkpoint.nemo_config import padded_vocab
+from nemo_minitron.convert.target import Request
+from nemo_minitron.convert.tokenizer import for_export
+from nemo_minitron.jobs.processes import notice
+
+_DIVISOR = 128
+"""``make_vocab_size_divisible_by`` of all three, where none is asked for."""
+
+
+def writer(reader: Reader, request: Request, stack: ExitStack) -> MegatronWriter:
+    """A writer of ``request.path`` in the dress ``request.format``."""
+    divisor = _DIVISOR if request.make_vocab_size_divisible_by is None else request.make_vocab_size_divisible_by
+    shape = reader.shape.replace(padded_vocab_size=padded_vocab(reader.shape.vocab_size, divisor))
+    tokenizer, _, _ = for_export(reader, request.tokenizer, stack)
+    if request.format == "megatron":
+        said = " ".join(further_arguments(shape, str(request.path)))
+        notice(f"{request.path}: beside --use-checkpoint-args, the command line of Megatron-LM must say {said}")
+        if shape.rope_scaling is not None and shape.rope_scaling.factor != 8:
+            notice(
+                f"{request.path}: the RoPE scaling has the factor {shape.rope_scaling.factor:g}, which is in the "
+                "checkpoint; pretrain_gpt.py of Megatron-LM (0.13 to 0.19) builds its GPT with 8 whatever it is told"
+            )
+    return MegatronWriter(
+        request.path,
+        request.format,
+        shape,
+        request.dtype,
+        divisor=divisor,
+        tokenizer=tokenizer,
+        hf_config=reader.hf_config,
+        generation_config=reader.generation_config,
+        check=request.check,
+    )
