@@ -134,6 +134,10 @@ WRITERS = {
     "token files": write_tokens,
     ".nemo": lambda out, source: one(out / "m.nemo", lambda path: convert(source / "hf", path)),
     ".nemo as a folder": lambda out, source: one(out / "m", lambda path: convert(source / "hf", path)),
+    **{
+        name: lambda out, source, name=name: one(out / name, lambda path: convert(source / "hf", path, format=name))
+        for name in ("bridge", "megatron", "nemo2")
+    },
     "HF folder": lambda out, source: one(out / "h", lambda path: convert(convert(source / "hf", out / "m.nemo"), path)),
 }
 
@@ -144,7 +148,7 @@ def _figure():
     return pyplot.figure()
 
 
-REPLACED = ("plan", "report", "token files", ".nemo", ".nemo as a folder", "HF folder")
+REPLACED = ("plan", "report", "token files", ".nemo", ".nemo as a folder", "HF folder", "bridge")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,7 @@ NO_OUTPUT = {
     "nemo/resume.py",  # earlier checkpoints are set aside
     "importance/stream_file.py",  # temporary files of one process
     "distill/cache.py",  # into memory
+    "checkpoint/bridge_config.py",  # into memory
 }
 WRITES = {"write_text", "write_bytes", "rename", "savez", "savez_compressed", "savetxt", "tofile", "save_pretrained"}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint import bridge_config, megatron_args, tokenizer_files
+from nemo_minitron.checkpoint import bridge_config, megatron_args, nemo2_context, tokenizer_files
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.sharded_write import ShardedWeights
 from nemo_minitron.errors import MinitronError
@@ -79,6 +79,11 @@ def _bridge_files(model: Described) -> dict[str, bytes]:
     }
 
 
+def _nemo2_files(model: Described) -> dict[str, bytes]:
+    call = nemo2_context.model_call(model.shape, model.dtype, model.divisor, model.tokenizer is not None, model.where)
+    return {"context/io.json": nemo2_context.io_json(call), "context/model.yaml": nemo2_context.model_yaml(call)}
+
+
 def _megatron_common(model: Described) -> dict[str, Any]:
     return megatron_args.common_state(model.shape, model.dtype, model.divisor, model.tokenizer, model.where)
 
@@ -102,11 +107,20 @@ DRESSES = {
         common=_megatron_common,
         files=lambda _: {_TRACKER: b"release"},
     ),
+    "nemo2": Dress(
+        weights="weights/",
+        prefix="module.",
+        tokenizer=f"context/{nemo2_context.TOKENIZER}/",
+        sidecar=_SIDECAR,
+        replaceable=("context", "weights", "minitron"),
+        common=lambda _: {},
+        files=_nemo2_files,
+    ),
 }
 
 
 class MegatronWriter(AllOrNothing):
-    """Streams canonical tensors into a folder that Megatron-Bridge or Megatron-LM loads.
+    """Streams canonical tensors into a folder that Megatron-Bridge, Megatron-LM or NeMo 2 loads.
 
     The guarantees are those of :class:`nemo_minitron.checkpoint.NemoWriter`. An existing folder is replaced only where
     it holds an earlier output of this writer and nothing else.

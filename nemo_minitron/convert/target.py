@@ -39,7 +39,7 @@ class Request:
     format: str = "hf"
 
 
-_MODULES = {"nemo": "to_nemo", "hf": "to_hf", "bridge": "to_megatron", "megatron": "to_megatron"}
+_MODULES = {"nemo": "to_nemo", "hf": "to_hf"} | dict.fromkeys(("bridge", "megatron", "nemo2"), "to_megatron")
 """Module of each format that is written; its ``writer`` takes the reader, the request and a stack that outlives it."""
 _PADDED = ("nemo", "bridge", "megatron", "nemo2")
 """Formats whose vocabulary tables may have rows of padding."""

@@ -7,19 +7,21 @@ from contextlib import ExitStack
 from nemo_minitron.checkpoint.formats import Reader
 from nemo_minitron.checkpoint.megatron_args import further_arguments
 from nemo_minitron.checkpoint.megatron_write import MegatronWriter
-from nemo_minitron.checkpoint.nemo_config import padded_vocab
+from nemo_minitron.checkpoint.nemo_config import padded_vocab, vocab_divisor
 from nemo_minitron.convert.target import Request
 from nemo_minitron.convert.tokenizer import for_export
 from nemo_minitron.jobs.processes import notice
 
 _DIVISOR = 128
-"""``make_vocab_size_divisible_by`` of all three, where none is asked for."""
+"""``make_vocab_size_divisible_by`` of Megatron-LM and Megatron-Bridge, where none is asked for."""
 
 
 def writer(reader: Reader, request: Request, stack: ExitStack) -> MegatronWriter:
     """A writer of ``request.path`` in the dress ``request.format``."""
-    divisor = _DIVISOR if request.make_vocab_size_divisible_by is None else request.make_vocab_size_divisible_by
-    shape = reader.shape.replace(padded_vocab_size=padded_vocab(reader.shape.vocab_size, divisor))
+    divisor, vocab = request.make_vocab_size_divisible_by, reader.shape.vocab_size
+    if divisor is None:  # NeMo 2 has the size of the table alone: its own importers pad nothing
+        divisor = vocab_divisor(vocab) if request.format == "nemo2" else _DIVISOR
+    shape = reader.shape.replace(padded_vocab_size=padded_vocab(vocab, divisor))
     tokenizer, _, _ = for_export(reader, request.tokenizer, stack)
     if request.format == "megatron":
         said = " ".join(further_arguments(shape, str(request.path)))

@@ -63,6 +63,23 @@ def megatron(folder: Path) -> tuple[dict, dict]:
     return config, rest
 
 
+def nemo2(folder: Path) -> tuple[dict, dict]:
+    """The same, as NeMo 2's ``GPTConfig.configure_model`` makes them; Llama 3.1's then scales the frequencies."""
+    model = yaml.safe_load((folder.parent / "context" / "model.yaml").read_text())["config"]
+    assert model["activation_func"] == SILU
+    config = {k: DTYPES[v["_target_"]] if k.endswith("dtype") else v for k, v in model.items()}
+    config["activation_func"] = torch.nn.functional.silu
+    rest = {
+        "max_sequence_length": model["seq_length"],
+        **{k: model[k] for k in ("vocab_size", "share_embeddings_and_output_weights")},
+        **{k: model[k] for k in ("position_embedding_type", "rotary_percent", "rotary_base")},
+    }
+    if "scale_factor" in model:  # as Megatron-Core scales, for the numbers that it has built in
+        assert [model[k] for k in ("low_freq_factor", "high_freq_factor", "old_context_len")] == [1.0, 4.0, 8192]
+        rest |= {"rope_scaling": True, "rope_scaling_factor": model["scale_factor"]}
+    return config, rest
+
+
 def main() -> None:
     """Every case of a JSON file: ``[dress, source, prompt, target]``."""
     world = int(os.environ["WORLD_SIZE"])

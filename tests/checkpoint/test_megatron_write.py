@@ -3,6 +3,7 @@
 transformers' logits of the source are the reference for a GPTModel that is built from what the checkpoint says.
 """
 
+import importlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from nemo_minitron.checkpoint import HfReader, each_tensor
 from nemo_minitron.checkpoint.megatron_args import further_arguments
 from nemo_minitron.checkpoint.megatron_fields import _ELSEWHERE, FIELDS
 from nemo_minitron.checkpoint.megatron_write import DRESSES, MegatronWriter
+from nemo_minitron.checkpoint.nemo2_context import io_json, model_call
 from nemo_minitron.checkpoint.nemo_config import padded_vocab
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
@@ -91,6 +94,56 @@ def test_megatron(hf, tmp_path):
     assert (args.untie_embeddings_and_output_weights, args.swiglu, args.add_bias_linear) == (True, True, False)
     assert (args.norm_epsilon, args.normalization) == (2e-6, "RMSNorm")
     assert args.tokenizer_model == str(folder / "tokenizer")
+
+
+def test_nemo2(hf, tmp_path):
+    folder = write(hf, "nemo2", tmp_path / "out")
+    context = folder.parent / "context"
+    assert sorted(p.name for p in context.iterdir()) == ["io.json", "model.yaml", "nemo_tokenizer"]
+    model = yaml.safe_load((context / "model.yaml").read_text())
+    assert model["_target_"] == "nemo.collections.llm.gpt.model.llama.LlamaModel"
+    assert (model["config"]["vocab_size"], model["config"]["kv_channels"]) == (384, 8)
+    (file,) = folder.glob("*.distcp")
+    assert b"module.decoder" in (folder / ".metadata").read_bytes() and file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "llama.LlamaConfig"),
+        ({"rope_scaling": RopeScaling(4.0, 1.5, 3.0, 64)}, "llama.Llama31Config"),
+        ({"qkv_bias": True}, "qwen2.Qwen2Config"),
+        ({"family": "qwen3"}, "qwen3.Qwen3Config"),
+    ],
+)
+def test_fiddle_reads_the_calls_of_nemo2(changes, expected, monkeypatch):
+    """Fiddle's own reader, with the classes of NeMo 2, which need packages that are not here, by their names alone."""
+    fiddle = pytest.importorskip("fiddle")
+    from fiddle._src.experimental import serialization
+
+    class Anything(SimpleNamespace):
+        def __init__(self, model=None, config=None, tokenizer=None, trainer=None, **rest):
+            super().__init__(model=model, config=config, tokenizer=tokenizer, trainer=trainer, **rest)
+
+    imported = []
+
+    def find(policy, module, symbol):
+        if module.startswith("nemo."):
+            imported.append(f"{module}.{symbol}")
+            return type(symbol, (Anything,), {})
+        return importlib.import_module(module).__dict__[symbol]
+
+    monkeypatch.setattr(serialization, "import_symbol", find)
+    shape = GQA.replace(**changes)
+    call = model_call(shape, torch.bfloat16, 128, True, "out")
+    context = fiddle.build(serialization.load_json(io_json(call).decode()))
+    config = context.model.config
+    assert f"nemo.collections.llm.gpt.model.{expected}" in imported and len(imported) == 4
+    assert (config.num_layers, config.ffn_hidden_size, config.vocab_size) == (3, 96, 320)
+    assert config.activation_func is torch.nn.functional.silu and config.params_dtype is torch.bfloat16
+    assert context.model.tokenizer.pretrained_model_name == "nemo_tokenizer"
+    if shape.rope_scaling is not None:
+        assert (config.scale_factor, config.low_freq_factor, config.old_context_len) == (4.0, 1.5, 64)
 
 
 def test_convert_says_what_megatron_lm_does_not_read(tmp_path, capfd):
