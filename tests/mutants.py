@@ -442,6 +442,24 @@ MUTANTS = [
         "        if found == ():\n            raise pickle.UnpicklingError",
         "checkpoint/test_nemo_file.py::test_code_in_metadata_never_runs",
     ),
+    Mutant(
+        "checkpoint/megatron_fields.py",
+        'if fact.name != "factor" and found != fixed:',
+        "if False:",
+        "checkpoint/test_megatron_write.py::test_a_scaling_that_megatron_core_has_not_built_in_is_refused",
+    ),
+    Mutant(
+        "checkpoint/megatron_write.py",
+        "if there.exists() and not",
+        "if False and not",
+        "checkpoint/test_megatron_write.py::test_only_our_own_output_is_replaced",
+    ),
+    Mutant(
+        "checkpoint/megatron_args.py",
+        "not value if f.inverted else value",
+        "value",
+        "checkpoint/test_megatron_write.py::test_megatron",
+    ),
     # data
     Mutant(
         "data/blocks.py",

@@ -131,6 +131,7 @@ class MegatronWriter(AllOrNothing):
         divisor: ``make_vocab_size_divisible_by`` that led to them.
         tokenizer: HF tokenizer folder to copy.
         hf_config, generation_config: of the model that this one came from, kept beside it.
+        transformer_engine: whether to write the empty states that only Transformer Engine's modules ask for.
         check: called with the path of the finished folder before it is renamed into place.
 
     Raises:
@@ -149,6 +150,7 @@ class MegatronWriter(AllOrNothing):
         tokenizer: Path | None = None,
         hf_config: Mapping[str, Any] | None = None,
         generation_config: Mapping[str, Any] | None = None,
+        transformer_engine: bool = False,
         check: Callable[[Path], None] | None = None,
     ) -> None:
         self.destination, self.shape, self.dtype = Path(path), shape, dtype
@@ -170,6 +172,7 @@ class MegatronWriter(AllOrNothing):
                 folder=self._dress.weights,
                 prefix=self._dress.prefix,
                 common=common,
+                transformer_engine=transformer_engine,
             )
         except BaseException:
             self._archive.abort()

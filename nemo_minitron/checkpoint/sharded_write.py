@@ -17,7 +17,7 @@ from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, tensor_digest, tensor_name
 from nemo_minitron.checkpoint.distcp import DistcpWriter
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.layout import EXTRA_STATE_MODULES, VOCAB, Parameter
+from nemo_minitron.model.layout import EXTRA_STATE_MODULES, LAYERS, VOCAB, Parameter, engine_states
 from nemo_minitron.model.shape import ModelShape
 
 
@@ -29,6 +29,7 @@ class ShardedWeights:
         folder: where the weights lie in the archive, ending in ``/``.
         prefix: of every key, such as ``model.``.
         common: what is not sharded.
+        transformer_engine: whether to add the empty states that only Transformer Engine's modules ask for.
 
     Raises:
         MinitronError: from :meth:`write` and :meth:`close`, for a tensor of the wrong size, written twice, never, or
@@ -45,8 +46,10 @@ class ShardedWeights:
         folder: str,
         prefix: str,
         common: Mapping[str, Any] | None = None,
+        transformer_engine: bool = False,
     ) -> None:
         self.shape, self.dtype, self._destination, self._prefix = shape, dtype, destination, prefix
+        self._states = [*EXTRA_STATE_MODULES, *(engine_states(shape) if transformer_engine else ())]
         self._out = DistcpWriter(archive, folder, common)
         self._hashing = ThreadPoolExecutor(1)
         self._digests: dict[str, str] = {}
@@ -84,8 +87,12 @@ class ShardedWeights:
             )
         depth = self.shape.num_layers
         for layer in range(depth):
-            for module in EXTRA_STATE_MODULES:
-                self._out.add_empty_state(f"{self._prefix}{module}", layer, depth)
+            for module in self._states:
+                if module.startswith(LAYERS):
+                    self._out.add_empty_state(f"{self._prefix}{module}", layer, depth)
+        for module in self._states:
+            if not module.startswith(LAYERS):
+                self._out.add_empty_state(f"{self._prefix}{module}", 0, 1)
         self._out.close()
         return self._digests
 

@@ -39,7 +39,7 @@ def _nemo() -> Any:
     return known(MODEL, "NeMo's model section; its architecture keys are checked against the checkpoint")
 
 
-CONVERT_FORMATS = ("nemo", "hf")
+CONVERT_FORMATS = ("nemo", "hf", "bridge", "megatron", "nemo2")
 
 
 @dataclass
@@ -50,7 +50,7 @@ class ConvertConfig:
 
     A .nemo holds config, weights and tokenizer in one file. Towards HF, config.json, generation_config.json, the
     tokenizer's files and safetensors shards are written; nothing else is needed to load them. One tensor is in memory
-    at a time.
+    at a time. bridge, megatron and nemo2 are the folders of Megatron-Bridge, Megatron-LM and NeMo 2.
     """
 
     input_name_or_path: str = key(REQUIRED, "checkpoint to read, or a name on the hub, ORG/NAME[@REVISION]")
@@ -61,6 +61,7 @@ class ConvertConfig:
     precision: str | None = key(None, "dtype to write: 32, bf16 or 16; the input's own when null")
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
+    transformer_engine: bool = key(False, "for bridge, megatron and nemo2: the empty states its modules ask for, too")
     verify: bool = key(False, "read the result back and compare every tensor")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer for an input that carries none of its own")
     extensions: list[str] = _extensions()

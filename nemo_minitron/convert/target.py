@@ -28,6 +28,7 @@ class Request:
         tokenizer: section with ``type`` or ``model`` that names one for a source that carries none.
         check: called with the path of the finished output before it appears at its place.
         format: a key of the table of what is written.
+        transformer_engine: whether Megatron's formats get the empty states of its modules as well.
     """
 
     path: Path
@@ -37,11 +38,13 @@ class Request:
     tokenizer: Mapping[str, Any] | None = None
     check: Callable[[Path], None] | None = None
     format: str = "hf"
+    transformer_engine: bool = False
 
 
-_MODULES = {"nemo": "to_nemo", "hf": "to_hf"} | dict.fromkeys(("bridge", "megatron", "nemo2"), "to_megatron")
+_MEGATRON = ("bridge", "megatron", "nemo2")
+_MODULES = {"nemo": "to_nemo", "hf": "to_hf"} | dict.fromkeys(_MEGATRON, "to_megatron")
 """Module of each format that is written; its ``writer`` takes the reader, the request and a stack that outlives it."""
-_PADDED = ("nemo", "bridge", "megatron", "nemo2")
+_PADDED = ("nemo", *_MEGATRON)
 """Formats whose vocabulary tables may have rows of padding."""
 
 
@@ -71,5 +74,7 @@ def open_writer(name: str, reader: Reader, request: Request, stack: ExitStack) -
     """
     if request.make_vocab_size_divisible_by is not None and name not in _PADDED:
         raise MinitronError(f"make_vocab_size_divisible_by must be absent towards {name}, whose tables have no padding")
+    if request.transformer_engine and name not in _MEGATRON:
+        raise MinitronError(f"transformer_engine must be false towards {name}; it is for {', '.join(_MEGATRON)}")
     writer: Writer = import_module(f"nemo_minitron.convert.{_MODULES[name]}").writer(reader, request, stack)
     return writer

@@ -40,5 +40,6 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> MegatronWriter
         tokenizer=tokenizer,
         hf_config=reader.hf_config,
         generation_config=reader.generation_config,
+        transformer_engine=request.transformer_engine,
         check=request.check,
     )

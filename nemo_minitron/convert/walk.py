@@ -28,6 +28,7 @@ def convert(
     format: str | None = None,
     precision: str | int | None = None,
     make_vocab_size_divisible_by: int | None = None,
+    transformer_engine: bool = False,
     verify: bool = False,
     max_shard_size: int | str = ConvertConfig.max_shard_size,
     tokenizer: Mapping[str, Any] | None = None,
@@ -41,6 +42,7 @@ def convert(
         precision: storage dtype of the output (``32``, ``bf16``, ``16`` or NeMo's longer spellings); the input's when
             None.
         make_vocab_size_divisible_by: pads the table of the formats that have padding; the format's own rule when None.
+        transformer_engine: whether Megatron's formats get the empty states that Transformer Engine's modules ask for.
         verify: before the output appears at its place, read it again and compare sizes, RoPE and every tensor, bit by
             bit, with the input's, and both with the checksums that a ``.nemo`` carries.
         max_shard_size: of HF's safetensors files.
@@ -64,6 +66,7 @@ def convert(
             tokenizer,
             _comparison(reader, name) if verify else None,
             format=name,
+            transformer_engine=transformer_engine,
         )
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)

@@ -22,7 +22,9 @@ from nemo_minitron.model.family import Family, family_of
 from nemo_minitron.model.parameter import FFN, GATE_UP, HIDDEN, PROJ, QKV, VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
 
-_A, _M = "decoder.layers.self_attention.", "decoder.layers.mlp."
+LAYERS = "decoder.layers."
+"""Beginning of the keys of what each layer has."""
+_A, _M = f"{LAYERS}self_attention.", f"{LAYERS}mlp."
 _HA, _HM = "model.layers.{l}.self_attn.", "model.layers.{l}.mlp."
 
 EMBEDDING = Parameter(
@@ -73,6 +75,16 @@ FC2_BIAS = Parameter(_M + "linear_fc2.bias", (_HM + "down_proj.bias",), (HIDDEN,
 
 EXTRA_STATE_MODULES = (_A + "linear_qkv", _A + "linear_proj", _M + "linear_fc1", _M + "linear_fc2")
 """Per-layer modules whose empty ``_extra_state`` objects Megatron-Core saves and asks for again on load."""
+
+
+def engine_states(shape: ModelShape) -> Iterator[str]:
+    """Modules that have an ``_extra_state`` beside :data:`EXTRA_STATE_MODULES` where Transformer Engine computes them:
+    the attention proper, norms that are not fused into a linear layer, the final norm."""
+    yield f"{_A}core_attention"
+    for parameter in family_of(shape).parameters:
+        if parameter.key.endswith("layernorm.weight"):
+            yield parameter.key.removesuffix(".weight")
+    yield FINAL_NORM.key.removesuffix(".weight")
 
 
 def parameters(shape: ModelShape) -> Iterator[Parameter]:

@@ -17,6 +17,7 @@ def run(cfg: ConvertConfig) -> None:
         format=cfg.format,
         precision=cfg.precision,
         make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by,
+        transformer_engine=cfg.transformer_engine,
         verify=cfg.verify,
         max_shard_size=cfg.max_shard_size,
         tokenizer=dataclasses.asdict(cfg.tokenizer),

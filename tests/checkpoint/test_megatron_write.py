@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_minitron.checkpoint import HfReader, each_tensor
 from nemo_minitron.checkpoint.megatron_args import further_arguments
@@ -35,7 +37,9 @@ MODELS = {
     "untied": ODD,
     "tied": ODD.replace(share_embeddings_and_output_weights=True, num_query_groups=8),
     "scaled": ODD.replace(rotary_base=500000.0, rope_scaling=RopeScaling(factor=32.0), num_query_groups=2),
-    "qkv_bias": ODD.replace(qkv_bias=True, rope_scaling=RopeScaling(factor=8.0)),
+    "qkv_bias": ODD.replace(qkv_bias=True, rope_scaling=None),
+    "scaled_by_8": ODD.replace(rope_scaling=RopeScaling(factor=8.0)),
+    "qk_norms": ODD.replace(family="qwen3"),
 }
 
 
@@ -144,6 +148,26 @@ def test_fiddle_reads_the_calls_of_nemo2(changes, expected, monkeypatch):
     assert context.model.tokenizer.pretrained_model_name == "nemo_tokenizer"
     if shape.rope_scaling is not None:
         assert (config.scale_factor, config.low_freq_factor, config.old_context_len) == (4.0, 1.5, 64)
+
+
+def states(folder: Path) -> set[str]:
+    """Keys of the objects that a checkpoint's metadata name, by torch's own reader."""
+    found = FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {key for key, value in found.items() if isinstance(value, BytesStorageMetadata)}
+
+
+def test_states_of_transformer_engine(tmp_path):
+    """Names as in checkpoints that were trained with it, of a Qwen3 with 28 layers for one."""
+    hf = make_llama(tmp_path / "hf", ODD.replace(num_layers=1, family="qwen3"))
+    plain, whole = (
+        states(convert(hf, tmp_path / str(te), format="bridge", transformer_engine=te) / "iter_0000000")
+        for te in (False, True)
+    )
+    attention = "decoder.layers.self_attention."
+    more = {f"{attention}{name}._extra_state/shard_0_1" for name in ("core_attention", "q_layernorm", "k_layernorm")}
+    assert len(plain) == 4 and whole - plain == more | {"decoder.final_layernorm._extra_state/shard_0_1"}
+    with pytest.raises(MinitronError, match="transformer_engine must be false towards nemo"):
+        convert(hf, tmp_path / "m.nemo", transformer_engine=True)
 
 
 def test_convert_says_what_megatron_lm_does_not_read(tmp_path, capfd):
