@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import llama3_factor, switches, values
+from nemo_minitron.checkpoint.megatron_fields import interpolation, llama3_factor, switches, values
 from nemo_minitron.model.shape import ModelShape
 
 RUN_CONFIG, TRAIN_STATE = "run_config.yaml", "train_state.pt"
@@ -56,6 +56,7 @@ def run_config(
     }
     factor = llama3_factor(shape, where)
     model |= {"rope_scaling": factor is not None, "rope_scaling_factor": 1.0 if factor is None else factor}
+    model["seq_len_interpolation_factor"] = interpolation(shape)
     named = None
     if tokenizer is not None:
         named = {"_target_": _TOKENIZER, "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}

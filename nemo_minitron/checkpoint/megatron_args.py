@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import llama3_factor, switches, values
+from nemo_minitron.checkpoint.megatron_fields import interpolation, llama3_factor, switches, values
 from nemo_minitron.model.shape import ModelShape
 
 VERSION = 3.0
@@ -34,7 +34,7 @@ _NONE = _names(
     """
     num_experts mtp_num_layers spec heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
     decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers hybrid_layer_pattern
-    virtual_pipeline_model_parallel_size vocab_file rotary_seq_len_interpolation_factor
+    virtual_pipeline_model_parallel_size vocab_file
     """
 )
 
@@ -66,6 +66,7 @@ def common_state(
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": 8.0 if factor is None else factor,
+        "rotary_seq_len_interpolation_factor": interpolation(shape),
         "normalization": "RMSNorm",
         "swiglu": True,
         "bias_swiglu_fusion": True,
@@ -97,4 +98,6 @@ def further_arguments(shape: ModelShape, where: str) -> list[str]:
     said = [f"--norm-epsilon {shape.layernorm_epsilon:g}"]
     said += [f"--{key.replace('_', '-')}" for key, value in switches(shape, where).items() if value is True]
     factor = llama3_factor(shape, where)
+    if (linear := interpolation(shape)) is not None:
+        said.append(f"--rotary-seq-len-interpolation-factor {linear:g}")
     return said + ([] if factor is None else ["--use-rope-scaling", f"--rope-scaling-factor {factor:g}"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.family import family_of
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 
 
 class Field(NamedTuple):
@@ -90,16 +90,14 @@ def switches(shape: ModelShape, where: str) -> dict[str, Any]:
 
 
 def llama3_factor(shape: ModelShape, where: str) -> float | None:
-    """The one number of Llama 3's RoPE scaling that Megatron-Core's models take; None without scaling.
+    """The one number of Llama 3's RoPE scaling that Megatron-Core's models take; None without such a scaling.
 
     Raises:
         MinitronError: a scaling whose other numbers are not Megatron-Core's.
     """
     scaling = shape.rope_scaling
-    if scaling is None:
-        return None
     if not isinstance(scaling, RopeScaling):
-        raise MinitronError(f"{where}: RoPE scaling must be Llama 3's in a Megatron checkpoint, found {scaling!s:.80}")
+        return None
     for fact in dataclasses.fields(scaling):
         found, fixed = getattr(scaling, fact.name), getattr(LLAMA3, fact.name)
         if fact.name != "factor" and found != fixed:
@@ -108,3 +106,8 @@ def llama3_factor(shape: ModelShape, where: str) -> float | None:
                 f"found {found:g}; format=nemo2 can say it"
             )
     return scaling.factor
+
+
+def interpolation(shape: ModelShape) -> float | None:
+    """``seq_len_interpolation_factor`` of Megatron-Core, which divides positions; None without linear scaling."""
+    return shape.rope_scaling.factor if isinstance(shape.rope_scaling, LinearScaling) else None

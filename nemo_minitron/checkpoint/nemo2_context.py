@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import switches, values
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.checkpoint.megatron_fields import interpolation, switches, values
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 TOKENIZER = "nemo_tokenizer"
@@ -63,6 +62,7 @@ def model_call(shape: ModelShape, dtype: torch.dtype, divisor: int, tokenizer: b
         "attention_dropout": 0.0,
         **switches(shape, where),
         **scaling,
+        "seq_len_interpolation_factor": interpolation(shape),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "params_dtype": Named(str(dtype)),
@@ -77,9 +77,7 @@ def model_call(shape: ModelShape, dtype: torch.dtype, divisor: int, tokenizer: b
 def _class_of(shape: ModelShape, where: str) -> tuple[str, str, dict[str, Any]]:
     """Module and beginning of the names of a model's classes, and the keys of its RoPE scaling."""
     scaling = shape.rope_scaling
-    if scaling is not None:
-        if not isinstance(scaling, RopeScaling):
-            raise MinitronError(f"{where}: RoPE scaling must be Llama 3's in NeMo 2, found {scaling!s:.80}")
+    if isinstance(scaling, RopeScaling):
         return (
             "llama",
             "Llama",

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 from nemo_minitron.checkpoint.formats import Reader
 from nemo_minitron.checkpoint.megatron_args import further_arguments
+from nemo_minitron.checkpoint.megatron_fields import llama3_factor
 from nemo_minitron.checkpoint.megatron_write import MegatronWriter
 from nemo_minitron.checkpoint.nemo_config import padded_vocab, vocab_divisor
 from nemo_minitron.convert.target import Request
@@ -26,9 +27,10 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> MegatronWriter
     if request.format == "megatron":
         said = " ".join(further_arguments(shape, str(request.path)))
         notice(f"{request.path}: beside --use-checkpoint-args, the command line of Megatron-LM must say {said}")
-        if shape.rope_scaling is not None and shape.rope_scaling.factor != 8:
+        factor = llama3_factor(shape, str(request.path))
+        if factor not in (None, 8):
             notice(
-                f"{request.path}: the RoPE scaling has the factor {shape.rope_scaling.factor:g}, which is in the "
+                f"{request.path}: the RoPE scaling has the factor {factor:g}, which is in the "
                 "checkpoint; pretrain_gpt.py of Megatron-LM (0.13 to 0.19) builds its GPT with 8 whatever it is told"
             )
     return MegatronWriter(

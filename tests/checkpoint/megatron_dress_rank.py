@@ -31,6 +31,7 @@ def bridge(folder: Path) -> tuple[dict, dict]:
         "vocab_size": -(-model["vocab_size"] // multiple) * multiple,
         "max_sequence_length": model["seq_length"],
         **{k: model[k] for k in ("rope_scaling", "rope_scaling_factor", "share_embeddings_and_output_weights")},
+        "seq_len_interpolation_factor": model["seq_len_interpolation_factor"],
         **{k: model[k] for k in ("position_embedding_type", "rotary_percent", "rotary_base")},
     }
     return config, rest
@@ -57,6 +58,7 @@ def megatron(folder: Path) -> tuple[dict, dict]:
         "rotary_percent": args.rotary_percent,
         "rotary_base": args.rotary_base,
         "rope_scaling": args.use_rope_scaling,
+        "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
         "rope_scaling_factor": args.rope_scaling_factor,
         "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
     }
@@ -71,6 +73,7 @@ def nemo2(folder: Path) -> tuple[dict, dict]:
     config["activation_func"] = torch.nn.functional.silu
     rest = {
         "max_sequence_length": model["seq_length"],
+        "seq_len_interpolation_factor": model["seq_len_interpolation_factor"],
         **{k: model[k] for k in ("vocab_size", "share_embeddings_and_output_weights")},
         **{k: model[k] for k in ("position_embedding_type", "rotary_percent", "rotary_base")},
     }

@@ -27,7 +27,7 @@ from nemo_minitron.checkpoint.nemo2_context import io_json, model_call
 from nemo_minitron.checkpoint.nemo_config import padded_vocab
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 
@@ -39,6 +39,7 @@ MODELS = {
     "scaled": ODD.replace(rotary_base=500000.0, rope_scaling=RopeScaling(factor=32.0), num_query_groups=2),
     "qkv_bias": ODD.replace(qkv_bias=True, rope_scaling=None),
     "scaled_by_8": ODD.replace(rope_scaling=RopeScaling(factor=8.0)),
+    "linear": ODD.replace(rope_scaling=LinearScaling(2.0), share_embeddings_and_output_weights=True),
     "qk_norms": ODD.replace(family="qwen3"),
 }
 
@@ -186,6 +187,8 @@ def test_what_the_command_line_must_say():
     assert further_arguments(MODELS["scaled"], "x") == [
         "--norm-epsilon 2e-06", "--use-rope-scaling", "--rope-scaling-factor 32"
     ]  # fmt: skip
+    assert further_arguments(MODELS["linear"], "x")[1:] == ["--rotary-seq-len-interpolation-factor 2"]
+    assert further_arguments(MODELS["qk_norms"], "x")[1:] == ["--qk-layernorm"]
 
 
 @pytest.mark.parametrize("dress", ["bridge", "megatron"])
