@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import interpolation, llama3_factor, switches, values
+from nemo_minitron.checkpoint.megatron_fields import bias_everywhere, interpolation, llama3_factor, switches, values
 from nemo_minitron.model.shape import ModelShape
 
 RUN_CONFIG, TRAIN_STATE = "run_config.yaml", "train_state.pt"
@@ -39,7 +39,7 @@ def run_config(
         "normalization": "RMSNorm",
         "activation_func": _named("torch.nn.functional.silu"),
         "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "add_bias_linear": bias_everywhere(shape, where),
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,
         "rotary_interleaved": False,

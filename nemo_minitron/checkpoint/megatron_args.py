@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import interpolation, llama3_factor, switches, values
+from nemo_minitron.checkpoint.megatron_fields import bias_everywhere, interpolation, llama3_factor, switches, values
 from nemo_minitron.model.shape import ModelShape
 
 VERSION = 3.0
@@ -27,7 +27,7 @@ _OFF = _names(
     apply_layernorm_1p rotary_interleaved squared_relu apply_query_key_layer_scaling multi_latent_attention
     no_persist_layer_norm overlap_p2p_comm fp8_param_gather bias_gelu_fusion init_method_xavier_uniform
     is_hybrid_model qk_l2_norm fp16_lm_cross_entropy moe_grouped_gemm moe_use_legacy_grouped_gemm
-    init_model_with_meta_device use_legacy_models add_bias_linear
+    init_model_with_meta_device use_legacy_models
     """
 )
 _NONE = _names(
@@ -67,6 +67,7 @@ def common_state(
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": 8.0 if factor is None else factor,
         "rotary_seq_len_interpolation_factor": interpolation(shape),
+        "add_bias_linear": bias_everywhere(shape, where),
         "normalization": "RMSNorm",
         "swiglu": True,
         "bias_swiglu_fusion": True,

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from nemo_minitron.checkpoint.biases import biases_of, in_words
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.family import family_of
 from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
@@ -50,7 +51,13 @@ FIELDS = (
     Field("layernorm_epsilon", "layernorm_epsilon", "norm_epsilon"),
     Field("qkv_bias", "add_qkv_bias", "add_qkv_bias"),
 )
-_ELSEWHERE = ("padded_vocab_size", "rope_scaling", "family")  # each has its own way in every config
+_ELSEWHERE = (
+    "padded_vocab_size",
+    "proj_bias",
+    "mlp_bias",
+    "rope_scaling",
+    "family",
+)  # each has its own way in every config
 SWITCHES = ("qk_layernorm",)
 """Keys of a family (:attr:`nemo_minitron.model.family.Family.nemo`) that all of these configs have by this name."""
 LLAMA3 = RopeScaling()
@@ -87,6 +94,21 @@ def switches(shape: ModelShape, where: str) -> dict[str, Any]:
                 f"which needs {key}"
             )
     return dict.fromkeys(SWITCHES, False) | keys
+
+
+def bias_everywhere(shape: ModelShape, where: str) -> bool:
+    """``add_bias_linear`` of Megatron-Core, which gives every linear layer a bias; ``add_qkv_bias`` gives QKV alone one.
+
+    Raises:
+        MinitronError: a bias on other layers than all, or queries, keys and values.
+    """
+    biases = biases_of(shape)
+    if any(biases[1:]) and not all(biases):
+        raise MinitronError(
+            f"{where}: expected a model with a bias on no layer, on queries, keys and values, or on every linear layer, "
+            f"which is all that a Megatron checkpoint can describe, found one {in_words(biases)}"
+        )
+    return all(biases)
 
 
 def llama3_factor(shape: ModelShape, where: str) -> float | None:

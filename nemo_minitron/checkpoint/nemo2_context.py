@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint.megatron_fields import interpolation, switches, values
+from nemo_minitron.checkpoint.megatron_fields import bias_everywhere, interpolation, switches, values
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 
 TOKENIZER = "nemo_tokenizer"
@@ -55,7 +55,7 @@ def model_call(shape: ModelShape, dtype: torch.dtype, divisor: int, tokenizer: b
         "normalization": "RMSNorm",
         "activation_func": Named("torch.nn.functional.silu"),
         "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "add_bias_linear": bias_everywhere(shape, where),
         "position_embedding_type": "rope",
         "rotary_percent": 1.0,
         "hidden_dropout": 0.0,
@@ -90,7 +90,7 @@ def _class_of(shape: ModelShape, where: str) -> tuple[str, str, dict[str, Any]]:
         )
     if switches(shape, where)["qk_layernorm"]:
         return "qwen3", "Qwen3", {}
-    return ("qwen2", "Qwen2", {}) if shape.qkv_bias else ("llama", "Llama", {})
+    return ("qwen2", "Qwen2", {}) if shape.qkv_bias and not shape.mlp_bias else ("llama", "Llama", {})
 
 
 def model_yaml(model: Call) -> bytes:

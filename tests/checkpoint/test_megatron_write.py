@@ -40,6 +40,7 @@ MODELS = {
     "qkv_bias": ODD.replace(qkv_bias=True, rope_scaling=None),
     "scaled_by_8": ODD.replace(rope_scaling=RopeScaling(factor=8.0)),
     "linear": ODD.replace(rope_scaling=LinearScaling(2.0), share_embeddings_and_output_weights=True),
+    "biases": ODD.replace(qkv_bias=True, proj_bias=True, mlp_bias=True),
     "qk_norms": ODD.replace(family="qwen3"),
 }
 
@@ -196,6 +197,16 @@ def test_a_scaling_that_megatron_core_has_not_built_in_is_refused(hf, dress, tmp
     with pytest.raises(MinitronError, match="low_freq_factor of the RoPE scaling must be 1"):
         write(hf, dress, tmp_path / "out", rope_scaling=RopeScaling(low_freq_factor=2.0))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+def test_a_bias_on_some_layers_is_refused(dress, tmp_path):
+    hf = make_llama(tmp_path / "hf", ODD.replace(qkv_bias=True, proj_bias=True))
+    with pytest.raises(
+        MinitronError, match="found one with a bias on queries, keys and values and the attention's out"
+    ):
+        write(hf, dress, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dress", DRESSES)
