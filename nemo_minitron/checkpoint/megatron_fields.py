@@ -97,7 +97,7 @@ def switches(shape: ModelShape, where: str) -> dict[str, Any]:
 
 
 def bias_everywhere(shape: ModelShape, where: str) -> bool:
-    """``add_bias_linear`` of Megatron-Core, which gives every linear layer a bias; ``add_qkv_bias`` gives QKV alone one.
+    """``add_bias_linear`` of Megatron-Core, a bias on every linear layer; ``add_qkv_bias`` is one on QKV alone.
 
     Raises:
         MinitronError: a bias on other layers than all, or queries, keys and values.
@@ -105,7 +105,7 @@ def bias_everywhere(shape: ModelShape, where: str) -> bool:
     biases = biases_of(shape)
     if any(biases[1:]) and not all(biases):
         raise MinitronError(
-            f"{where}: expected a model with a bias on no layer, on queries, keys and values, or on every linear layer, "
+            f"{where}: expected a model with a bias on no layer, on queries, keys and values, or on all linear layers, "
             f"which is all that a Megatron checkpoint can describe, found one {in_words(biases)}"
         )
     return all(biases)

@@ -202,9 +202,7 @@ def test_a_scaling_that_megatron_core_has_not_built_in_is_refused(hf, dress, tmp
 @pytest.mark.parametrize("dress", DRESSES)
 def test_a_bias_on_some_layers_is_refused(dress, tmp_path):
     hf = make_llama(tmp_path / "hf", ODD.replace(qkv_bias=True, proj_bias=True))
-    with pytest.raises(
-        MinitronError, match="found one with a bias on queries, keys and values and the attention's out"
-    ):
+    with pytest.raises(MinitronError, match="found one with a bias on queries, keys and values and the attent"):
         write(hf, dress, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
