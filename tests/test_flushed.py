@@ -139,6 +139,7 @@ WRITERS = {
         for name in ("bridge", "megatron", "nemo2")
     },
     "HF folder": lambda out, source: one(out / "h", lambda path: convert(convert(source / "hf", out / "m.nemo"), path)),
+    "GGUF": lambda out, source: one(out / "m.gguf", lambda path: convert(source / "hf", path)),
 }
 
 
@@ -184,11 +185,12 @@ def test_a_small_file_that_cannot_be_written_leaves_the_earlier_one(tmp_path, mo
 
 INSIDE_A_STAGING = {
     "files/staging.py",  # the idiom itself
-    "checkpoint/archive.py",  # ArchiveWriter: all below one Staging, as the next four
+    "checkpoint/archive.py",  # ArchiveWriter: all below one Staging, as the next five
     "checkpoint/hf_write.py",
     "checkpoint/distcp.py",
     "checkpoint/tokenizer_files.py",
     "checkpoint/gguf.py",
+    "checkpoint/gguf_write.py",
     "data/preprocess.py",
     "report/page.py",
     "importance/scores.py",  # into the folder that its caller stages

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_minitron.checkpoint import gguf_parts
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.parameter import Parameter
@@ -96,15 +97,13 @@ def _hf(path: Path) -> Reader:
 
 
 def _is_gguf(path: Path) -> bool:
-    if path.is_dir():
-        return any(file.suffix.lower() == ".gguf" for file in path.iterdir())
-    return path.suffix.lower() == ".gguf"
+    return bool(gguf_parts.inside(path)) if path.is_dir() else gguf_parts.is_gguf(path)
 
 
 FORMATS: tuple[Format, ...] = (
     Format("nemo", "a .nemo", lambda p: p.suffix == ".nemo" or (p / "model_config.yaml").is_file(), _nemo),
     Format("hf", "a HF folder with config.json", lambda p: (p / "config.json").is_file(), _hf),
-    Format("gguf", "one .gguf file", _is_gguf, _hf),
+    Format("gguf", "a .gguf file", _is_gguf, _hf),
 )
 """Every format that is read, in the order in which they are asked whether a path is theirs."""
 

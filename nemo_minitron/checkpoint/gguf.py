@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,73 +10,62 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_minitron.checkpoint import known
+from nemo_minitron.checkpoint import gguf_rope, known
 from nemo_minitron.checkpoint.gguf_header import check_header
+from nemo_minitron.checkpoint.gguf_names import permuted_heads, places, unpermute
+from nemo_minitron.checkpoint.gguf_parts import check_parts, files_of
 from nemo_minitron.checkpoint.hf_rope import whole
 from nemo_minitron.checkpoint.keys import has_no_place
-from nemo_minitron.checkpoint.kinds import split_gguf
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
-from nemo_minitron.model import layout
 from nemo_minitron.model.family import Family
 from nemo_minitron.registry import FAMILIES
 
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-
-def _places(family: Family) -> dict[str, str]:
-    """HF's name of each tensor that a GGUF of this family can have, ``N`` for the layer."""
-    known_to_hf = {name.replace("{l}", "N") for row in layout.layer_rows(family, family.qkv_bias) for name in row.hf}
-    names = {
-        f"blk.N.{own}.{kind}": f"model.layers.N.{theirs}.{kind}"
-        for own, theirs in (_LAYER | dict(family.gguf_names)).items()
-        for kind in ("weight", "bias")
-    }
-    top = {f"{own}.weight": f"{theirs}.weight" for own, theirs in _TOP.items()}
-    return {own: theirs for own, theirs in names.items() if theirs in known_to_hf} | top
+_BIASES = {"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"}
+"""Where a bias is by which HF's keys, of families that have them, are set."""
 
 
 class GgufFile:
-    """One GGUF of a family that names its architecture; implements ``hf.TensorSource``.
+    """One GGUF of a family that names its architecture, in one file or in parts; implements ``hf.TensorSource``.
 
-    llama.cpp stores a Llama's query and key rows permuted for an interleaved RoPE: row pairs (2i, 2i+1) of a head are
-    HF's rows (i, i + d/2). Undone here, as transformers does when it loads a GGUF.
+    llama.cpp stores a Llama's query and key rows permuted for an interleaved RoPE
+    (:func:`nemo_minitron.checkpoint.gguf_names.permute`), which is undone here, as transformers does when it loads a
+    GGUF. An ``output.weight`` makes the model untied, whatever its HF config said.
 
     Raises:
-        MinitronError: not a GGUF, another architecture, or RoPE scaling (a GGUF keeps its result, not its numbers).
+        MinitronError: not a GGUF, parts that are missing or do not belong together, another architecture, RoPE factors
+            of another scaling than Llama 3.1's, values of a kind that the gguf package does not dequantise.
     """
 
     def __init__(self, path: Path) -> None:
         from gguf import GGUFReader
 
-        self._path = path
-        check_header(path)
+        self._path, files = path, files_of(path)
+        for file in files:
+            check_header(file)
         try:
-            self._reader = GGUFReader(str(path))
+            readers = [GGUFReader(str(file)) for file in files]
+            self._reader = readers[0]
             self._family = self._read_family()
+            check_parts(files, readers)
             self._check_keys()
         except (ValueError, OSError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise MinitronError(f"{path}: expected a GGUF file, found: {one_line(error)}") from None
-        self._tensors, self._places = {}, _places(self._family)
-        for tensor in self._reader.tensors:
-            if tensor.name.startswith("rope_freqs"):
-                raise MinitronError(
-                    f"{path}: expected no RoPE scaling, found tensor '{tensor.name}'; its four numbers are not in a "
-                    "GGUF, convert the model's HF folder instead"
-                )
-            self._tensors[self._hf_name(tensor.name)] = tensor
+        self._tensors: dict[str, Any] = {}
+        self._factors: Any = None
+        self._places = places(self._family)
+        for tensor in (tensor for reader in readers for tensor in reader.tensors):
+            if not dequantised(tensor.tensor_type):
+                kind = tensor.tensor_type.name
+                raise MinitronError(f"{path}: tensor '{tensor.name}' has values of kind {kind}, which are not read")
+            if tensor.name == gguf_rope.TENSOR and self._family.gguf in gguf_rope.ARCHITECTURES:
+                self._factors = tensor
+                continue
+            name = self._hf_name(tensor.name)
+            if name in self._tensors:
+                raise MinitronError(f"{path}: tensor '{tensor.name}' must be in one part, found it in two")
+            self._tensors[name] = tensor
         try:
             self.config = self._config()
         except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
@@ -115,6 +105,7 @@ class GgufFile:
                 f"{self._path}: {begins}.vocab_size must be the rows of token_embd.weight, {rows}, found "
                 f"{self._whole(f'{begins}.vocab_size')}"
             )
+        base = _short_float(self._value(f"{begins}.rope.freq_base", 10000.0))
         config: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": family.model_type,
@@ -131,17 +122,45 @@ class GgufFile:
             "head_dim": width,
             "max_position_embeddings": self._whole(f"{begins}.context_length"),
             "rms_norm_eps": _short_float(self._value(f"{begins}.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _short_float(self._value(f"{begins}.rope.freq_base", 10000.0)),
-            "rope_scaling": None,
+            "rope_theta": base,
+            "rope_scaling": self._scaling(base, width),
             "vocab_size": rows,
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "torch_dtype": "float32",
+            **{key: f"model.layers.0.{_BIASES[key]}.bias" in self._tensors for key in family.hf_biases},
         }
         for key in ("bos", "eos", "padding"):
             field = self._reader.get_field(f"tokenizer.ggml.{key}_token_id")
             if field is not None:
                 config[f"{'pad' if key == 'padding' else key}_token_id"] = int(field.contents())
         return config
+
+    def _scaling(self, base: float, width: int) -> dict[str, Any] | None:
+        """HF's section for what the file says of scaling, if anything."""
+        from gguf.quants import dequantize
+
+        begins = self._family.gguf
+        names = {"type": "scaling.type", "factor": "scaling.factor", "scale_linear": "scale_linear"}
+        fields = {key: self._reader.get_field(f"{begins}.rope.{name}") for key, name in names.items()}
+        said_of_it = {key: None if field is None else field.contents() for key, field in fields.items()}
+        by_keys = gguf_rope.linear(said_of_it, str(self._path))
+        if self._factors is None:
+            return None if by_keys is None else {"rope_type": "linear", "factor": by_keys.factor}
+        if by_keys is not None:
+            raise MinitronError(f"{self._path}: expected one RoPE scaling, found linear and '{gguf_rope.TENSOR}'")
+        context = self._whole(f"{begins}.context_length")
+        said = self._whole(f"{begins}.rope.scaling.original_context_length", 8192)
+        numbers = self._reader.get_field(gguf_rope.NUMBERS)
+        tensor = np.array(dequantize(self._factors.data, self._factors.tensor_type), dtype=np.float32)
+        scaling = gguf_rope.recovered(
+            tensor,
+            base,
+            width,
+            None if numbers is None else numbers.contents(),
+            (said, 8192, context),
+            str(self._path),
+        )
+        return None if scaling is None else {"rope_type": "llama3", **dataclasses.asdict(scaling)}
 
     def _read_family(self) -> Family:
         """The family whose GGUF this is."""
@@ -154,9 +173,6 @@ class GgufFile:
 
     def _check_keys(self) -> None:
         """Refuse what would change the forward pass; long texts and lists, which are a tokenizer's, are not opened."""
-        parts = self._value("split.count", 0)
-        if parts not in (0, 1):
-            raise MinitronError(f"{self._path}: expected a whole GGUF, found {split_gguf(parts, self._path.name)}")
         found, keys = {}, known.GGUF.renamed("llama.", f"{self._family.gguf}.")
         for key, field in self._reader.fields.items():
             plain = key in keys and len(field.data) == 1
@@ -179,13 +195,16 @@ class GgufFile:
         stored = self._tensors[name]
         values = np.array(dequantize(stored.data, stored.tensor_type), dtype=np.float32)
         tensor = torch.from_numpy(values).reshape(self.sizes[name])
-        if not self._family.gguf_permuted:
-            return tensor
-        if name.endswith("q_proj.weight"):
-            return _unpermute(tensor, self.config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            return _unpermute(tensor, self.config["num_key_value_heads"])
-        return tensor
+        config = self.config
+        heads = permuted_heads(self._family, name, config["num_attention_heads"], config["num_key_value_heads"])
+        return unpermute(tensor, heads) if heads else tensor
+
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Quantised and dequantised again, for the kinds that are written."""
+        from gguf.quants import dequantize, quantize
+
+        kind = self._tensors[name].tensor_type
+        return torch.from_numpy(dequantize(quantize(tensor.float().numpy(), kind), kind).astype(np.float32))
 
     def equal(self, first: str, second: str) -> bool:
         return torch.equal(self.get(first), self.get(second))
@@ -228,10 +247,16 @@ class GgufFile:
         """The reader maps the file and releases it with its last reference."""
 
 
-def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """(heads·d, H) with rows paired for llama.cpp's RoPE → HF's halves."""
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+def dequantised(kind: Any) -> bool:
+    """Whether the gguf package has values of a kind (``GGMLQuantizationType``) as numbers."""
+    from gguf.constants import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except (NotImplementedError, KeyError):
+        return False
+    return True
 
 
 def _short_float(value: float) -> float:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_minitron.checkpoint import gguf_parts
 from nemo_minitron.checkpoint.canonical import each_tensor, fingerprint, raw_bytes
-from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows
+from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
 from nemo_minitron.checkpoint.hf_config import shape_from_hf
 from nemo_minitron.checkpoint.hf_folder import HfFolder, shards
 from nemo_minitron.checkpoint.keys import has_no_place, other_head
@@ -40,6 +41,9 @@ class TensorSource(Protocol):
 
     def tokenizer_folder(self) -> Path | None:
         """Folder with tokenizer files, None where they must be made first."""
+
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Values as they would be after they were stored under ``name`` and read again, but for the dtype."""
 
     def save_tokenizer(self, folder: Path) -> None:
         """Write the tokenizer as a HF folder."""
@@ -130,6 +134,12 @@ class HfReader:
         tensor = fuse(parameter, parts, self.shape)
         return tensor if rows is None else tensor[rows]
 
+    def as_stored(self, tensor: torch.Tensor, parameter: Parameter, layer: int | None = None) -> torch.Tensor:
+        """A canonical tensor of other values as this checkpoint would have it: rounded or quantised, part by part."""
+        parts = unfuse(parameter, tensor, self.shape)
+        names = [name.format(l=layer) for name in parameter.hf]
+        return fuse(parameter, [self._source.rounded(*pair) for pair in zip(names, parts, strict=True)], self.shape)
+
     def fingerprint(self) -> str:
         """Fingerprint of the weights, equal to that of a ``.nemo`` with the same weights in the same dtype."""
         return fingerprint(self)
@@ -163,7 +173,7 @@ def _open_source(path: Path) -> TensorSource:
         refuse_other_kinds(path, "a HF folder with config.json, or one .gguf file")
     if path.is_dir() and (path / "config.json").is_file():
         return _open_folder(path)
-    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if path.suffix == ".gguf" else []
+    ggufs = gguf_parts.inside(path) if path.is_dir() else [path] if gguf_parts.is_gguf(path) else []
     if len(ggufs) != 1:
         raise MinitronError(f"{path}: expected a HF folder with config.json, or one .gguf file, found neither")
     from nemo_minitron.checkpoint.gguf import GgufFile

@@ -76,6 +76,10 @@ class HfFolder:
                 return False
         return True
 
+    def rounded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Values in the dtype of the tensor of that name."""
+        return tensor.to(self.dtypes[name])
+
     def tokenizer_folder(self) -> Path | None:
         """The folder itself, where it has a tokenizer."""
         return self._path if tokenizer_files.tokenizer_files(self._path) else None

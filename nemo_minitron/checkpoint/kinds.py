@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from nemo_minitron.checkpoint import gguf_parts
 from nemo_minitron.errors import MinitronError
-
-_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
 def refuse_other_kinds(path: Path, wanted: str) -> None:
@@ -27,11 +25,6 @@ def refuse_other_kinds(path: Path, wanted: str) -> None:
         return
     if found is not None:
         raise MinitronError(f"{path}: expected {wanted}, found {found}")
-
-
-def split_gguf(parts: int | str, name: str) -> str:
-    """What a part of a split GGUF is, and how it is joined."""
-    return f"a GGUF in {parts} parts; join them with: llama-gguf-split --merge {name} JOINED.gguf"
 
 
 def _file(path: Path) -> str | None:
@@ -72,8 +65,7 @@ def _folder(path: Path) -> str | None:
         return "weights in their maker's own format; take the HF folder of the same model, with its config.json"
     if has("*.safetensors", "pytorch_model*.bin"):
         return "weights without a config.json; take the whole folder of the model"
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = gguf_parts.inside(path)
     if len(ggufs) > 1:
-        part = _PART.fullmatch(ggufs[0].name)
-        return split_gguf(part[2].lstrip("0"), ggufs[0].name) if part else f"{len(ggufs)} .gguf files; name one"
+        return f"{len(ggufs)} models as .gguf files; name one"
     return None

@@ -138,14 +138,14 @@ GGUF = Keys(
         general.architecture general.alignment llama.block_count llama.context_length llama.embedding_length
         llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv llama.attention.key_length
         llama.attention.value_length llama.attention.layer_norm_rms_epsilon llama.rope.freq_base
-        llama.rope.dimension_count llama.vocab_size
+        llama.rope.dimension_count llama.vocab_size split.count split.no split.tensors.count minitron.rope_scaling
+        llama.rope.scaling.original_context_length llama.rope.scaling.factor llama.rope.scale_linear
         GGUF.version GGUF.tensor_count GGUF.kv_count
         """
     ),
     neutral=_names(
         """
-        split.no split.tensors.count llama.rope.scaling.original_context_length llama.rope.scaling.finetuned
-        llama.expert_used_count
+        llama.rope.scaling.finetuned llama.expert_used_count
         """
     ),
     neutral_beginnings=(
@@ -156,11 +156,8 @@ GGUF = Keys(
     ),
     only={
         "general.type": ("model",),
-        "split.count": (0, 1),
         "llama.tensor_data_layout": (None, "Meta AI original pth"),  # rows of Q and K permuted, as they always are
         "llama.rope.scaling.type": ("none", "linear"),
-        "llama.rope.scaling.factor": (0, 1),
-        "llama.rope.scale_linear": (0, 1),
         "llama.rope.scaling.attn_factor": (1, 0),
         "llama.rope.freq_base_swa": _NONE,
         "llama.rope.dimension_sections": _NONE,

@@ -39,12 +39,12 @@ def _nemo() -> Any:
     return known(MODEL, "NeMo's model section; its architecture keys are checked against the checkpoint")
 
 
-CONVERT_FORMATS = ("nemo", "hf", "bridge", "megatron", "nemo2")
+CONVERT_FORMATS = ("nemo", "hf", "gguf", "bridge", "megatron", "nemo2")
 
 
 @dataclass
 class ConvertConfig:
-    """A checkpoint of any format that is read to any that is written: HF folder or GGUF to .nemo, .nemo to HF folder.
+    """A checkpoint of any format that is read to any that is written: HF folder, GGUF and .nemo, each way.
 
     The input's format is told from its files, the output's from its name or from format=.
 
@@ -54,11 +54,12 @@ class ConvertConfig:
     """
 
     input_name_or_path: str = key(REQUIRED, "checkpoint to read, or a name on the hub, ORG/NAME[@REVISION]")
-    output_path: str = key(REQUIRED, ".nemo file or HF folder to write")
+    output_path: str = key(REQUIRED, ".nemo file, HF folder or .gguf file to write")
     format: str | None = key(
         None, "format to write; by the output's name when null, else HF of a .nemo and .nemo of others", CONVERT_FORMATS
     )
     precision: str | None = key(None, "dtype to write: 32, bf16 or 16; the input's own when null")
+    quantization: str | None = key(None, "q8_0 for the matrices of a GGUF, instead of precision")
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
     transformer_engine: bool = key(False, "for bridge, megatron and nemo2: the empty states its modules ask for, too")

@@ -26,6 +26,7 @@ class Request:
         make_vocab_size_divisible_by: as NeMo and Megatron have it; None for the format's own rule.
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for a source that carries none.
+        quantization: of a GGUF's matrices, in place of ``dtype``.
         check: called with the path of the finished output before it appears at its place.
         format: a key of the table of what is written.
         transformer_engine: whether Megatron's formats get the empty states of its modules as well.
@@ -36,13 +37,14 @@ class Request:
     make_vocab_size_divisible_by: int | None = None
     max_shard_size: int | str = ConvertConfig.max_shard_size
     tokenizer: Mapping[str, Any] | None = None
+    quantization: str | None = None
     check: Callable[[Path], None] | None = None
     format: str = "hf"
     transformer_engine: bool = False
 
 
 _MEGATRON = ("bridge", "megatron", "nemo2")
-_MODULES = {"nemo": "to_nemo", "hf": "to_hf"} | dict.fromkeys(_MEGATRON, "to_megatron")
+_MODULES = {"nemo": "to_nemo", "hf": "to_hf", "gguf": "to_gguf"} | dict.fromkeys(_MEGATRON, "to_megatron")
 """Module of each format that is written; its ``writer`` takes the reader, the request and a stack that outlives it."""
 _PADDED = ("nemo", *_MEGATRON)
 """Formats whose vocabulary tables may have rows of padding."""
@@ -76,5 +78,7 @@ def open_writer(name: str, reader: Reader, request: Request, stack: ExitStack) -
         raise MinitronError(f"make_vocab_size_divisible_by must be absent towards {name}, whose tables have no padding")
     if request.transformer_engine and name not in _MEGATRON:
         raise MinitronError(f"transformer_engine must be false towards {name}; it is for {', '.join(_MEGATRON)}")
+    if request.quantization is not None and name != "gguf":
+        raise MinitronError(f"quantization must be absent towards {name}, found '{request.quantization}'")
     writer: Writer = import_module(f"nemo_minitron.convert.{_MODULES[name]}").writer(reader, request, stack)
     return writer

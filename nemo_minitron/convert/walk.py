@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.checkpoint import NemoReader, each_tensor, tensor_name
+from nemo_minitron.checkpoint import HfReader, NemoReader, each_tensor, tensor_name
 from nemo_minitron.checkpoint.canonical import check_digest
 from nemo_minitron.checkpoint.formats import Reader, Writer, format_of, named
 from nemo_minitron.checkpoint.hub import located
@@ -32,6 +32,7 @@ def convert(
     verify: bool = False,
     max_shard_size: int | str = ConvertConfig.max_shard_size,
     tokenizer: Mapping[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> Path:
     """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
 
@@ -47,6 +48,7 @@ def convert(
             bit, with the input's, and both with the checksums that a ``.nemo`` carries.
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
+        quantization: ``q8_0`` for the matrices of a GGUF, in place of ``precision``.
 
     Raises:
         MinitronError: bad input or destination; the destination is then as it was.
@@ -64,6 +66,7 @@ def convert(
             make_vocab_size_divisible_by,
             max_shard_size,
             tokenizer,
+            quantization,
             _comparison(reader, name) if verify else None,
             format=name,
             transformer_engine=transformer_engine,
@@ -101,8 +104,8 @@ def _comparison(reader: Reader, name: str) -> Callable[[Path], None]:
 
 
 def compare(before: Reader, after: Reader) -> None:
-    """The shapes, RoPE and all, and every tensor of ``after`` against the same one of ``before`` cast to its dtype, bit
-    by bit; checksums as well.
+    """The shapes, RoPE and all, and every tensor of ``after`` against the same one of ``before`` cast to its dtype (or,
+    in a GGUF, quantised as it is there), bit by bit; checksums as well.
 
     Raises:
         MinitronError: the first size or tensor that differs from the other's, or from its own file's checksum, by name.
@@ -120,6 +123,8 @@ def compare(before: Reader, after: Reader) -> None:
         if parameter.axes[0] == VOCAB:
             tensors = [tensor[: after.shape.vocab_size] for tensor in tensors]
         # as bytes: as numbers, a zero would equal its negative
+        if isinstance(after, HfReader):
+            tensors[0] = after.as_stored(tensors[0], parameter, layer)
         old, new = (tensor.to(after.dtype).contiguous().view(torch.uint8) for tensor in tensors)
         if not torch.equal(old, new):
             raise MinitronError(f"{after.path}: tensor '{tensor_name(parameter, layer)}' differs from {before.path}'s")

@@ -21,5 +21,6 @@ def run(cfg: ConvertConfig) -> None:
         verify=cfg.verify,
         max_shard_size=cfg.max_shard_size,
         tokenizer=dataclasses.asdict(cfg.tokenizer),
+        quantization=cfg.quantization,
     )
     print(f"wrote {written}")

@@ -10,7 +10,9 @@ import struct
 import tarfile
 import types
 import zipfile
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -677,6 +679,18 @@ def after(needle, data, skip=0):
     return lambda blob: put(blob.index(needle) + len(needle) + skip, data)(blob)
 
 
+def gguf_parts(change):
+    """A model in two parts, of which ``change`` gets the paths; it may return another to convert."""
+
+    def make(folder):
+        write_gguf(folder / "m.gguf", parts_of=20)
+        parts = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
+        changed = change(parts)
+        return changed if isinstance(changed, Path) and not parts[0].exists() else parts[0]
+
+    return make
+
+
 GGUF = {
     "gguf magic": (gguf(put(0, b"GGML")), "header: another magic number"),
     "gguf version": (gguf(put(4, b"\xff" * 4)), "header: version"),
@@ -713,6 +727,39 @@ GGUF = {
     ),
     "gguf truncated": (gguf(lambda blob: blob[:-5000]), "beyond the file's end"),
     "gguf header alone": (gguf(lambda blob: blob[:200]), "its end"),
+    "gguf part missing": (gguf_parts(lambda parts: parts[1].unlink()), "m-00002-of-00002.gguf: expected all 2 parts"),
+    "gguf part twice": (
+        gguf_parts(lambda parts: shutil.copy(parts[0], parts[1])),
+        "m-00002-of-00002.gguf: split.no must be 1, found 0",
+    ),
+    "gguf part of another": (
+        gguf_parts(lambda parts: shutil.copy(parts[1], parts[0])),
+        "expected the metadata key general.architecture, found none",
+    ),
+    "gguf part count": (
+        gguf_parts(lambda parts: parts[1].write_bytes(after(b"split.count", b"\x09", 4)(parts[1].read_bytes()))),
+        "m-00002-of-00002.gguf: split.count must be 2, found 9",
+    ),
+    "gguf part truncated": (
+        gguf_parts(lambda parts: parts[1].write_bytes(parts[1].read_bytes()[:-5000])),
+        "m-00002-of-00002.gguf: .* beyond the file's end",
+    ),
+    "gguf part number": (
+        gguf_parts(lambda parts: parts[0].rename(parts[0].with_name("m-00009-of-00002.gguf"))),
+        "expected a part of 1 to 2, found part 9 of 2",
+    ),
+    "gguf rope factors of another size": (
+        lambda folder: write_gguf(folder / "bad.gguf", extra={"rope_freqs.weight": numpy.ones(3, "float32")}),
+        r"'rope_freqs.weight' must have the size \(4,\), found \(3,\)",
+    ),
+    "gguf rope factors of nothing": (
+        lambda folder: write_gguf(folder / "bad.gguf", extra={"rope_freqs.weight": numpy.zeros(4, "float32")}),
+        "'rope_freqs.weight' must be the result of Llama 3.1's RoPE scaling",
+    ),
+    "gguf integers": (
+        lambda folder: write_gguf(folder / "bad.gguf", extra={"blk.0.attn_q.bias": numpy.ones(4, "int32")}),
+        "'blk.0.attn_q.bias' has values of kind I32, which are not read",
+    ),
 }
 
 CASES = TAR | NEMO | {f"hf: {name}": case for name, case in HF.items()} | GGUF

@@ -16,8 +16,7 @@ KINDS = {
     "an iteration": (["common.pt", "__0_0.distcp"], "weights of a Megatron checkpoint without its config"),
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter, .*merge_and_unload"),
     "adapter beside its model": (["config.json", "model.safetensors", "adapter_config.json"], "a PEFT adapter"),
-    "parts of a GGUF": (["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], "a GGUF in 2 parts; join"),
-    "several GGUFs": (["a.gguf", "b.gguf"], r"2 \.gguf files; name one"),
+    "several GGUFs": (["a.gguf", "b.GGUF"], r"2 models as \.gguf files; name one"),
     "its maker's own": (["params.json", "consolidated.00.pth"], "in their maker's own format"),
     "no config": (["model.safetensors"], "weights without a config.json"),
 }
