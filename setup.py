@@ -15,7 +15,7 @@ REQUIRES = [
     "lightning==2.4.0",
     "hydra-core==1.3.2",
     "omegaconf==2.3.0",
-    "transformers==4.51.3",
+    "transformers>=4.51.3,<4.58",  # tokenizers and huggingface_hub come with it
     "numpy==1.26.4",
     "protobuf~=5.29.5",
     "fsspec==2024.12.0",

@@ -1,10 +1,11 @@
 """Where a run takes place: device, process groups, and Megatron-Core on machines without CUDA.
 
-This is the only module that patches another library, and it does so by explicit call, never when CUDA is present.
+This is the only module that patches another library, and it does so by explicit call; devices never when CUDA is there.
 Megatron-Core and NeMo 2.4 name the CUDA device in over sixty places (``torch.cuda.current_device()``,
 ``Tensor.cuda()``, ``device="cuda"``, CUDA random state); :func:`install_cpu` sends these to the CPU, which is enough
 for NeMo's own ``MegatronGPTModel`` to build, train, validate, save and restore over gloo. NeMo 2.4 needs Megatron-Core
-0.13; without NeMo all of this holds on 0.14, 0.15 and 0.16 too (``tests/test_megatron_versions.py``).
+0.13; without NeMo all of this holds on 0.14, 0.15 and 0.16 too (``tests/test_megatron_versions.py``). With
+transformers 5 its model class is imported as well (``tests/test_transformers_versions.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -63,6 +65,28 @@ def prepare() -> None:
         install_cpu()
     _reduce_scatter_in_output_dtype()
     _queue_server_holds_on()
+    if int(version("transformers").partition(".")[0]) >= 5:
+        _name_what_transformers_5_dropped()
+
+
+def _name_what_transformers_5_dropped() -> None:
+    """Put back the two names without which NeMo 2.4's language models cannot be imported; neither is used by ours.
+
+    One is the tokenizer of a question-answering data set, the other the folder below which NeMo puts files of BERT.
+    transformers 5 makes its own module anew when ``processing_utils`` is imported, and what was set before is gone.
+    """
+    import transformers.processing_utils
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from transformers.models.bert import tokenization_bert
+
+    class BasicTokenizer:
+        """Stands for the class that is gone; for NeMo's question answering alone."""
+
+        def __init__(self, *given: Any, **options: Any) -> None:
+            raise MinitronError("transformers must be older than 5 for NeMo's question answering (BasicTokenizer)")
+
+    fill_missing(tokenization_bert, BasicTokenizer=BasicTokenizer)
+    fill_missing(transformers, TRANSFORMERS_CACHE=HF_HUB_CACHE)
 
 
 def _queue_server_holds_on() -> None:
@@ -297,7 +321,7 @@ def synchronize() -> None:
 
 
 def fill_missing(module: Any, **names: Any) -> None:
-    """Define ``names`` in ``module`` where it lacks them: what NeMo leaves undefined when Apex is not installed."""
+    """Define ``names`` in ``module`` where it lacks them: what NeMo takes from Apex, or from an older transformers."""
     for name, value in names.items():
         if not hasattr(module, name):
             setattr(module, name, value)

@@ -27,9 +27,13 @@ def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
         shape, sensitivity = reader.shape, found.sensitivity
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
     streams = []
+
+    def layer_output(module, args, output):  # a tuple before transformers 4.54
+        streams.append(output if torch.is_tensor(output) else output[0])
+
     for layer in model.model.layers:
         layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
-        layer.register_forward_hook(lambda _, args, output: streams.append(output[0]))
+        layer.register_forward_hook(layer_output)
     logits = model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     expected = torch.stack([g.norm(dim=-1) for g in torch.autograd.grad(loss, streams)])
