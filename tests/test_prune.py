@@ -214,6 +214,14 @@ def test_unwritable_outputs(teacher, prune, tmp_path):
     assert status == 2 and "choose another name" in said
 
 
+def test_a_shape_that_nobody_would_serve_is_said_before_anything_is_written(prune, tmp_path):
+    status, said = prune("prune.drop_layers=[1]", "prune.serving.tensor_parallel=3")
+    assert status == 2 and "prune.serving: the student would be refused: num_attention_heads 8 does not divide" in said
+    assert not (tmp_path / "out").exists()
+    status, said = prune("prune.drop_layers=[1]", "prune.serving.tensor_parallel=2")
+    assert status == 0 and "student: " not in said.partition("before")[0]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -1,7 +1,9 @@
 import filecmp
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nemo_minitron.cli import main
 from nemo_minitron.synthetic import EOS, make_llama
@@ -56,3 +58,17 @@ def test_command_replaces_its_own_output_and_nothing_else(tmp_path, capsys):
     assert main([*command, "model.num_query_groups=3"]) == 2
     assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("16", torch.float16)])
+def test_command_writes_half_of_the_bytes_of_the_same_weights(precision, dtype, tmp_path, capsys):
+    command = ["synthesize", "model=tiny"]
+    assert main([*command, f"output_path={tmp_path}/whole"]) == 0
+    assert main([*command, f"output_path={tmp_path}/half", f"precision={precision}"]) == 0
+    whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
+    assert whole.keys() == half.keys()
+    assert all(torch.equal(half[name], whole[name].to(dtype)) and half[name].dtype == dtype for name in whole)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == str(dtype).removeprefix("torch.")
+    assert main([*command, f"output_path={tmp_path}/none", "precision=fp8"]) == 2
+    assert "precision must be one of" in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -98,6 +98,7 @@ class SynthesizeConfig:
 
     output_path: str = key(REQUIRED, "HF folder to write")
     model: dict[str, Any] = known(MODEL, "shape of the model; choose one with model=NAME")
+    precision: str = key("32", "dtype to write: 32, bf16 or 16")
     seed: int = key(SEED, "seed of the weights")
 
 

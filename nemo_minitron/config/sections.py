@@ -60,6 +60,15 @@ class Importance:
 
 
 @dataclass
+class Serving:
+    """What is to serve the student; nothing of it is asked for where all is null."""
+
+    tensor_parallel: int | None = key(None, "GPUs that vLLM, SGLang or TensorRT-LLM will split the student over")
+    row_multiple: int | None = key(None, "what rows of weights are to be a multiple of: 256 for llama.cpp's K-quants")
+    fp8: bool = key(False, "weights in FP8 by Marlin's kernels: 64 x 16 on each GPU")
+
+
+@dataclass
 class Prune:
     hidden_size: int | None = key(None, "hidden channels to keep")
     ffn_hidden_size: int | None = key(None, "FFN neurons to keep in every layer")
@@ -90,6 +99,7 @@ class Prune:
     calib_seq_length: int | None = key(None, "tokens per calibration block; the model's own length when null")
     calib_stream: bool = key(False, "as importance.stream")
     plan: str | None = key(None, "apply this plan file instead of making one")
+    serving: Serving = section(Serving, "what is to serve the student: a shape that it would refuse is an error")
 
 
 @dataclass
@@ -184,6 +194,7 @@ class Search:
     compensate: bool | None = key(None, "as prune.compensate")
     tokens: int | None = key(None, "calibration tokens that students are re-solved on; those in the scores when null")
     keep_students: bool = key(False, "keep the students that are not distilled; plans are kept in any case")
+    serving: Serving = section(Serving, "what is to serve the student: shapes that it would refuse are left out")
 
 
 @dataclass

@@ -8,9 +8,10 @@ from pathlib import Path
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid
 from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
-from nemo_minitron.config.sections import Calibration, Prune
+from nemo_minitron.config.sections import Calibration, Prune, Serving
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model import serving
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import plan_from_scores, target_shape, targets_of
 from nemo_minitron.prune.plan import TARGETS, Plan
@@ -39,6 +40,22 @@ def check_grid(student: ModelShape, grid: Grid) -> None:
     """
     padded = -(-student.vocab_size // grid.tensor) * grid.tensor
     student.replace(padded_vocab_size=padded).check_parallel(grid.tensor, grid.pipeline)
+
+
+def check_serving(source: ModelShape, student: ModelShape, wanted: Serving) -> list[str]:
+    """What engines that are to serve the student would run badly, or load by a detour only, and the source not.
+
+    Rows are counted in llama.cpp's blocks where ``wanted`` says nothing of them.
+
+    Raises:
+        MinitronError: an engine would refuse the student; with every reason.
+    """
+    serving.check(wanted, "prune.serving")
+    if refused := [reason.text for reason in serving.reasons(student, wanted) if reason.refused]:
+        raise MinitronError(f"prune.serving: the student would be refused: {'; '.join(refused)}")
+    wanted = dataclasses.replace(wanted, row_multiple=wanted.row_multiple or serving.ROW_MULTIPLE)
+    before = {reason.name for reason in serving.reasons(source, wanted)}
+    return [reason.text for reason in serving.reasons(student, wanted) if reason.name not in before]
 
 
 def calibration_of(prune: Prune, seed: int) -> Calibration:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 
 from nemo_minitron import __version__
+from nemo_minitron.config.sections import Serving
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.search.candidate import Candidate, Outcome
@@ -48,7 +50,7 @@ def document(outcome: Outcome, folder: Path) -> str:
     """The text of ``candidates.yaml``: budget, space, prediction, and every candidate, best first.
 
     ``predicted`` is in nats/token where the source's loss was measured, else a multiple of the source's loss. Plans are
-    named relative to the file.
+    named relative to the file. Under ``search.serving`` candidates tell what is ``refused`` or ``runs_badly``.
     """
     budget, found = outcome.budget, outcome.found
     limits = {name: getattr(budget, name) for name in UNITS if getattr(budget, name) is not None}
@@ -72,14 +74,16 @@ def document(outcome: Outcome, folder: Path) -> str:
         },
         "distilled_steps": [int(total) for total in np.cumsum(outcome.steps)],
         "winner": None if outcome.winner is None else outcome.winner.key,
-        "candidates": [_entry(candidate, folder) for candidate in ordered(outcome)],
+        "candidates": [_entry(outcome, candidate, folder) for candidate in ordered(outcome)],
     }
+    if outcome.serving != Serving():
+        content["serving"] = dataclasses.asdict(outcome.serving) | {"left_out": dict(found.refused)}
     if budget.rates is not None:
         content["budget"]["rates"] = budget.rates.to_dict()
     return yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
 
 
-def _entry(candidate: Candidate, folder: Path) -> dict[str, Any]:
+def _entry(outcome: Outcome, candidate: Candidate, folder: Path) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": candidate.key, "role": candidate.role}
     entry |= {name: getattr(candidate.shape, name) for name in TARGETS}
     entry |= {
@@ -94,6 +98,9 @@ def _entry(candidate: Candidate, folder: Path) -> dict[str, Any]:
         entry["distilled"] = [_round(loss) for loss in candidate.distilled]
     if candidate.plan is not None:
         entry["plan"] = os.path.relpath(candidate.plan, folder)
+    for kind, refused in (("refused", True), ("runs_badly", False)):
+        if some := [reason.text for reason in outcome.reasons(candidate) if reason.refused is refused]:
+            entry[kind] = some
     return entry
 
 
@@ -102,7 +109,7 @@ def _round(value: float | None) -> float | None:
 
 
 def summary(outcome: Outcome, rows: int = 8) -> str:
-    """The best candidates as a table."""
+    """The best candidates as a table; beside the role, why one is refused or run badly where it is to be served."""
     lines = [f"\n{'':<26}{'size':>9}{'GiB':>8}{'ms':>8}{'predicted':>11}{'zero-shot':>11}{'distilled':>11}  role"]
     for candidate in ordered(outcome)[:rows]:
         cells = [
@@ -114,7 +121,8 @@ def summary(outcome: Outcome, rows: int = 8) -> str:
         cells += ["-" if loss is None else f"{loss:.4f}" for loss in losses]
         widths = (9, 8, 8, 11, 11, 11)
         text = "".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{candidate.key:<26}{text}  {candidate.role}")
+        why = [reason.name for reason in outcome.reasons(candidate)]
+        lines.append(f"{candidate.key:<26}{text}  {candidate.role}" + (f" ({', '.join(why)})" if why else ""))
     if outcome.winner is not None:
         lines.append(f"best: {describe(outcome.winner.shape)}; prune.plan={outcome.winner.plan}")
     return "\n".join(lines)

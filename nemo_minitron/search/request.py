@@ -8,6 +8,7 @@ from typing import Any
 from nemo_minitron.config.grid import Grid
 from nemo_minitron.config.schema import SearchConfig
 from nemo_minitron.errors import MinitronError, did_you_mean, required
+from nemo_minitron.model import serving
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import target_shape
 from nemo_minitron.prune.plan import TARGETS
@@ -24,6 +25,7 @@ def last_stage(cfg: SearchConfig) -> str:
             raise MinitronError(f"search.{name}: expected at least {least}, found {found}")
     if not all(0 < share < 1 for share in cfg.search.probes):
         raise MinitronError(f"search.probes: expected shares between 0 and 1, found {cfg.search.probes}")
+    serving.check(cfg.search.serving, "search.serving")
     if not cfg.model.get("restore_from_path"):
         return "predict"
     if until != "predict":

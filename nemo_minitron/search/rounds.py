@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from nemo_minitron.config.schema import SearchConfig
+from nemo_minitron.config.sections import Serving
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.staging import Staging, write_file
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
+from nemo_minitron.model.serving import reasons, refusals
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.recipe import Compose, Records
 from nemo_minitron.search import output, predict
@@ -43,7 +45,9 @@ def run(cfg: SearchConfig, compose: Compose) -> Outcome:
     if not fits:
         raise MinitronError(f"budget: nothing to search; the source itself fits it ({describe(scores.shape)})")
     # an impossible budget is refused before anything is measured, and no prediction changes what is possible
-    feasible = scan(space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1)
+    feasible = scan(
+        space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1, refuse=_refuse(cfg.search.serving)
+    )
     (any_shape,) = _shapes(space, feasible.best)
     removed, without = removed_layers(cfg, scores, space, records)
     features = predict.Features.of(scores, without)
@@ -87,14 +91,16 @@ def _predicted(
     cfg: SearchConfig, space: Space, budget: Budget, predictor: Predictor, given: Sequence[ModelShape]
 ) -> Outcome:
     """Walk through the space and choose what to measure."""
-    found = scan(space, budget, predictor, seed=cfg.seed, follow=given)
+    serving = cfg.search.serving
+    found = scan(space, budget, predictor, seed=cfg.seed, follow=given, refuse=_refuse(serving))
     assert found.best is not None and found.sample is not None
     candidates = []
     limits = budget.limits()
     for shape, better in zip(given, found.better, strict=True):
         costs = {name: float(cost) for name, cost in budget.costs(shape).items()}
         fits = all(costs[name] <= limit for name, limit in limits.items())
-        rank = better + 1 if fits else None
+        refused = any(reason.refused for reason in reasons(shape, serving))
+        rank = better + 1 if fits and not refused else None
         candidates.append(Candidate(shape, "given", float(predictor(shape)[0]), costs, rank=rank))
     chosen = spread_out(found.best, cfg.search.measure, cfg.search.spread)
     candidates += _candidates(space, found.best, chosen, "searched", given)
@@ -105,11 +111,23 @@ def _predicted(
         f"{found.considered:,} shapes, {found.feasible:,} within the budget of "
         + ", ".join(show(name, getattr(budget, name)) for name in limits)
     )
+    if found.left_out:
+        counts = ", ".join(f"{name} {number:,}" for name, number in found.refused.items() if number)
+        print(f"{found.left_out:,} shapes left out, which would be refused where they are to be served: {counts}")
     for candidate in candidates:
         if candidate.role == "given":
-            place = "over the budget" if candidate.rank is None else f"rank {candidate.rank:,} of {found.feasible:,}"
+            if candidate.rank is not None:
+                place = f"rank {candidate.rank:,} of {found.feasible:,}"
+            else:
+                why = [reason.text for reason in reasons(candidate.shape, serving) if reason.refused]
+                place = f"not to be served ({'; '.join(why)})" if why else "over the budget"
             print(f"{describe(candidate.shape)}: {place}, predicted {candidate.predicted:.4f}")
-    return Outcome(space, budget, found, predictor, candidates)
+    return Outcome(space, budget, found, predictor, candidates, serving=serving)
+
+
+def _refuse(serving: Serving) -> Callable[[ModelShape], dict[str, np.ndarray]]:
+    """A function that tells by reasons which of many shapes an engine would refuse."""
+    return lambda shapes: refusals(shapes, serving)
 
 
 def _candidates(

@@ -5,7 +5,7 @@ Only what the search needs is kept of a block, so that memory does not grow with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,6 +58,8 @@ class Found:
             at random. fronts: Pareto front of all shapes by cost, the budget aside.
         better: of every followed shape, how many feasible ones are predicted better.
         nearest: the shape that exceeds the limits least, and by how much: 1.0 is at the limit.
+        left_out: shapes that an engine would refuse, of which nothing else here tells, and ``refused``, how many of
+            them for each reason, by its name.
     """
 
     considered: int = 0
@@ -69,6 +71,17 @@ class Found:
     better: list[int] = field(default_factory=list)
     nearest: Rows | None = None
     excess: float = np.inf
+    left_out: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+
+    def served(self, rows: Rows, refused: Mapping[str, np.ndarray]) -> Rows:
+        """The rows that no reason refuses; the others are counted."""
+        out = np.zeros(len(rows), dtype=bool)
+        for name, some in refused.items():
+            self.refused[name] = self.refused.get(name, 0) + int(some.sum())
+            out |= some
+        self.left_out += int(out.sum())
+        return rows.take(np.flatnonzero(~out)) if out.any() else rows
 
 
 def scan(
@@ -80,10 +93,12 @@ def scan(
     sample: int = 2_000,
     seed: int = SearchConfig.seed,
     follow: Sequence[ModelShape] = (),
+    refuse: Callable[[ModelShape], Mapping[str, np.ndarray]] = lambda shapes: {},
 ) -> Found:
     """Walk through the space once.
 
     Args:
+        refuse: by reasons, which shapes of a block are to be left out (:func:`nemo_minitron.model.serving.refusals`).
         predict: loss of every shape of a block, ``[n]``, lower is better.
         keep, sample: how many rows of ``best`` and ``sample`` to keep. follow: shapes to rank.
 
@@ -97,6 +112,7 @@ def scan(
     for shapes in space.blocks():
         rows = Rows(shapes.sizes, predict(shapes), budget.costs(shapes))
         found.considered += len(rows)
+        rows = found.served(rows, refuse(shapes))
         if not len(rows):
             continue
         for cost in rows.costs:
@@ -170,20 +186,27 @@ def infeasible(space: Space, budget: Budget, found: Found) -> str:
     """Which limit binds, and the nearest shape that there is.
 
     Costs grow with every size, so that a limit that some shape keeps is kept by the smallest: where nothing is
-    feasible, some limit is kept by none.
+    feasible, some limit is kept by none. Where shapes are left out there may be several smallest ones.
     """
-    near = found.nearest
+    near, left_out = found.nearest, ""
+    if found.left_out:
+        counts = ", ".join(f"{name} {number:,}" for name, number in found.refused.items() if number)
+        left_out = f"search.serving leaves out {found.left_out:,} of {found.considered:,} shapes ({counts})"
+    if near is None and left_out:
+        return f"{left_out}, which is all; ask for less, or let more axes shrink (search.shrink)"
     if near is None:
         return "search: there is no shape but the source's own; let more axes shrink (search.shrink)"
     shares = {name: float(near.costs[name][0]) / getattr(budget, name) for name in budget.limits()}
     binding = max(shares, key=lambda name: shares[name])
     others = [f"budget.{name}" for name in shares if name != binding and not found.alone[name]]
     also = f" (and so {'is' if len(others) == 1 else 'are'} {', '.join(others)})" if others else ""
+    together = " together with the other limits" if found.alone[binding] else ""
+    smallest = describe(Shapes.of(space.source, near.sizes).shape(0))
     return (
-        f"budget.{binding}: {show(binding, getattr(budget, binding))} is too little{also}: of {found.considered:,} "
-        f"shapes none keeps it. Nearest is {describe(Shapes.of(space.source, near.sizes).shape(0))} with "
+        f"budget.{binding}: {show(binding, getattr(budget, binding))} is too little{also}: of "
+        f"{found.considered - found.left_out:,} shapes none keeps it{together}. Nearest is {smallest} with "
         f"{show(binding, float(near.costs[binding][0]))}, {shares[binding]:.3g} times the budget; "
-        "raise the budget, or lower search.min_fraction"
+        "raise the budget, or lower search.min_fraction" + (f"; {left_out}" if left_out else "")
     )
 
 

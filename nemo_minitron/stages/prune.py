@@ -13,7 +13,13 @@ from nemo_minitron.importance.scores import Scores
 from nemo_minitron.jobs.processes import notice
 from nemo_minitron.prune.choose import needs_scores
 from nemo_minitron.prune.plan import TARGETS, Plan, format_ranges
-from nemo_minitron.prune.request import calibration_of, check_grid, make_requested_plan, requested_shape
+from nemo_minitron.prune.request import (
+    calibration_of,
+    check_grid,
+    check_serving,
+    make_requested_plan,
+    requested_shape,
+)
 from nemo_minitron.prune.student import check_compensation, check_writable, write_student
 
 
@@ -48,6 +54,8 @@ def run(cfg: PruneConfig) -> Plan:
                 f"{source} carries no tokenizer, and the student will not either; model.tokenizer.type=... gives one"
             )
         check_grid(student, Grid.of(cfg.model))
+        for reason in check_serving(reader.shape, student, prune.serving):
+            notice(f"student: {reason}")
         scores = Scores.load(prune.scores, reader.shape) if prune.scores else None
         wanted = needs_scores(reader.shape, student, prune.drop_layers) or prune.compensate
         calibration = calibration_of(prune, cfg.seed) if plan is None and scores is None and wanted else None

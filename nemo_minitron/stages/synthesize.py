@@ -16,6 +16,8 @@ _FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,15 +29,17 @@ def run(cfg: SynthesizeConfig) -> None:
     """Write a random model of the shape in ``model`` to the folder ``output_path``, replacing one made before.
 
     Raises:
-        MinitronError: an impossible shape; a destination that cannot be written or holds anything else.
+        MinitronError: an impossible shape, an unknown precision; a destination that cannot be written or holds
+            anything else.
     """
+    from nemo_minitron.checkpoint.nemo_config import dtype_from_precision
     from nemo_minitron.synthetic import make_llama
 
-    shape = shape_of(cfg.model)
+    shape, dtype = shape_of(cfg.model), dtype_from_precision(cfg.precision)
     folder = Path(cfg.output_path)
     try:
         with Staging(folder, folder=True, replaceable=_FILES) as staging:
-            make_llama(staging.path, shape, seed=cfg.seed)
+            make_llama(staging.path, shape, seed=cfg.seed, dtype=dtype)
     except OSError as error:
         raise MinitronError(f"output_path {folder} cannot be written: {error.strerror}") from error
     print(f"{folder}: {shape.num_parameters():,} parameters")

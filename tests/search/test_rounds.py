@@ -226,6 +226,30 @@ def test_scores_alone_rank_shapes(source, tmp_path, stages):
     )
 
 
+def test_what_is_to_serve_the_student_leaves_shapes_out_and_marks_others(source, tmp_path, stages, capsys):
+    wanted = "search.serving={tensor_parallel: 2, row_multiple: 16}"
+    shapes = "search.shapes=[{num_attention_heads: 3, num_query_groups: 3, num_layers: 1}]"
+    outcome = run(source, tmp_path / "out", wanted, shapes, weights=False)
+    (given,) = (one for one in outcome.candidates if one.role == "given")
+    assert given.rank is None and outcome.found.left_out > 100
+    document = yaml.safe_load((tmp_path / "out" / "candidates.yaml").read_text())
+    assert document["serving"]["tensor_parallel"] == 2 and document["serving"]["left_out"] == outcome.found.refused
+    said = capsys.readouterr().out
+    assert f"{outcome.found.left_out:,} shapes left out, which would be refused where they are to be served: " in said
+    marked = 0
+    for entry in document["candidates"]:
+        if entry["role"] == "given":
+            assert "num_attention_heads 3 does not divide over 2 GPUs" in entry["refused"]
+            continue
+        assert entry["num_attention_heads"] % 2 == entry["ffn_hidden_size"] % 2 == 0 and "refused" not in entry
+        lengths = entry["hidden_size"], entry["ffn_hidden_size"], entry["num_attention_heads"] * GQA.kv_channels
+        odd = any(length % 16 for length in lengths)
+        assert odd == any("multiple of 16" in text or "multiples of 16" in text for text in entry.get("runs_badly", []))
+        marked += odd
+    assert marked > 0
+    assert "  searched (rows" in said or "  validation (rows" in said
+
+
 def test_rates_are_measured_once(source, tmp_path, stages, monkeypatch):
     """Another measurement would allow other shapes, and a search that goes on would not be the same."""
     calls = []
@@ -283,6 +307,8 @@ def test_calibration_tokens_can_be_fewer():
         (["budget.num_parameters=null"], "budget: expected at least one of budget.num_parameters"),
         (["budget.memory_gib=0"], "budget.memory_gib: expected a positive number, found 0.0"),
         (["search.measure=0"], "search.measure: expected at least 1, found 0"),
+        (["search.serving.tensor_parallel=0"], "search.serving.tensor_parallel: expected at least 1, found 0"),
+        (["search.serving.tensor_parallel=5"], "search.serving leaves out "),
         (["search.probes=[1.5]"], "search.probes: expected shares between 0 and 1"),
         (["search.shrink=[hidden]"], "search.shrink: expected some of hidden_size"),
         (["search.min_fraction=0"], "search.min_fraction: expected more than 0"),

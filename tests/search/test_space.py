@@ -8,12 +8,15 @@ import time
 import numpy as np
 import pytest
 
+from nemo_minitron.config.sections import Serving
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.serving import refusals
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS
 from nemo_minitron.search.latency import Rates
 from nemo_minitron.search.scan import Rows, scan, spread_out
 from nemo_minitron.search.space import Budget, Shapes, Space, aligned_step, sizes_of
+from tests.model.test_serving import load_by_rank
 
 LLAMA = ModelShape(32, 4096, 14336, 32, 8, 128, 128256, 128256)
 SMOL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 49152, share_embeddings_and_output_weights=True)
@@ -97,6 +100,45 @@ def test_scan_agrees_with_one_shape_at_a_time():
     assert all(
         every.index(drawn.shape(at)) >= 0 and fits[every.index(drawn.shape(at))] for at in range(len(drawn.sizes))
     )
+
+
+def test_shapes_that_would_be_refused_are_left_out_of_everything():
+    wanted = Serving(tensor_parallel=2, fp8=True)
+    source = SMALL.replace(hidden_size=128, ffn_hidden_size=256, kv_channels=32, qkv_bias=False)
+    space = Space.of(source, min_fraction=0.3)
+    budget = Budget(num_parameters=300_000, tolerance=0.0)
+
+    def loads(shape: ModelShape) -> bool:
+        try:
+            load_by_rank(shape, 2, fp8=True)
+        except AssertionError:
+            return False
+        return True
+
+    def cost(shapes: ModelShape) -> np.ndarray:
+        return np.atleast_1d(1 / shapes.num_parameters())
+
+    every = by_hand(space)
+    served = [shape for shape in every if loads(shape)]
+    fits = [shape for shape in served if shape.num_parameters() <= 300_000]
+    found = scan(space, budget, cost, refuse=lambda shapes: refusals(shapes, wanted))
+    assert 10 < len(fits) < len(served) < len(every) / 2
+    assert (found.considered, found.left_out, found.feasible) == (len(every), len(every) - len(served), len(fits))
+    assert {tuple(sizes) for sizes in found.best.sizes} == {tuple(sizes_of(shape)) for shape in fits}
+    assert found.alone["num_parameters"] == len(fits)
+    assert found.refused["heads"] == sum(shape.num_attention_heads % 2 for shape in every)
+    for rows in (found.sample, found.fronts["num_parameters"]):
+        shapes = Shapes.of(source, rows.sizes)
+        assert all(loads(shapes.shape(at)) for at in range(len(rows)))
+
+
+def test_where_nothing_is_served_or_nothing_of_it_fits_the_reasons_are_counted():
+    everything = Serving(tensor_parallel=5)
+    with pytest.raises(MinitronError, match=r"^search\.serving leaves out [\d,]+ of [\d,]+ .*which is all"):
+        scan(Space.of(SMALL), Budget(num_parameters=60_000), loss, refuse=lambda shapes: refusals(shapes, everything))
+    whole = Serving(tensor_parallel=4)
+    with pytest.raises(MinitronError, match=r"^budget\.num_parameters: .*; search\.serving leaves out .*groups"):
+        scan(Space.of(SMALL), Budget(num_parameters=20), loss, refuse=lambda shapes: refusals(shapes, whole))
 
 
 def test_what_is_kept_does_not_depend_on_how_much_is_kept():
