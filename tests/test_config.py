@@ -13,9 +13,8 @@ from nemo_minitron.config.compose import CONF_DIR, Source, compose, group_option
 from nemo_minitron.config.keys import REQUIRED, keys
 from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape, shape_of
 from nemo_minitron.prune.plan import TARGETS
-from nemo_minitron.stages.synthesize import shape_of
 
 DISTILL = [
     "model.restore_from_path=student.nemo",

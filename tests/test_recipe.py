@@ -291,7 +291,7 @@ def test_shipped_recipes_fit_together(name, tmp_path):
 
 
 def test_smollm2_keeps_71_percent():
-    from nemo_minitron.stages.synthesize import shape_of
+    from nemo_minitron.model.shape import shape_of
 
     settings = compose("run", ["recipe=smollm2_135m", "recipe.settings.source=x"]).recipe.settings
     teacher = shape_of(compose("synthesize", ["model=smollm2_135m", "output_path=x"]).model)

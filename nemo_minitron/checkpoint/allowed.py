@@ -27,6 +27,7 @@ _ALLOWED = re.compile(
     r"|megatron\.core\.dist_checkpointing\.strategies\.torch\.MCoreSavePlan"
     r"|megatron\.core\.dist_checkpointing\.mapping\.(Sharded(Tensor|Object|TensorFactory)|LocalNonpersistentObject)"
     r"|megatron\.core\.((transformer\.)?enums|rerun_state_machine)\.[A-Z]\w*"
+    r"|megatron\.core\.transformer\.pipeline_parallel_layer_layout\.PipelineParallelLayerLayout"
     r"|megatron\.core\.transformer\.transformer_config\.(MLA)?TransformerConfig"
     r"|megatron\.core\.model_parallel_config\.ModelParallelConfig"
     r"|transformer_engine\.common\.recipe\.(_FormatHelper|[A-Z]\w*)"
@@ -37,6 +38,11 @@ _ALLOWED = re.compile(
 )
 
 
+def is_allowed(name: str) -> bool:
+    """Whether ``module.name`` may stand in a checkpoint's pickle."""
+    return _ALLOWED.fullmatch(name) is not None
+
+
 def check_names(read: Read, length: int, where: str, limit: int = OBJECT_LIMIT) -> None:
     """Refuse a record or file whose pickle names what has no place in a checkpoint, without unpickling it.
 
@@ -44,7 +50,7 @@ def check_names(read: Read, length: int, where: str, limit: int = OBJECT_LIMIT) 
         MinitronError: naming the first of them, or what is wrong with the pickle.
     """
     try:
-        foreign = sorted(name for name in names_in(read, length, limit) if not _ALLOWED.fullmatch(name))
+        foreign = sorted(name for name in names_in(read, length, limit) if not is_allowed(name))
     except RecordError as error:
         raise MinitronError(f"{where} is refused: {error}") from None
     if foreign:

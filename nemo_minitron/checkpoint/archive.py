@@ -32,7 +32,7 @@ class Archive:
     """
 
     def __init__(self, path: Path, places: dict[str, tuple[Path, int, int]], file: IO[bytes] | None = None) -> None:
-        self._path, self._places = path, places
+        self.path, self._places = path, places
         self._files: dict[Path, IO[bytes]] = {} if file is None else {path: file}
 
     def names(self) -> list[str]:
@@ -61,13 +61,13 @@ class Archive:
         path, offset, _ = self._places[name]
         if path not in self._files:
             self._files[path] = path.open("rb")
-        read_exactly(self._files[path], offset + start, buffer, f"{self._path}: member '{name}'")
+        read_exactly(self._files[path], offset + start, buffer, f"{self.path}: member '{name}'")
 
     def _check(self, name: str, start: int, size: int) -> None:
         length = self.size(name)
         if start < 0 or size < 0 or start + size > length:
             end = start + size
-            raise MinitronError(f"{self._path}: expected bytes {start}..{end} in member '{name}', which has {length}")
+            raise MinitronError(f"{self.path}: expected bytes {start}..{end} in member '{name}', which has {length}")
 
     def close(self) -> None:
         """Release files."""
@@ -90,7 +90,7 @@ def read_member(archive: Archive, name: str, limit: int) -> bytes:
     """The whole of a small member; more than ``limit`` bytes are refused before they are read."""
     size = archive.size(name)
     if size > limit:
-        raise MinitronError(f"member '{name}': expected at most {limit} bytes, found {size}")
+        raise MinitronError(f"{archive.path}: member '{name}': expected at most {limit} bytes, found {size}")
     return archive.read(name)
 
 

@@ -1,9 +1,10 @@
-"""Megatron-Core's ``torch_dist`` distributed checkpoint inside a ``.nemo``, read and written without a process group.
+"""Megatron-Core's ``torch_dist`` distributed checkpoint, read and written without a process group.
 
-On disk (Megatron-Core 0.13, ``dist_checkpointing`` format torch_dist 1): ``.metadata`` is a pickle of
+On disk (Megatron-Core 0.13 to 0.19, ``dist_checkpointing`` format torch_dist 1): ``.metadata`` is a pickle of
 ``torch.distributed.checkpoint.metadata.Metadata``; each ``__R_N.distcp`` is a concatenation of ``torch.save`` records,
-found by offset and length; ``common.pt`` holds what is not sharded; ``metadata.json`` names the backends. Layers are
-stacked as ``[L, ...]`` under one key, one or more chunks per layer, depending on the grid that wrote it.
+found by offset and length; ``common.pt`` holds what is not sharded (from 0.19 on, a record of a ``.distcp`` does);
+``metadata.json`` names the backends. Layers are stacked as ``[L, ...]`` under one key, one or more chunks per layer,
+depending on the grid that wrote it. In a ``.nemo`` all of it lies in ``model_weights/``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line, parse_json
 
 WEIGHTS = "model_weights/"
+# What Transformer Engine keeps for FP8, the angles of RoPE, and a training's state: none of it is the model's
+_NEUTRAL = re.compile(r".*\._extra_state(/.*)?|.*rotary_pos_emb\.inv_freq|(chained_\d+\.)?optimizer[._].*|rng_state.*")
 METADATA_LIMIT = 64 << 20
 _MAX_CHUNKS, _MAX_DIMENSIONS, _MAX_OVERLAPPING = 1_000_000, 8, 4096
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +45,10 @@ class Chunk:
     member: str
     start: int
     length: int
+
+
+Place = tuple[str, int, int]
+"""Member, first byte and length of one record."""
 
 
 @dataclass(frozen=True)
@@ -81,39 +89,49 @@ class MetadataUnpickler(InertUnpickler):
 
 
 def read_index(archive: Archive, where: str) -> dict[str, Stored]:
-    """Every tensor of the checkpoint by its full key, from ``.metadata`` alone.
+    """Every tensor of a ``.nemo``'s model by its full key, from ``.metadata`` alone.
 
     Raises:
-        MinitronError: another format (zarr, legacy ``model_weights.ckpt``); metadata that are damaged, that name
-            anything but metadata classes, or whose chunks do not fit the members and the tensors; code in a member
-            that only NeMo would read (``common.pt``, ``_extra_state``).
+        MinitronError: another format (zarr, legacy ``model_weights.ckpt``); what :func:`read_metadata` refuses.
     """
-    names = set(archive.names())
-    _check_format(archive, names, where)
-    blob = read_member(archive, f"{WEIGHTS}.metadata", METADATA_LIMIT)
+    _check_format(archive, set(archive.names()), where)
+    return read_metadata(archive, where, WEIGHTS)[0]
+
+
+def read_metadata(archive: Archive, where: str, folder: str) -> tuple[dict[str, Stored], dict[str, Place]]:
+    """Every tensor of the model by its full key, and the places of the objects beside them, from ``.metadata`` alone.
+
+    Args:
+        folder: beginning of the members' names, ``model_weights/`` or nothing.
+
+    Raises:
+        MinitronError: metadata that are damaged, name other classes, or have chunks that do not fit members and
+            tensors; code in a member that only Megatron or NeMo would read (``common.pt``, ``_extra_state``).
+    """
+    blob = read_member(archive, f"{folder}.metadata", METADATA_LIMIT)
     try:
         metadata = MetadataUnpickler(blob).read_all()
-        tensors, objects = _index(metadata, archive)
+        tensors, objects = _index(metadata, archive, folder)
     except pickle.UnpicklingError as error:
-        raise MinitronError(f"{where}: {WEIGHTS}.metadata is refused: {error}") from None
+        raise MinitronError(f"{where}: {folder}.metadata is refused: {error}") from None
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise MinitronError(
-            f"{where}: expected checkpoint metadata in {WEIGHTS}.metadata, found damage: {one_line(error)}"
+            f"{where}: expected checkpoint metadata in {folder}.metadata, found damage: {one_line(error)}"
         ) from None
-    _check_unread(archive, objects, where)
-    return tensors
+    _check_unread(archive, objects, where, folder)
+    return tensors, objects
 
 
-def _check_unread(archive: Archive, objects: Mapping[str, tuple[str, int, int]], where: str) -> None:
-    """Refuse code in what is not read here, but would be by NeMo."""
+def _check_unread(archive: Archive, objects: Mapping[str, Place], where: str, folder: str) -> None:
+    """Refuse code in what is not read here, but would be by Megatron and NeMo."""
     for name in archive.names():
-        if name.startswith(WEIGHTS) and name.endswith(".pt"):
-            check_names(_reader(archive, name, 0, archive.size(name)), archive.size(name), f"{where}: member '{name}'")
+        if name.startswith(folder) and name.endswith(".pt"):
+            check_names(part(archive, name, 0, archive.size(name)), archive.size(name), f"{where}: member '{name}'")
     for key, (name, offset, length) in objects.items():
-        check_names(_reader(archive, name, offset, length), length, f"{where}: member '{name}' with '{key}'")
+        check_names(part(archive, name, offset, length), length, f"{where}: member '{name}' with '{key}'")
 
 
-def _reader(archive: Archive, member: str, offset: int, length: int) -> Read:
+def part(archive: Archive, member: str, offset: int, length: int) -> Read:
     """Bytes of one record of a member."""
 
     def read(start: int, size: int) -> bytes:
@@ -147,13 +165,13 @@ def _check_format(archive: Archive, names: set[str], where: str) -> None:
         raise MinitronError(f"{where}: expected the member {WEIGHTS}.metadata, found none")
 
 
-def _index(metadata: Any, archive: Archive) -> tuple[dict[str, Stored], dict[str, tuple[str, int, int]]]:
+def _index(metadata: Any, archive: Archive, folder: str) -> tuple[dict[str, Stored], dict[str, Place]]:
     """Tensors, and the places of objects, by key; raises what a malformed object makes Python raise."""
     names = set(archive.names())
-    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
-    objects: dict[str, tuple[str, int, int]] = {}
+    places: dict[tuple[str, tuple[int, ...]], Place] = {}
+    objects: dict[str, Place] = {}
     for index, info in metadata.storage_data.items():
-        member, start, length = f"{WEIGHTS}{info.relative_path}", int(info.offset), int(info.length)
+        member, start, length = f"{folder}{info.relative_path}", int(info.offset), int(info.length)
         if member not in names:
             raise ValueError(f"no member '{member}' for {index.fqn}")
         size = archive.size(member)
@@ -166,7 +184,7 @@ def _index(metadata: Any, archive: Archive) -> tuple[dict[str, Stored], dict[str
     tensors: dict[str, Stored] = {}
     total = 0
     for key, stored in metadata.state_dict_metadata.items():
-        if not hasattr(stored, "chunks"):
+        if not hasattr(stored, "chunks") or _NEUTRAL.fullmatch(str(key)):
             continue
         total += len(stored.chunks)
         if total > _MAX_CHUNKS:
@@ -244,7 +262,7 @@ def _record(archive: Archive, key: str, stored: Stored, chunk: Chunk) -> torch.T
     """One ``torch.save`` record, its sizes checked before anything is allocated."""
 
     try:
-        view = describe(_reader(archive, chunk.member, chunk.start, chunk.length), chunk.length)
+        view = describe(part(archive, chunk.member, chunk.start, chunk.length), chunk.length)
         if (view.size, view.dtype) != (chunk.sizes, stored.dtype):
             raise RecordError(f"expected {chunk.sizes} {stored.dtype}, found {view.size} {view.dtype}")
     except RecordError as error:

@@ -11,6 +11,7 @@ import torch
 
 from nemo_minitron.checkpoint import gguf_parts
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
+from nemo_minitron.checkpoint.megatron_place import BRIDGE, MEGATRON, NEMO2, dress_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.parameter import Parameter
 from nemo_minitron.model.shape import ModelShape
@@ -76,12 +77,14 @@ class Format:
         what: words for it, in messages.
         recognised: whether a path that exists is one.
         open: its reader.
+        open_as: its reader, told NeMo's keys of the shape; None where a checkpoint always says its own.
     """
 
     name: str
     what: str
     recognised: Callable[[Path], bool]
     open: Callable[[Path], Reader]
+    open_as: Callable[[Path, Mapping[str, Any]], Reader] | None = None
 
 
 def _nemo(path: Path) -> Reader:
@@ -96,6 +99,12 @@ def _hf(path: Path) -> Reader:
     return HfReader(path)
 
 
+def _megatron(path: Path, model: Mapping[str, Any] | None = None) -> Reader:
+    from nemo_minitron.checkpoint.megatron_folder import MegatronReader
+
+    return MegatronReader(path, model)
+
+
 def _is_gguf(path: Path) -> bool:
     return bool(gguf_parts.inside(path)) if path.is_dir() else gguf_parts.is_gguf(path)
 
@@ -104,6 +113,9 @@ FORMATS: tuple[Format, ...] = (
     Format("nemo", "a .nemo", lambda p: p.suffix == ".nemo" or (p / "model_config.yaml").is_file(), _nemo),
     Format("hf", "a HF folder with config.json", lambda p: (p / "config.json").is_file(), _hf),
     Format("gguf", "a .gguf file", _is_gguf, _hf),
+    Format("nemo2", "a folder of NeMo 2", lambda p: dress_of(p) == NEMO2, _megatron, _megatron),
+    Format("bridge", "a folder of Megatron-Bridge", lambda p: dress_of(p) == BRIDGE, _megatron, _megatron),
+    Format("megatron", "a folder of Megatron-LM", lambda p: dress_of(p) == MEGATRON, _megatron, _megatron),
 )
 """Every format that is read, in the order in which they are asked whether a path is theirs."""
 

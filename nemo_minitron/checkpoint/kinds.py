@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_minitron.checkpoint import gguf_parts
+from nemo_minitron.checkpoint.megatron_place import BRIDGE, MEGATRON, NEMO2, dress_of
 from nemo_minitron.errors import MinitronError
 
 
@@ -47,20 +48,9 @@ def _folder(path: Path) -> str | None:
         )
     if has("config.json"):
         return "a HF folder; make a .nemo of it with `minitron convert`" if has("*.safetensors", "*.bin") else None
-    if (path / "context").is_dir() and (path / "weights").is_dir():
-        return (
-            "a checkpoint of NeMo 2 (context, weights); export it with NeMo 2 to a HF folder (llm.export_ckpt with "
-            "target='hf') and convert that"
-        )
-    if has("run_config.yaml", "iter_*/run_config.yaml", "latest_train_state.pt"):
-        return (
-            "a checkpoint of Megatron-Bridge; export it with Megatron-Bridge to a HF folder (AutoBridge.export_ckpt) "
-            "and convert that"
-        )
-    if has("latest_checkpointed_iteration.txt", "iter_*/common.pt", "iter_*/metadata.json", "iter_*/mp_rank_*"):
-        return "a checkpoint of Megatron-LM; export it to a HF folder (with Megatron-Bridge) and convert that"
-    if has("mp_rank_*", "common.pt", "__*_*.distcp"):
-        return "the weights of a Megatron checkpoint without its config; export it to a HF folder and convert that"
+    if (dress := dress_of(path)) is not None:
+        kind = {NEMO2: "NeMo 2 (context, weights)", BRIDGE: "Megatron-Bridge", MEGATRON: "Megatron-LM"}[dress]
+        return f"a checkpoint of {kind}; make a .nemo of it with `minitron convert`"
     if has("consolidated*.pth", "consolidated*.safetensors"):
         return "weights in their maker's own format; take the HF folder of the same model, with its config.json"
     if has("*.safetensors", "pytorch_model*.bin"):
@@ -69,3 +59,27 @@ def _folder(path: Path) -> str | None:
     if len(ggufs) > 1:
         return f"{len(ggufs)} models as .gguf files; name one"
     return None
+
+
+def refuse_other_megatron(path: Path) -> None:
+    """Name what a folder of Megatron's holds instead of a whole model in torch_dist; return where nothing shows it.
+
+    Raises:
+        MinitronError: saying what lies there and how it becomes something that is read.
+    """
+
+    def has(*patterns: str) -> bool:
+        return any(next(path.glob(pattern), None) is not None for pattern in patterns)
+
+    found = None
+    if has("weights/adapter_metadata.json", "adapter_metadata.json", "adapter_config.json"):
+        found = "adapters without their model; merge them into it (NeMo 2: llm.peft.merge_lora) and name the result"
+    elif has("mp_rank_*", "release/mp_rank_*", "iter_*/mp_rank_*"):
+        found = (
+            "the legacy format of one file for each rank (mp_rank_*); load it in Megatron-LM on the grid that saved "
+            "it, with --ckpt-convert-format torch_dist and --ckpt-convert-save FOLDER, and name that"
+        )
+    elif has("*.zarr*", "*/.zarray", "weights/*/.zarray"):
+        found = "weights in the format zarr; load them in their Megatron and save them with --ckpt-format torch_dist"
+    if found is not None:
+        raise MinitronError(f"{path}: expected a torch_dist checkpoint of Megatron, found {found}")

@@ -7,7 +7,6 @@ the file (TP, PP, Transformer Engine or local spec) reads the same.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,38 +19,22 @@ from nemo_minitron.checkpoint.canonical import (
     check_digest,
     each_tensor,
     fingerprint,
-    tensor_name,
 )
-from nemo_minitron.checkpoint.distcp import (
-    STORAGE_DTYPES,
-    WEIGHTS,
-    Stored,
-    read_index,
-    read_tensor,
-    stored_bytes,
-)
-from nemo_minitron.checkpoint.keys import has_no_place, other_head
+from nemo_minitron.checkpoint.distcp import WEIGHTS, read_index
 from nemo_minitron.checkpoint.kinds import refuse_other_kinds
 from nemo_minitron.checkpoint.nemo_config import SECTION, shape_from_nemo, update_shape, with_precision
 from nemo_minitron.checkpoint.nemo_gate import check_config, tokenizer_model
+from nemo_minitron.checkpoint.sharded import ShardedModel
 from nemo_minitron.checkpoint.sharded_write import ShardedWeights
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing
 from nemo_minitron.files.text import JSON_LIMIT, YAML_LIMIT, check_yaml, parse_json, parse_yaml
-from nemo_minitron.model.layout import (
-    EMBEDDING,
-    OUTPUT,
-    Parameter,
-    parameters,
-)
+from nemo_minitron.model.layout import Parameter
 from nemo_minitron.model.shape import ModelShape
 
 CONFIG = "model_config.yaml"
 CHECKSUMS = "minitron/checksums.json"
-_ROWS = 4096  # of two tables that are compared
 _PREFIXES = ("model.module.", "model.")
-# What Transformer Engine keeps for FP8, the angles of RoPE, and a training's state: none of it is the model's
-_NEUTRAL_TENSORS = re.compile(r".*\._extra_state(/.*)?|.*rotary_pos_emb\.inv_freq|optimizer[._].*|rng_state.*")
 
 
 class NemoReader:
@@ -75,10 +58,10 @@ class NemoReader:
         self._archive = open_archive(self.path)
         try:
             self.config = self._read_config()
-            self._index = self._model_tensors()
-            rows = (*self._stored(EMBEDDING, None)[1].size, 0)[0]
-            self.shape = shape_from_nemo(self.config, rows, where=f"{self.path}: {CONFIG}")
-            self.dtype = self._check_sizes()
+            index = read_index(self._archive, str(self.path))
+            self._model = ShardedModel(self._archive, str(self.path), index, _PREFIXES)
+            self.shape = shape_from_nemo(self.config, self._model.table_rows, where=f"{self.path}: {CONFIG}")
+            self.dtype = self._model.check(self.shape)
         except BaseException:
             self._archive.close()
             raise
@@ -91,83 +74,16 @@ class NemoReader:
         check_config(config, self._archive.names(), f"{self.path}: {CONFIG}")
         return config
 
-    def _model_tensors(self) -> dict[str, tuple[str, Stored]]:
-        """Stored tensors by canonical key, whatever prefix they were saved under.
-
-        Raises:
-            MinitronError: one that is no part of a model, or that is there under two prefixes.
-        """
-        found: dict[str, tuple[str, Stored]] = {}
-        for key, stored in read_index(self._archive, str(self.path)).items():
-            if _NEUTRAL_TENSORS.fullmatch(key):
-                continue
-            name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
-            if name in found:
-                raise MinitronError(f"{self.path}: tensor '{key}' must be there once, found also '{found[name][0]}'")
-            found[name] = (key, stored)
-        return found
-
-    def _stored(self, parameter: Parameter, layer: int | None) -> tuple[str, Stored, bool]:
-        """Full key, entry, and whether layers are stacked in it (they are not in heterogeneous models)."""
-        if parameter.key in self._index:
-            return (*self._index[parameter.key], parameter.per_layer)
-        name = tensor_name(parameter, layer)
-        if name in self._index:
-            return (*self._index[name], False)
-        raise MinitronError(f"{self.path}: expected the tensor 'model.{parameter.key}', found none")
-
-    def _check_sizes(self) -> torch.dtype:
-        dtype, unknown = None, {key for key, _ in self._index.values()}
-        for parameter, layer in each_tensor(self.shape):
-            key, stored, stacked = self._stored(parameter, layer)
-            unknown.discard(key)
-            expected = ((self.shape.num_layers,) if stacked else ()) + parameter.size(self.shape)
-            if stored.size != expected:
-                raise MinitronError(f"{self.path}: tensor '{key}' must have the size {expected}, found {stored.size}")
-            if stored.dtype not in STORAGE_DTYPES:
-                raise MinitronError(
-                    f"{self.path}: tensor '{key}' must be float32, bfloat16 or float16, found {stored.dtype}"
-                )
-            dtype = stored.dtype if dtype is None else torch.promote_types(dtype, stored.dtype)
-        if self.shape.share_embeddings_and_output_weights and OUTPUT.key in self._index:
-            unknown.discard(self._index[OUTPUT.key][0])
-            self._check_tied_head()
-        if unknown:
-            raise has_no_place(str(self.path), min(unknown), [row.key for row in parameters(self.shape)])
-        assert dtype is not None
-        return dtype
-
-    def _check_tied_head(self) -> None:
-        """Refuse a head beside a table that it is tied to by the config, but differs from."""
-        (key, head), (_, table) = self._index[OUTPUT.key], self._index[EMBEDDING.key]
-        same = (head.size, head.dtype) == (table.size, table.dtype)
-        for start in range(0, self.shape.vocab_size if same else 0, _ROWS):
-            rows = slice(start, min(start + _ROWS, self.shape.vocab_size))
-            one, other = (self.tensor(row, None, rows).contiguous().view(torch.uint8) for row in (OUTPUT, EMBEDDING))
-            same = same and torch.equal(one, other)
-        if not same:
-            raise other_head(str(self.path), key, "share_embeddings_and_output_weights")
-
     def num_bytes(self) -> int:
         """Bytes of the model's tensors as stored."""
-        return stored_bytes({key: stored for key, stored in self._index.values()})
+        return self._model.num_bytes()
 
     def tensor(self, parameter: Parameter, layer: int | None = None, rows: slice | None = None) -> torch.Tensor:
         """One canonical tensor in its storage dtype, or the ``rows`` of its first dimension.
 
         Only the chunks of this layer that overlap ``rows`` are read.
         """
-        key, stored, stacked = self._stored(parameter, layer)
-        size = parameter.size(self.shape)
-        start, stop, step = (rows or slice(None)).indices(size[0])
-        if step != 1:
-            raise ValueError("rows must have step 1")
-        window = (slice(start, max(start, stop)), *(slice(0, n) for n in size[1:]))
-        if stacked:
-            if layer is None or not 0 <= layer < self.shape.num_layers:
-                raise MinitronError(f"{self.path}: layer must be 0..{self.shape.num_layers - 1}, found {layer}")
-            return read_tensor(self._archive, key, stored, (slice(layer, layer + 1), *window))[0]
-        return read_tensor(self._archive, key, stored, window)
+        return self._model.tensor(parameter, layer, rows)
 
     def fingerprint(self) -> str:
         """sha256 over names, sizes, dtypes and bytes of the canonical tensors.

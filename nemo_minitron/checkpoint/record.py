@@ -141,17 +141,24 @@ def names_in(read: Read, length: int, limit: int) -> set[str]:
         RecordError: neither a zip of ``torch.save`` nor a bare pickle, or a pickle of more than ``limit`` bytes.
     """
     try:
-        if read(0, min(length, 4)) != b"PK\x03\x04":
-            if length > limit:
-                raise RecordError(f"expected a pickle of at most {limit} bytes, found {length}")
-            data = read(0, length)
-        else:
-            data = _pickled(_entries(read, length, _MAX_FOREIGN_ENTRIES), read, limit)[1]
-        collector = NameCollector(data)
+        collector = NameCollector(pickled(read, length, limit))
         collector.read_all()
         return collector.names
     except pickle.UnpicklingError as error:
         raise RecordError(f"its pickle is refused: {error}") from None
+
+
+def pickled(read: Read, length: int, limit: int) -> bytes:
+    """The pickle of a file or record of ``torch.save``, or of a bare one.
+
+    Raises:
+        RecordError: neither a zip of ``torch.save`` nor a bare pickle, or a pickle of more than ``limit`` bytes.
+    """
+    if read(0, min(length, 4)) != b"PK\x03\x04":
+        if length > limit:
+            raise RecordError(f"expected a pickle of at most {limit} bytes, found {length}")
+        return read(0, length)
+    return _pickled(_entries(read, length, _MAX_FOREIGN_ENTRIES), read, limit)[1]
 
 
 # ------------------------------------------------------------------------------------------------------- the pickle

@@ -128,19 +128,20 @@ def pack(writer: ArchiveWriter, folder: Path, where: str = PREFIX) -> None:
         writer.add(where + name, data)
 
 
-def unpack(archive: Archive, model: str | None = None) -> Path | None:
+def unpack(archive: Archive, model: str | None = None, prefix: str = PREFIX) -> Path | None:
     """The packed files as a folder, see :func:`lay_out`; None where none are packed.
 
     Args:
         model: the member that is a sentencepiece model, as NeMo packs it; used where no files of ours are packed.
+        prefix: beginning of the members' names, a folder of a checkpoint.
     """
     present = set(archive.names())
-    files = {name: read_member(archive, PREFIX + name, _LIMIT) for name in FILES if PREFIX + name in present}
+    files = {name: read_member(archive, prefix + name, _LIMIT) for name in FILES if prefix + name in present}
     if not files and model is not None:
         files = {"tokenizer.model": read_member(archive, model, _LIMIT)}
     if CONFIG in files:
-        check_config(files[CONFIG], PREFIX + CONFIG)
-        files[CONFIG] = for_both(files[CONFIG], PREFIX + CONFIG)
+        check_config(files[CONFIG], prefix + CONFIG)
+        files[CONFIG] = for_both(files[CONFIG], prefix + CONFIG)
     return lay_out(files) if files else None
 
 

@@ -46,7 +46,8 @@ CONVERT_FORMATS = ("nemo", "hf", "gguf", "bridge", "megatron", "nemo2")
 class ConvertConfig:
     """A checkpoint of any format that is read to any that is written: HF folder, GGUF and .nemo, each way.
 
-    The input's format is told from its files, the output's from its name or from format=.
+    Folders of NeMo 2, Megatron-Bridge and Megatron-LM (torch_dist) are read as well. The input's format is told from
+    its files, the output's from its name or from format=.
 
     A .nemo holds config, weights and tokenizer in one file. Towards HF, config.json, generation_config.json, the
     tokenizer's files and safetensors shards are written; nothing else is needed to load them. One tensor is in memory
@@ -65,6 +66,7 @@ class ConvertConfig:
     transformer_engine: bool = key(False, "for bridge, megatron and nemo2: the empty states its modules ask for, too")
     verify: bool = key(False, "read the result back and compare every tensor")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer for an input that carries none of its own")
+    model: dict[str, Any] = known(MODEL, "shape of a Megatron checkpoint that says none; choose one with model=NAME")
     extensions: list[str] = _extensions()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, each_tensor, tensor_name
 from nemo_minitron.checkpoint.canonical import check_digest
-from nemo_minitron.checkpoint.formats import Reader, Writer, format_of, named
+from nemo_minitron.checkpoint.formats import Format, Reader, Writer, format_of, named
 from nemo_minitron.checkpoint.hub import located
 from nemo_minitron.checkpoint.nemo_config import dtype_from_precision
 from nemo_minitron.config.schema import ConvertConfig
@@ -33,6 +33,7 @@ def convert(
     max_shard_size: int | str = ConvertConfig.max_shard_size,
     tokenizer: Mapping[str, Any] | None = None,
     quantization: str | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Path:
     """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
 
@@ -49,6 +50,8 @@ def convert(
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
         quantization: ``q8_0`` for the matrices of a GGUF, in place of ``precision``.
+        model: NeMo's keys of the shape of an input which does not say all of it, see
+            :class:`nemo_minitron.checkpoint.megatron_folder.MegatronReader`.
 
     Raises:
         MinitronError: bad input or destination; the destination is then as it was.
@@ -59,7 +62,7 @@ def convert(
     with ExitStack() as stack:
         found = format_of(source)
         name = format_for(target, format, found.name)
-        reader = stack.enter_context(found.open(source))
+        reader = stack.enter_context(_open(found, source, model))
         request = Request(
             target,
             reader.dtype if precision is None else dtype_from_precision(precision),
@@ -74,6 +77,14 @@ def convert(
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)
     return target
+
+
+def _open(found: Format, source: Path, model: Mapping[str, Any] | None) -> Reader:
+    if not model:
+        return found.open(source)
+    if found.open_as is None:
+        raise MinitronError(f"model must be absent: {source} is {found.what}, which says its shape itself")
+    return found.open_as(source, model)
 
 
 def _copy(reader: Reader, writer: Writer) -> None:

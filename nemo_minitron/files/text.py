@@ -108,6 +108,28 @@ def parse_plain_yaml(data: bytes, where: str, limit: int = YAML_LIMIT) -> dict[A
     return content
 
 
+def parse_object_yaml(data: bytes, where: str, limit: int = YAML_LIMIT) -> dict[str, Any]:
+    """A mapping of another tool's objects as plain data: ``_target_`` and ``${…}`` are texts like others.
+
+    Whoever reads it must not act on them. PyYAML writes an object that is there twice as an alias, so aliases are
+    followed, as far as they do not make more than any config has.
+
+    Raises:
+        MinitronError: anything but a mapping of plain values, or too much of it.
+    """
+    import yaml
+
+    check_aliases(data, where)
+    check_yaml(data, where, limit, objects=True)
+    try:
+        content = yaml.load(data.decode("utf-8"), Loader=_plain_loader())
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise MinitronError(f"{where}: expected YAML of plain values, found: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise MinitronError(f"{where}: expected a mapping, found {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
 @functools.cache
 def _plain_loader() -> Any:
     """libyaml's parser where there is one, and no name given twice."""
@@ -123,29 +145,38 @@ def _plain_loader() -> Any:
     return Loader
 
 
-def check_yaml(data: bytes, where: str, limit: int = YAML_LIMIT) -> None:
-    """The checks of :func:`parse_yaml` that need no object: for what is about to be written, too."""
+def check_yaml(data: bytes, where: str, limit: int = YAML_LIMIT, objects: bool = False) -> None:
+    """The checks of :func:`parse_yaml` that need no object: for what is about to be written, too.
+
+    Args:
+        objects: whether it is of :func:`parse_object_yaml`.
+    """
     from yaml import YAMLError
 
     if len(data) > limit:
         raise MinitronError(f"{where}: expected at most {limit} bytes of YAML, found {len(data)}")
     try:
-        _check_events(data.decode("utf-8"))
+        _check_events(data.decode("utf-8"), objects)
     except (YAMLError, ValueError, RecursionError) as error:
         raise MinitronError(f"{where}: expected YAML of plain values, found: {one_line(error)}") from None
 
 
-def _check_events(text: str) -> None:
+def _check_events(text: str, objects: bool) -> None:
     import yaml
 
     depth = 0
+    anchors: list[str | None] = []  # of what is open
     for count, event in enumerate(yaml.parse(text, Loader=_plain_loader())):
         if count > _MAX_EVENTS:
             raise ValueError(f"more than {_MAX_EVENTS} values")
         if count == 2 and isinstance(event, yaml.ScalarEvent):
             raise ValueError("a single value")
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"an alias, *{event.anchor}")
+        if isinstance(event, yaml.AliasEvent) and (not objects or event.anchor in anchors):
+            raise ValueError(f"an alias{' of what it is in' if objects else ''}, *{event.anchor}")
+        if isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(event.anchor)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchors.pop()
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise ValueError(f"values nested more than {_MAX_DEPTH} deep")
@@ -153,9 +184,9 @@ def _check_events(text: str) -> None:
         if tag not in (None, "!", *_TAGS):
             raise ValueError(f"the tag {tag}")
         if isinstance(event, yaml.ScalarEvent):
-            if "${" in event.value:
+            if "${" in event.value and not objects:
                 raise ValueError(f"the interpolation {event.value[:80]!r}")
-            if event.value == "_target_":
+            if event.value == "_target_" and not objects:
                 raise ValueError("the key '_target_', which would run code")
             if len(event.value) > _MAX_NUMBER and event.value[0] in "+-.0123456789" and " " not in event.value:
                 raise ValueError(f"a number of {len(event.value)} characters")

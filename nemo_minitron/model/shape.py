@@ -230,3 +230,33 @@ _SIZES = (
     "padded_vocab_size",
     "max_position_embeddings",
 )
+
+
+def shape_of(model: Mapping[str, Any], rope_scaling: Scaling | None = None) -> ModelShape:
+    """:class:`ModelShape` from NeMo's keys, for instance those of ``conf/model/*.yaml``.
+
+    Args:
+        rope_scaling: where ``model`` does not say any.
+
+    Raises:
+        MinitronError: a size is missing or does not fit the others.
+    """
+    needed = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+    if missing := [f"model.{name}" for name in needed if model.get(name) is None]:
+        raise MinitronError(f"{', '.join(missing)}: needed for the shape; choose one with model=NAME")
+    values = {item.name: model.get(item.name) for item in dataclasses.fields(ModelShape) if item.name != "rope_scaling"}
+    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
+    values["kv_channels"] = values["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
+    values["padded_vocab_size"] = values["padded_vocab_size"] or values["vocab_size"]
+    if model.get("scale_positional_embedding"):
+        values["rope_scaling"] = RopeScaling(
+            model.get("scale_factor", 8.0),
+            model.get("low_freq_factor", 1.0),
+            model.get("high_freq_factor", 4.0),
+            model.get("old_context_len", 8192),
+        )
+    elif model.get("seq_len_interpolation_factor") not in (None, 1):
+        values["rope_scaling"] = LinearScaling(float(model["seq_len_interpolation_factor"]))
+    elif model.get("scale_positional_embedding") is None:
+        values["rope_scaling"] = rope_scaling
+    return ModelShape(**{name: value for name, value in values.items() if value is not None})

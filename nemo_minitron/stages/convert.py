@@ -22,5 +22,6 @@ def run(cfg: ConvertConfig) -> None:
         max_shard_size=cfg.max_shard_size,
         tokenizer=dataclasses.asdict(cfg.tokenizer),
         quantization=cfg.quantization,
+        model=cfg.model,
     )
     print(f"wrote {written}")

@@ -9,11 +9,6 @@ from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 
 KINDS = {
-    "NeMo 2": (["context/model.yaml", "weights/.metadata"], r"NeMo 2 .*llm\.export_ckpt"),
-    "Megatron-Bridge": (["latest_train_state.pt", "iter_0000010/run_config.yaml"], "Megatron-Bridge; .*export_ckpt"),
-    "an iteration of it": (["run_config.yaml", "__0_0.distcp"], "Megatron-Bridge"),
-    "Megatron-LM": (["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"], "Megatron-LM; export it"),
-    "an iteration": (["common.pt", "__0_0.distcp"], "weights of a Megatron checkpoint without its config"),
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], "a PEFT adapter, .*merge_and_unload"),
     "adapter beside its model": (["config.json", "model.safetensors", "adapter_config.json"], "a PEFT adapter"),
     "several GGUFs": (["a.gguf", "b.GGUF"], r"2 models as \.gguf files; name one"),
@@ -34,6 +29,22 @@ def test_a_folder_of_another_kind_is_named(kind, tmp_path):
     if "config.json" not in files:
         with pytest.raises(MinitronError, match=message):
             NemoReader(tmp_path / "m")
+
+
+MEGATRON = {
+    "NeMo 2": ["context/model.yaml", "weights/.metadata"],
+    "Megatron-Bridge": ["latest_train_state.pt", "iter_0000010/run_config.yaml"],
+    "Megatron-LM": ["latest_checkpointed_iteration.txt", "iter_0000010/common.pt"],
+}
+
+
+@pytest.mark.parametrize("kind", MEGATRON)
+def test_a_folder_of_megatron_where_a_nemo_is_wanted(kind, tmp_path):
+    for file in MEGATRON[kind]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(MinitronError, match=f"expected a .nemo, found a checkpoint of {kind}.*`minitron convert`"):
+        NemoReader(tmp_path)
 
 
 def test_a_hf_folder_where_a_nemo_is_wanted(tmp_path):

@@ -50,5 +50,5 @@ def test_megatron_core_loads_ours_strictly_and_we_read_its_save(name, world, tmp
             assert torch.equal(a.tensor(parameter, layer), b.tensor(parameter, layer)), (parameter.key, layer)
         assert a.fingerprint() == b.fingerprint()
         assert b.checksums() is None
-        keys = set(b._index)
-        assert keys == set(a._index)
+        keys = set(b._model.index)
+        assert keys == set(a._model.index)

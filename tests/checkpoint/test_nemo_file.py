@@ -377,7 +377,7 @@ def test_a_record_that_expands_is_refused(folder):
     """A deflated zip in the place of the first record, ten times its size when read."""
     data = bytearray((folder / "model_weights" / "__0_0.distcp").read_bytes())
     with NemoReader(folder) as reader:
-        length = reader._index[EMBEDDING.key][1].chunks[0].length
+        length = reader._model.index[EMBEDDING.key][1].chunks[0].length
     data[:length] = deflated(length)
     (folder / "model_weights" / "__0_0.distcp").write_bytes(data)
     with NemoReader(folder) as reader, pytest.raises(MinitronError, match="it is compressed"):

@@ -29,7 +29,7 @@ def unreadable(tmp_path_factory) -> Path:
         nemo = convert(folder / "hf", folder / name)  # a folder of a .nemo's members
         (records,) = (nemo / "model_weights").glob("*.distcp")
         with NemoReader(nemo) as reader:
-            chunks = [chunk for _, stored in reader._index.values() for chunk in stored.chunks]
+            chunks = [chunk for _, stored in reader._model.index.values() for chunk in stored.chunks]
         with records.open("r+b") as file:
             for chunk in chunks:
                 file.seek(chunk.start)
