@@ -15,7 +15,7 @@ import torch
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.biases import has_zero_biases
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
-from nemo_minitron.checkpoint.fuse import hf_part_rows, unfuse
+from nemo_minitron.checkpoint.fuse import hf_part_rows, pieces
 from nemo_minitron.checkpoint.hf_config import dressed_config, shape_from_hf
 from nemo_minitron.checkpoint.safetensors_folder import CODES
 from nemo_minitron.config.schema import ConvertConfig
@@ -128,15 +128,16 @@ class HfWriter(AllOrNothing):
         if parameter.axes[0] == VOCAB:
             tensor = tensor[: self.shape.vocab_size]
         tensor = checked_cast(tensor, self.dtype, name)
-        for hf_name, part in zip(parameter.hf, unfuse(parameter, tensor, self.shape), strict=True):
-            self._put(hf_name.format(l=layer), part)
+        for part, rows, canonical in pieces(parameter, self.shape):
+            self._put(parameter.hf[part].format(l=layer), tensor[canonical], rows.start * tensor[0].nbytes)
         if self._zeros and parameter is PROJ_WEIGHT:
             self._put(PROJ_BIAS.hf[0].format(l=layer), tensor.new_zeros(self.shape.hidden_size))
         self._written.add(name)
 
-    def _put(self, name: str, tensor: torch.Tensor) -> None:
+    def _put(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
+        """Values of a HF tensor from byte ``offset`` of it on."""
         stream, start = self._places[name]
-        stream.seek(start)
+        stream.seek(start + offset)
         stream.write(raw_bytes(tensor))
 
     def commit(self) -> None:
