@@ -124,9 +124,15 @@ MUTANTS = [
     ),
     Mutant(
         "checkpoint/fuse.py",
+        "cells[:, per_group : per_group + 1], cells[:, per_group + 1 :])",
+        "cells[:, per_group + 1 :], cells[:, per_group : per_group + 1])",
+        "checkpoint/test_gguf_write.py::test_transformers_loads_it_with_the_logits_of_the_source",
+    ),
+    Mutant(
+        "checkpoint/fuse.py",
         "before = sum(heights[:part])",
         "before = sum(heights[part + 1 :])",
-        _CONVERT + "test_round_trip_is_bit_identical",
+        _CONVERT + "test_fused_qkv_is_group_major",
     ),
     # the decoder
     Mutant("model/decoder.py", "return F.silu(left) * right", "return left * F.silu(right)", _DECODER),

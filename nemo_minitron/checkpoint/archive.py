@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
+from nemo_minitron.checkpoint.buffers import Buffers
 from nemo_minitron.checkpoint.tar import BLOCK, MAX_MEMBERS, read_members
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing, Staging
@@ -34,6 +35,7 @@ class Archive:
     def __init__(self, path: Path, places: dict[str, tuple[Path, int, int]], file: IO[bytes] | None = None) -> None:
         self.path, self._places = path, places
         self._files: dict[Path, IO[bytes]] = {} if file is None else {path: file}
+        self.buffers = Buffers()
 
     def names(self) -> list[str]:
         """Names of all regular members, sorted."""

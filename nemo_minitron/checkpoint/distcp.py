@@ -267,9 +267,9 @@ def _record(archive: Archive, key: str, stored: Stored, chunk: Chunk) -> torch.T
             raise RecordError(f"expected {chunk.sizes} {stored.dtype}, found {view.size} {view.dtype}")
     except RecordError as error:
         raise MinitronError(f"tensor '{key}': its record in {chunk.member} is damaged: {error}") from None
-    values = torch.empty(view.span, dtype=view.dtype)
-    buffer = values.view(torch.uint8).numpy().data
-    archive.read_into(chunk.member, chunk.start + view.start, buffer)
+    memory = archive.buffers.take(view.span * view.dtype.itemsize)
+    archive.read_into(chunk.member, chunk.start + view.start, memory.numpy().data)
+    values = memory.view(view.dtype)
     if view.is_contiguous:
         return values.view(view.size)
     return values.as_strided(view.size, view.stride).contiguous()

@@ -56,3 +56,15 @@ def fuse(parameter: Parameter, parts: Sequence[torch.Tensor], shape: ModelShape)
     groups, width, rest = shape.num_query_groups, shape.kv_channels, parts[0].shape[1:]
     cells = [part.reshape(groups, -1, width, *rest) for part in parts]
     return torch.cat(cells, dim=1).reshape(-1, *rest)
+
+
+def unfuse(parameter: Parameter, tensor: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, ...]:
+    """Split a canonical tensor into HF's, contiguous: the inverse of :func:`fuse`."""
+    if parameter.fuse == "copy":
+        return (tensor,)
+    if parameter.fuse == "cat":
+        return tuple(part.contiguous() for part in tensor.chunk(len(parameter.hf), dim=0))
+    groups, per_group, width = shape.num_query_groups, shape.heads_per_group, shape.kv_channels
+    cells = tensor.reshape(groups, per_group + 2, width, *tensor.shape[1:])
+    split = (cells[:, :per_group], cells[:, per_group : per_group + 1], cells[:, per_group + 1 :])
+    return tuple(part.reshape(-1, *tensor.shape[1:]).contiguous() for part in split)

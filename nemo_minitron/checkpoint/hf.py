@@ -10,7 +10,7 @@ import torch
 
 from nemo_minitron.checkpoint import gguf_parts
 from nemo_minitron.checkpoint.canonical import each_tensor, fingerprint, raw_bytes
-from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, unfuse
+from nemo_minitron.checkpoint.fuse import fuse, hf_part_rows, pieces, unfuse
 from nemo_minitron.checkpoint.hf_config import shape_from_hf
 from nemo_minitron.checkpoint.hf_folder import HfFolder, shards
 from nemo_minitron.checkpoint.keys import has_no_place, other_head
@@ -130,8 +130,12 @@ class HfReader:
 
     def tensor(self, parameter: Parameter, layer: int | None = None, rows: slice | None = None) -> torch.Tensor:
         """One canonical tensor in its storage dtype, or the ``rows`` of its first dimension; tables have V rows."""
-        parts = [self._source.get(name.format(l=layer)) for name in parameter.hf]
-        tensor = fuse(parameter, parts, self.shape)
+        names = [name.format(l=layer) for name in parameter.hf]
+        tensor = None
+        if isinstance(self._source, HfFolder) and len(names) > 1:
+            tensor = self._source.joined(names, pieces(parameter, self.shape), parameter.size(self.shape))
+        if tensor is None:
+            tensor = fuse(parameter, [self._source.get(name) for name in names], self.shape)
         return tensor if rows is None else tensor[rows]
 
     def as_stored(self, tensor: torch.Tensor, parameter: Parameter, layer: int | None = None) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -11,6 +12,7 @@ import torch
 
 from nemo_minitron.checkpoint import tokenizer_files
 from nemo_minitron.checkpoint.archive import read_exactly
+from nemo_minitron.checkpoint.buffers import Buffers
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import read_json
 
@@ -34,6 +36,7 @@ class HfFolder:
         self._where: dict[str, tuple[str, int, int]] = {}
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self._buffers = Buffers()
 
     def _open(self, file: str, kind: str) -> tuple[IO[bytes], int]:
         """A file of the folder and its length."""
@@ -54,10 +57,33 @@ class HfFolder:
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, as its file has it."""
-        file, start, count = self._where[name]
-        values = torch.empty(count, dtype=torch.uint8)
-        read_exactly(self._files[file], start, values.numpy().data, f"{self._path / file}: tensor '{name}'")
+        values = self._buffers.take(self._where[name][2])
+        self._read(name, 0, values)
         return values.view(self.dtypes[name]).reshape(self.sizes[name])
+
+    def joined(
+        self, names: Sequence[str], pieces: Iterable[tuple[int, slice, slice]], size: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Rows of several tensors read into one of ``size``, as :func:`nemo_minitron.checkpoint.fuse.pieces` says.
+
+        None where they have several dtypes or do not lie in their files as they are.
+        """
+        dtype = self.dtypes[names[0]]
+        if any(self.dtypes[name] != dtype or not self._lies_whole(name) for name in names):
+            return None
+        values = self._buffers.take(math.prod(size) * dtype.itemsize).view(size[0], -1)
+        for part, rows, canonical in pieces:
+            self._read(names[part], rows.start * values.shape[1], values[canonical].view(-1))
+        return values.view(-1).view(dtype).reshape(tuple(size))
+
+    def _lies_whole(self, name: str) -> bool:
+        """Whether a tensor's values lie in its file in order, without gaps."""
+        return True
+
+    def _read(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Fill ``values``, uint8, from byte ``start`` of a tensor."""
+        file, begin, _ = self._where[name]
+        read_exactly(self._files[file], begin + start, values.numpy().data, f"{self._path / file}: tensor '{name}'")
 
     def equal(self, first: str, second: str) -> bool:
         """Whether two tensors are the same, bit by bit; a block of each is in memory."""

@@ -67,6 +67,9 @@ class PytorchBinFolder(HfFolder):
             self._note(name, (file, view.start, view.span * view.dtype.itemsize), view.size, view.dtype)
         self._views |= views
 
+    def _lies_whole(self, name: str) -> bool:
+        return self._views[name].is_contiguous
+
     def get(self, name: str) -> torch.Tensor:
         """One tensor in a memory of its own, contiguous."""
         view = self._views[name]
