@@ -12,11 +12,12 @@ from typing import IO, Any
 
 import torch
 
-from nemo_minitron.checkpoint import tokenizer_files
+from nemo_minitron.checkpoint import model_card, tokenizer_files
 from nemo_minitron.checkpoint.biases import has_zero_biases
 from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
 from nemo_minitron.checkpoint.fuse import hf_part_rows, pieces
 from nemo_minitron.checkpoint.hf_config import dressed_config, shape_from_hf
+from nemo_minitron.checkpoint.model_card import ModelCard
 from nemo_minitron.checkpoint.safetensors_folder import CODES
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
@@ -45,6 +46,7 @@ class HfWriter(AllOrNothing):
         token_ids: ``eos_token_id`` and its like for a config that is made.
         layers: index of each layer among those of ``hf_config``, where that is known.
         max_shard_size: bytes, or a number with a unit as HF has it (``"5GB"``).
+        card: written as ``README.md``; a foreign one is never replaced.
         check: called with the path of the finished folder before it is renamed into place.
     """
 
@@ -71,6 +73,7 @@ class HfWriter(AllOrNothing):
         token_ids: Mapping[str, int | None] | None = None,
         layers: Sequence[int] | None = None,
         max_shard_size: int | str = ConvertConfig.max_shard_size,
+        card: ModelCard | None = None,
         check: Callable[[Path], None] | None = None,
     ) -> None:
         self.destination, self.shape, self.dtype = Path(folder), shape, dtype
@@ -83,10 +86,11 @@ class HfWriter(AllOrNothing):
         self._zeros = has_zero_biases(shape_from_hf(made), shape)
         laid_out = shape.replace(proj_bias=True) if self._zeros else shape
         self._shards = _plan_shards(laid_out, dtype, parse_size(max_shard_size))
-        self._check = check
+        self._card, self._check = card, check
         self._written: set[str] = set()
         room = laid_out.num_parameters() * dtype.itemsize
-        self._staging = Staging(folder, folder=True, replaceable=self._PATTERNS, room=room)
+        own = (model_card.NAME,) if model_card.is_ours(self.destination / model_card.NAME) else ()
+        self._staging = Staging(folder, folder=True, replaceable=(*self._PATTERNS, *own), room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         if self.dress.note:
@@ -161,6 +165,10 @@ class HfWriter(AllOrNothing):
             total = sum(math.prod(size) for names in self._shards for size in names.values()) * self.dtype.itemsize
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
             _write_json(folder / "model.safetensors.index.json", index)
+        if self._card is not None:
+            notes = [note for note in (self.dress.note, self._why_none) if note]
+            text = self._card.text(self.destination.name, self._config, notes, self._tokenizer is not None)
+            (folder / model_card.NAME).write_text(text, encoding="utf-8")
         if self._check is not None:
             self._check(folder)
         self._staging.commit()

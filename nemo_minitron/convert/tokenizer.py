@@ -11,8 +11,10 @@ from typing import Any
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.formats import Reader
 from nemo_minitron.checkpoint.nemo_gate import not_taken_over
+from nemo_minitron.checkpoint.sentencepiece_files import with_hf_files
+from nemo_minitron.checkpoint.tokenizer_cache import in_cache
 from nemo_minitron.checkpoint.tokenizer_files import tokenizer_files
-from nemo_minitron.checkpoint.tokenizer_open import choose, facts
+from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, facts, library_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.processes import notice
 
@@ -39,8 +41,8 @@ def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack
     """Tokenizer for an export, its ids (null where they are not known), and why there is none.
 
     What the checkpoint carries comes first, then what the user asks for. A folder of this machine that a ``.nemo``
-    merely names, as NeMo's do, is the last resort: it is said, files with a tokenizer's names and plain content are all
-    that is read there, and it must fit the table. A name on the hub is never followed.
+    merely names, as NeMo's do, or the copy in the hub's cache of a name, is the last resort: it is said, files with a
+    tokenizer's names and plain content are all that is read there, and it must fit the table. Nothing is downloaded.
     """
     unknown: Ids = {"bos_token_id": None, "eos_token_id": None}
     rows = reader.shape.vocab_size
@@ -63,17 +65,35 @@ def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack
         return made, fitting(made, rows, reader.path)[1], ""
     named = reader.named_tokenizer() if isinstance(reader, NemoReader) else None
     said = "carries no tokenizer"
-    if named is not None and Path(named).is_absolute():
+    if named is not None:
+        path, of_hub = Path(named), not Path(named).is_absolute()
         try:
-            if Path(named).is_dir() and tokenizer_files(Path(named)):
-                ids = fitting(Path(named), rows, reader.path)[1]
-                notice(f"{reader.path} carries no tokenizer; taken from the folder that it names, {named}")
-                return Path(named), ids, ""
-            said += f", and {named}, which it names, holds none here"
+            found = in_cache(named) if of_hub else path if path.is_dir() and tokenizer_files(path) else None
+            if found is not None:
+                ids = fitting(found, rows, reader.path)[1]
+                whose = f"the hub's cache for the name '{named}'" if of_hub else f"the folder that it names, {named}"
+                notice(f"{reader.path} carries no tokenizer; taken from {whose}")
+                return found, ids, ""
+            absent = f"only the name '{named}', which is not in the hub's cache and is not downloaded"
+            said += f", {absent}" if of_hub else f", and {named}, which it names, holds none here"
         except MinitronError as error:
             said += f", and the folder that it names cannot be used: {error}"
-    elif named is not None:
-        said += f", only the name '{named}', which is not followed"
     said = f"{reader.path} {said}; the export has none. tokenizer.type=... gives one"
     notice(said)
     return None, unknown, said
+
+
+def loadable(folder: Path | None) -> Path | None:
+    """The folder itself; for a sentencepiece model alone, one in the user's cache with files that transformers loads.
+
+    What cannot be made is said, and the model goes alone.
+    """
+    if folder is None or library_of(folder) != "sentencepiece":
+        return folder
+    try:
+        made = with_hf_files(folder)
+    except MinitronError as error:
+        notice(f"{error}; {SENTENCEPIECE} is exported alone")
+        return folder
+    notice(f"tokenizer.json is made of {SENTENCEPIECE}; it adds no token at either end of a text, as NeMo adds none")
+    return made

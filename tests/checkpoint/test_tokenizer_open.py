@@ -2,14 +2,15 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import pytest
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor
-from nemo_minitron.checkpoint.tokenizer_open import asked_folder, choose, facts, library_of
+from nemo_minitron.checkpoint.tokenizer_open import asked_folder, choose, facts, library_of, load_sentencepiece
 from nemo_minitron.cli import main
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
@@ -88,8 +89,8 @@ def test_a_folder_that_is_named_is_read_as_data_and_said(pair, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("some-org/some-model", "only the name 'some-org/some-model', which is not followed"),
-        ("relative/folder", "only the name 'relative/folder', which is not followed"),
+        ("some-org/some-model", "only the name 'some-org/some-model', which is not in the hub's cache"),
+        ("relative/folder", "only the name 'relative/folder', which is not in the hub's cache"),
         ("/absent", "/absent, which it names, holds none here"),
         ("/proc/self/fd", "/proc/self/fd, which it names, holds none here"),
         (None, "carries no tokenizer; the export has none"),
@@ -106,6 +107,20 @@ def test_a_tokenizer_that_is_lost_is_said(name, said, pair, tmp_path, capsys, mo
     assert said in (tmp_path / "out/tokenizer.missing.txt").read_text()
     assert not (tmp_path / "out/tokenizer.json").exists()
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] is None  # no guess of transformers'
+
+
+def test_a_name_is_looked_up_in_the_hubs_cache_alone(pair, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--some-org--some-model"
+    shutil.copytree(pair[0], repo / "snapshots" / "0123abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abc")
+    file = of_nemos_own(pair[1], tmp_path / "x.nemo", hf("some-org/some-model"))
+    out = convert(file, tmp_path / "out")
+    assert "taken from the hub's cache for the name 'some-org/some-model'" in capsys.readouterr().err
+    assert (out / "tokenizer.json").read_bytes() == (pair[0] / "tokenizer.json").read_bytes()
 
 
 def test_a_key_of_the_users_gives_one(pair, tmp_path, capsys):
@@ -137,6 +152,9 @@ def test_a_sentencepiece_member_comes_along(pair, tmp_path):
     assert (out / "tokenizer.model").read_bytes() == model
     config = json.loads((out / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+    text = "what transformers makes of it"
+    expected = load_sentencepiece(out / "tokenizer.model", "here").encode(text)
+    assert AutoTokenizer.from_pretrained(out)(text).input_ids == expected
     with NemoReader(file) as reader:
         folder = reader.tokenizer_folder()
         assert library_of(folder) == "sentencepiece" and facts(folder)[0] == 300

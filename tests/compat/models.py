@@ -17,6 +17,7 @@ from nemo_minitron.model.decoder import Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.model.layout import EMBEDDING
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
+from tests.compat import versions
 from tests.llamas import GQA
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
@@ -52,6 +53,17 @@ def chat(folder: Path) -> None:
     edit(folder / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.9)
 
 
+def saved_by_5(folder: Path) -> None:
+    """All of a folder as transformers 5 writes it."""
+    chat(folder)
+    versions.run("5.24.0", Path(__file__).with_name("save.py"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert "rope_theta" not in config and config["rope_parameters"] and "torch_dtype" not in config
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["backend"] == "tokenizers" and len(tokenizer["extra_special_tokens"]) == 2
+    assert tokenizer["tokenizer_class"] in ("TokenizersBackend", "Qwen2Tokenizer")
+
+
 def edit(path: Path, **changes: Any) -> None:
     """Change keys of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
@@ -59,6 +71,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 TIED = BASE.replace(share_embeddings_and_output_weights=True)
 QWEN2 = TIED.replace(qkv_bias=True)
+QWEN3 = TIED.replace(family="qwen3")
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
 CASES: dict[str, Case] = {
     "whole": Case("LlamaForCausalLM", spoil=chat),
@@ -75,6 +88,18 @@ CASES: dict[str, Case] = {
     ),
     "qwen2, hidden, uneven": Case("Qwen2ForCausalLM", QWEN2, {"hidden_size": 52}),
     "qwen2, heads": Case("Qwen2ForCausalLM", QWEN2, {"num_attention_heads": 4}),
+    "qwen3": Case("Qwen3ForCausalLM", QWEN3, {"num_layers": 2, "ffn_hidden_size": 40}),
+    "qwen3, uneven": Case("Qwen3ForCausalLM", QWEN3, {"hidden_size": 52, "num_attention_heads": 4}, spoil=chat),
+    "saved by 5": Case(
+        "LlamaForCausalLM",
+        BASE.replace(rope_scaling=LLAMA3, rotary_base=5e5),
+        {"ffn_hidden_size": 64},
+        spoil=saved_by_5,
+    ),
+    "saved by 5, uneven": Case(
+        "MistralForCausalLM", TIED.replace(rope_scaling=LLAMA3), {"hidden_size": 52}, spoil=saved_by_5
+    ),
+    "qwen2 saved by 5": Case("Qwen2ForCausalLM", QWEN2, {"num_layers": 2}, spoil=saved_by_5),
     "mistral": Case("MistralForCausalLM", changes={"hidden_size": 48}, config=MISTRAL),
     "mistral, uneven": Case("MistralForCausalLM", changes={"hidden_size": 52}, config=MISTRAL),
 }
