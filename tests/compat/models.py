@@ -15,7 +15,7 @@ from nemo_minitron.checkpoint.nemo_config import with_kept_layers
 from nemo_minitron.convert import convert
 from nemo_minitron.model.decoder import Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.model.layout import EMBEDDING
-from nemo_minitron.model.shape import ModelShape, RopeScaling
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
 from tests.compat import versions
 from tests.llamas import GQA
@@ -80,6 +80,7 @@ CASES: dict[str, Case] = {
     "uneven, tied, llama3": Case(
         "MistralForCausalLM", TIED.replace(rope_scaling=LLAMA3, rotary_base=5e5), {"hidden_size": 52}, spoil=chat
     ),
+    "uneven, linear": Case("MistralForCausalLM", BASE.replace(rope_scaling=LinearScaling(8.0)), {"hidden_size": 52}),
     "llama3": Case("LlamaForCausalLM", BASE.replace(rope_scaling=LLAMA3, rotary_base=5e5), {"num_layers": 1}),
     "bfloat16": Case("LlamaForCausalLM", TIED, {"ffn_hidden_size": 40}, dtype=torch.bfloat16),
     "qwen2": Case("Qwen2ForCausalLM", QWEN2),
@@ -89,7 +90,7 @@ CASES: dict[str, Case] = {
     "qwen2, hidden, uneven": Case("Qwen2ForCausalLM", QWEN2, {"hidden_size": 52}),
     "qwen2, heads": Case("Qwen2ForCausalLM", QWEN2, {"num_attention_heads": 4}),
     "qwen3": Case("Qwen3ForCausalLM", QWEN3, {"num_layers": 2, "ffn_hidden_size": 40}),
-    "qwen3, uneven": Case("Qwen3ForCausalLM", QWEN3, {"hidden_size": 52, "num_attention_heads": 4}, spoil=chat),
+    "qwen3, uneven": Case("Qwen3ForCausalLM", QWEN3, {"hidden_size": 52}, spoil=chat),
     "saved by 5": Case(
         "LlamaForCausalLM",
         BASE.replace(rope_scaling=LLAMA3, rotary_base=5e5),
@@ -149,6 +150,8 @@ def frequencies(shape: ModelShape) -> torch.Tensor:
     if shape.rope_scaling is None:
         return plain
     scaling = shape.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        return plain / scaling.factor
     turns = scaling.original_max_position_embeddings * plain / (2 * torch.pi)
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = share.clamp(0, 1)
