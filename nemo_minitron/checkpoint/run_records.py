@@ -66,13 +66,10 @@ def records_of(checkpoint: Path, shape: ModelShape) -> Records:
     stages = list(_stages(checkpoint))
     trained = next((stage for stage in stages if _is(_at(stage, "model", "nemo_path"), checkpoint)), {})
     student, teacher = (_at(trained, "model", key) for key in ("restore_from_path", "kd_teacher_restore_from_path"))
-    distilled = isinstance(student, str) and isinstance(teacher, str)
-    pruned = checkpoint.with_name(Path(student).name) if distilled else checkpoint
-    return Records(
-        pruning=_pruning(pruned, shape),
-        training=_training(trained) if distilled else None,
-        measured=_measured(stages, checkpoint, teacher if distilled else None),
-    )
+    if not isinstance(student, str) or not isinstance(teacher, str):
+        return Records(_pruning(checkpoint, shape), None, _measured(stages, checkpoint, None))
+    pruned = checkpoint.with_name(Path(student).name)
+    return Records(_pruning(pruned, shape), _training(trained), _measured(stages, checkpoint, teacher))
 
 
 def _stages(checkpoint: Path) -> Iterator[Mapping[str, Any]]:
