@@ -120,7 +120,8 @@ def dressed_config(
         config["head_dim"] = shape.kv_channels
     if before is not None:
         cut_lists(config, before.num_layers, shape.num_layers, layers)
-    pruned = before is None or before.replace(padded_vocab_size=shape.padded_vocab_size) != shape
+    same = {"padded_vocab_size": shape.padded_vocab_size, "proj_bias": shape.proj_bias}
+    pruned = before is None or before.replace(**same) != shape
     dress = dress_of(shape, family_from_hf(config, "config.json"), may_change=pruned)
     if dress.family is not None:  # what was said by silence is another thing in another architecture
         silent = {key: getattr(shape, field) for key, field in _FIELDS.items()}

@@ -29,6 +29,7 @@ from nemo_minitron.registry import FAMILIES
 _NEWER = "5.0.0"
 """Below it, transformers says of any tokenizer beside a Mistral's config that it must be loaded with
 ``fix_mistral_regex=True``, which would give this one another's rules."""
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 _LLAMA_KEYS = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types")
 
 
@@ -69,6 +70,10 @@ def dress_of(shape: ModelShape, family: Family, may_change: bool) -> Dress:
         return Dress()
     if family.architecture == "LlamaForCausalLM" and uneven:
         refused = f"transformers 5 refuses a LlamaForCausalLM of {sizes}"
+        if may_change and biases_of(shape) == (True, False, False):
+            qwen2 = FAMILIES.get("qwen2")
+            note = f"exported as {qwen2.architecture}, which computes the same: {refused}; vLLM loads neither"
+            return Dress(qwen2, {"use_sliding_window": False}, _LLAMA_KEYS, note)
         if not may_change or any(biases_of(shape)):
             return Dress(note=f"{refused}; transformers 4 loads this one")
         mistral = FAMILIES.get("mistral")
@@ -78,5 +83,9 @@ def dress_of(shape: ModelShape, family: Family, may_change: bool) -> Dress:
         return Dress(mistral, {"sliding_window": None, "transformers_version": _NEWER}, _LLAMA_KEYS, note)
     if family.architecture == "Qwen2ForCausalLM" and explicit:
         ignored = f"vLLM takes hidden_size // heads for the head_dim of a Qwen2ForCausalLM, here {sizes}"
-        return Dress(note=f"{ignored}; it will not load this one, transformers does")
+        if not may_change or uneven:
+            return Dress(note=f"{ignored}; it will not load this one, transformers does")
+        llama = FAMILIES.get(PLAIN)
+        note = f"exported as {llama.architecture} with attention_bias, every o_proj.bias zero: {ignored}"
+        return Dress(llama, {"attention_bias": True, "mlp_bias": False}, _WINDOW_KEYS, note)
     return Dress()
