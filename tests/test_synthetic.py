@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from nemo_minitron.cli import main
+from nemo_minitron.model.shape import shape_of
 from nemo_minitron.synthetic import EOS, make_llama
 from tests.llamas import DTYPES, GQA, SHAPES
 
@@ -42,6 +43,12 @@ def test_few_texts_still_fill_the_vocabulary(tmp_path):
 
     folder = make_llama(tmp_path / "m", GQA, tokenizer_texts=["abc abc"])
     assert len(AutoTokenizer.from_pretrained(folder)) == GQA.vocab_size
+
+
+def test_bias_is_nemos_of_every_linear_layer():
+    sizes = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "vocab_size": 320}
+    plain, biased = shape_of({**sizes, "bias": False}), shape_of({**sizes, "bias": True})
+    assert biased == plain.replace(qkv_bias=True, proj_bias=True, mlp_bias=True)
 
 
 def test_command_replaces_its_own_output_and_nothing_else(tmp_path, capsys):

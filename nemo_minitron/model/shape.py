@@ -248,6 +248,8 @@ def shape_of(model: Mapping[str, Any], rope_scaling: Scaling | None = None) -> M
     values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
     values["kv_channels"] = values["kv_channels"] or model["hidden_size"] // model["num_attention_heads"]
     values["padded_vocab_size"] = values["padded_vocab_size"] or values["vocab_size"]
+    if model.get("bias"):  # NeMo's: of every linear layer
+        values |= dict.fromkeys(("qkv_bias", "proj_bias", "mlp_bias"), True)
     if model.get("scale_positional_embedding"):
         values["rope_scaling"] = RopeScaling(
             model.get("scale_factor", 8.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -9,6 +10,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.convert import convert
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 from tests.nemo.conftest import hf_logits, nemo_logits
@@ -150,7 +152,11 @@ def test_the_whole_journey(family, zygote, trainer, tmp_path, kind):
         ["evaluate", f"model.restore_from_path={out}/distilled.nemo", *measured, f"output_path={out}/out.json"],
         ["convert", f"input_name_or_path={out}/distilled.nemo", f"output_path={out}/hf", "verify=true"],
     ]
-    assert zygote.run("tests.nemo.extending_jobs:commands", 1, *lines) == [[0] * len(lines)]
+    for line in lines:
+        assert zygote.run("tests.nemo.extending_jobs:commands", 1, line) == [[0]], line
+    watched, streamed = (Scores.load(out / name).published for name in ("scores", "streamed"))
+    for axis, worth in watched.items():
+        np.testing.assert_allclose(streamed[axis], worth, rtol=1e-4, err_msg=axis)
     with NemoReader(out / "distilled.nemo") as reader, NemoReader(out / "cut.nemo") as cut:
         assert reader.shape.replace(num_layers=2) == cut.shape
         assert reader.fingerprint() != cut.fingerprint()
@@ -158,3 +164,22 @@ def test_the_whole_journey(family, zygote, trainer, tmp_path, kind):
     assert {name: getattr(shape, name) for name in KINDS[kind]} == KINDS[kind]
     model = load_model(out / "distilled.nemo", trainer)
     torch.testing.assert_close(nemo_logits(model, TOKENS), hf_logits(out / "hf", TOKENS), rtol=1e-4, atol=2e-4)
+
+
+@SLOW
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_and_student_are_the_same_on_a_grid(family, zygote, tmp_path, kind):
+    """TP 2 with sequence parallelism x PP 2 against one process, re-solved weights bit by bit."""
+    folder, _, _ = family(kind)
+    source, data = str(folder / "teacher.nemo"), f"{tmp_path}/data"
+    preprocess("pydoc_topics", data, tokenizer_type=str(folder / "teacher"))
+    sizes = ["hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "num_layers=2"]
+    for name, grid, world in (("one", (1, 1, False), 1), ("four", (2, 2, True), 4)):
+        (tmp_path / name).mkdir()
+        step = (source, f"{data}_text_document", str(tmp_path / name), grid, sizes)
+        zygote.run("tests.nemo.grid_jobs:scores_and_student", world, *step)
+    one, four = (Scores.load(tmp_path / name / "scores").published for name in ("one", "four"))
+    for axis, worth in one.items():
+        np.testing.assert_allclose(four[axis], worth, rtol=1e-5, err_msg=axis)
+    with NemoReader(tmp_path / "one" / "student.nemo") as a, NemoReader(tmp_path / "four" / "student.nemo") as b:
+        assert a.shape == b.shape and a.fingerprint() == b.fingerprint()
