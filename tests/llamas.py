@@ -30,6 +30,7 @@ SHAPES: dict[str, ModelShape] = {
         ),
     ),
     "linear_rope": GQA.replace(hidden_size=48, rotary_base=1e6, rope_scaling=LinearScaling(2.5)),
+    "window": GQA.replace(sliding_window=96),  # Mistral; tests of logits run 96 tokens at most
     "padded": GQA.replace(vocab_size=250, padded_vocab_size=250, share_embeddings_and_output_weights=True),
     "bf16": GQA.replace(num_query_groups=2),
     "qkv_bias": GQA.replace(qkv_bias=True, share_embeddings_and_output_weights=True),  # Qwen2

@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import MistralConfig
 
 from nemo_minitron.checkpoint import HfReader, NemoReader, NemoWriter, each_tensor, verify
 from nemo_minitron.config.schema import ConvertConfig
@@ -123,6 +124,12 @@ def test_mistral_round_trip(llama, tmp_path):
     back = convert(convert(llama, tmp_path / "m.nemo"), tmp_path / "back")
     assert (back / "config.json").read_bytes() == (llama / "config.json").read_bytes()
     same_tensors(tensors_of(llama), tensors_of(back))
+
+
+def test_a_mistral_that_is_silent_has_the_window_that_transformers_assumes(llama, tmp_path):
+    edit(llama / "config.json", architectures=["MistralForCausalLM"], model_type="mistral")
+    with NemoReader(convert(llama, tmp_path / "m.nemo")) as reader:
+        assert reader.shape.sliding_window == MistralConfig().sliding_window == 4096
 
 
 def test_precision_and_padding(llama, tmp_path):
@@ -249,9 +256,9 @@ BAD_HF = {
     "mlp bias": (lambda f: edit(f / "config.json", mlp_bias=True), "expected the tensor .*gate_proj.bias"),
     "rope": (lambda f: edit(f / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2.0}), "yarn"),
     "activation": (lambda f: edit(f / "config.json", hidden_act="gelu"), "hidden_act"),
-    "mistral window": (
-        lambda f: edit(f / "config.json", architectures=["MistralForCausalLM"], model_type="mistral"),
-        "sliding_window must be null, found 4096",
+    "window of no size": (
+        lambda f: edit(f / "config.json", architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=0),
+        "sliding_window must be a positive integer, found 0",
     ),
     "sizes": (lambda f: edit(f / "config.json", intermediate_size=95), "gate_proj.weight' must have the size"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "truncated inside tensor"),

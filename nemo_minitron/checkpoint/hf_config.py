@@ -36,7 +36,8 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
     family = family_from_hf(config, where)
     config = {**family.hf_absent, **config}
     biases = dict.fromkeys(family.hf_biases, (False, True, None))
-    known.HF.having({**biases, **family.hf_only}, family.hf_neutral).check(config, where)
+    window = ("sliding_window",) if family.hf_window else ()
+    known.HF.having({**biases, **family.hf_only}, (*family.hf_neutral, *window)).check(config, where)
     attention, mlp = (key in family.hf_biases and bool(config.get(key)) for key in ("attention_bias", "mlp_bias"))
     hidden, heads = (whole(config, key, where) for key in ("hidden_size", "num_attention_heads"))
     vocab, layers = (whole(config, key, where) for key in ("vocab_size", "num_hidden_layers"))
@@ -63,6 +64,7 @@ def shape_from_hf(config: Mapping[str, Any], where: str = "config.json") -> Mode
         proj_bias=attention,
         mlp_bias=mlp,
         family=family.layers,
+        sliding_window=whole(config, *window, where) if window and config["sliding_window"] is not None else None,
     )
 
 
@@ -118,6 +120,8 @@ def dressed_config(
             config[key] = value
     if before is None or before.kv_channels != shape.kv_channels or _implied_head_dim(config) != shape.kv_channels:
         config["head_dim"] = shape.kv_channels
+    if before is not None and before.sliding_window != shape.sliding_window:
+        _set_window(config, shape)
     if before is not None:
         cut_lists(config, before.num_layers, shape.num_layers, layers)
     same = {"padded_vocab_size": shape.padded_vocab_size, "proj_bias": shape.proj_bias}
@@ -133,6 +137,15 @@ def dressed_config(
     if config.get("torch_dtype") != name or config.get("dtype", name) != name:
         config |= {"torch_dtype": name, "dtype": name}  # transformers up to 4.55 reads the first, later ones the second
     return config, dress
+
+
+def _set_window(config: dict[str, Any], shape: ModelShape) -> None:
+    if not family_from_hf(config, "config.json").hf_window:
+        raise MinitronError(
+            f"config.json: architectures {config.get('architectures')} must be of a family with a window over the "
+            f"tokens, as its weights are (sliding_window {shape.sliding_window})"
+        )
+    config["sliding_window"] = shape.sliding_window
 
 
 _FIELDS = {
@@ -154,7 +167,9 @@ def _fresh_config(shape: ModelShape) -> dict[str, Any]:
     fitting = [family for zeros in (False, True) for family in alike if family.has_biases(biases, zeros)]
     if not fitting:
         raise MinitronError(f"there are no models {in_words(biases)} in the family '{shape.family}'")
-    family = fitting[0]
+    family = next((one for one in fitting if one.hf_window or shape.sliding_window is None), None)
+    if family is None:
+        raise MinitronError(f"sliding_window must be null in a model {in_words(biases)}, found {shape.sliding_window}")
     keys = {"attention_bias": shape.qkv_bias, "mlp_bias": shape.mlp_bias}
     return {
         "architectures": [family.architecture],

@@ -207,7 +207,7 @@ NEMO = Keys(
     kinds=dict.fromkeys(_SIZES | _TRAINING_NUMBERS, "number")
     | dict.fromkeys(_SWITCHES | _TRAINING_SWITCHES, "flag")
     | {"precision": "word"},
-    applied=_SIZES | _SWITCHES | _names("vocab_size tokenizer minitron precision name"),
+    applied=_SIZES | _SWITCHES | _names("vocab_size tokenizer minitron precision name window_size"),
     neutral=_TRAINING_NUMBERS
     | _TRAINING_SWITCHES
     | _names(
@@ -263,7 +263,6 @@ NEMO = Keys(
         "hyena": _EMPTY,
         "encoder": _EMPTY,
         "decoder": _EMPTY,
-        "window_size": _NONE,
         "qk_layernorm": _OFF,
         "softmax_scale": _NONE,
         "no_rope_freq": _EMPTY,

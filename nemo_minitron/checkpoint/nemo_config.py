@@ -117,6 +117,7 @@ def shape_from_nemo(
         proj_bias=proj_bias,
         mlp_bias=mlp_bias,
         family=family.layers,
+        sliding_window=window_from_nemo(config, where),
     )
 
 
@@ -134,6 +135,22 @@ def _scaling(config: Mapping[str, Any], where: str) -> Scaling | None:
     if "original_max_position_embeddings" in numbers:
         numbers["original_max_position_embeddings"] = int(numbers["original_max_position_embeddings"])
     return RopeScaling(**numbers)
+
+
+def window_from_nemo(config: Mapping[str, Any], where: str) -> int | None:
+    """Tokens that a token attends to by ``window_size: [W, 0]``, W as NeMo's converters take it from HF's config.
+
+    NeMo's model class is not told of it, so that what that class saves has it in the section ``minitron`` alone.
+    """
+    value = config.get("window_size")
+    value = (config.get(SECTION) or {}).get("window_size") if value is None else value
+    if value is None:
+        return None
+    if not isinstance(value, list) or [type(number) for number in value] != [int, int] or value[1] != 0:
+        raise MinitronError(f"{where}: window_size must be null or [W, 0], found {value!r:.80}")
+    if value[0] < 1:
+        raise MinitronError(f"{where}: window_size must have at least 1 token, found {value!r:.80}")
+    return int(value[0])
 
 
 def family_from_nemo(config: Mapping[str, Any], where: str = "model_config.yaml") -> Family:
@@ -215,7 +232,7 @@ def nemo_config_from_hf(
         config[SECTION]["hf_config"] = dict(hf_config)
     if generation_config is not None:
         config[SECTION]["generation_config"] = dict(generation_config)
-    config["data"]["seq_length"] = shape.max_position_embeddings
+    config["data"]["seq_length"] = shape.longest_sequence
     return update_shape(config, shape)
 
 
@@ -253,7 +270,10 @@ def update_shape(config: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]
         **bias_keys,
         "scale_positional_embedding": isinstance(shape.rope_scaling, RopeScaling),
     }
-    new.setdefault("encoder_seq_length", shape.max_position_embeddings)
+    new.setdefault("encoder_seq_length", shape.longest_sequence)
+    (new.get(SECTION) or {}).pop("window_size", None)
+    if shape.sliding_window is not None or new.get("window_size") is not None:
+        new["window_size"] = None if shape.sliding_window is None else [shape.sliding_window, 0]
     for theirs, ours in _SCALING_KEYS.items():
         new.pop(theirs, None)
         if isinstance(shape.rope_scaling, RopeScaling):

@@ -17,6 +17,7 @@ from nemo_minitron.checkpoint.nemo_config import (
     family_from_nemo,
     model_defaults,
     nemo_keys,
+    window_from_nemo,
 )
 from nemo_minitron.errors import MinitronError
 
@@ -102,4 +103,7 @@ def for_model_class(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     section[SECTION] = {} if vocab is None else {"vocab_size": int(vocab)}  # proven with the shape
     if config.get("bias", True):
         section[SECTION]["biases"] = linear_names(biases_from_nemo(config, config.get(SECTION) or {}, where))
+    window = window_from_nemo(config, where)
+    if window is not None:
+        section[SECTION]["window_size"] = [window, 0]
     return section

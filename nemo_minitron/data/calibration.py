@@ -24,10 +24,11 @@ def block_length(calibration: Calibration, reader: NemoReader) -> int:
     """Tokens of a block: ``calibration.seq_length``, or the checkpoint's ``encoder_seq_length``.
 
     Raises:
-        MinitronError: more than the model has positions.
+        MinitronError: more than the model has positions, or its window holds.
     """
     longest = reader.shape.max_position_embeddings
     length = calibration.seq_length or int(reader.config.get("encoder_seq_length") or longest)
+    reader.shape.check_window(length, "calibration.seq_length")
     if length > longest:
         raise MinitronError(f"calibration.seq_length: {length} asked, the model has {longest} positions")
     return length

@@ -82,10 +82,11 @@ def _on_grid(cfg: EvaluateConfig, source: Path) -> Metrics:
         length = int(options.seq_length or reader.config["encoder_seq_length"])
         if options.perplexity:
             prefix = required(cfg, "evaluate.data_prefix")
+            reader.shape.check_window(length, "evaluate.seq_length")
             vocab_size = reader.shape.vocab_size
             blocks = token_blocks(prefix, length, num_samples=options.num_samples, seed=cfg.seed, vocab_size=vocab_size)
         else:
-            length = min(length, reader.shape.max_position_embeddings)
+            length = min(length, reader.shape.longest_sequence)
         if options.throughput:
             _check_throughput(options, reader.shape, Grid.of(cfg.model))
     model = load_for_forward(source, cfg.model, cfg.trainer, length)
@@ -123,6 +124,7 @@ def _check_throughput(options: Evaluate, shape: ModelShape, grid: Grid) -> None:
         if getattr(options, name) < 1:
             raise MinitronError(f"evaluate.{name}: expected at least 1, found {getattr(options, name)}")
     length = options.prefill_tokens + options.decode_tokens
+    shape.check_window(length, "evaluate.prefill_tokens + evaluate.decode_tokens")
     if length > shape.max_position_embeddings:
         raise MinitronError(
             f"evaluate.prefill_tokens + evaluate.decode_tokens ({length}) is longer than the checkpoint's "

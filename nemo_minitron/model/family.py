@@ -55,6 +55,7 @@ class Family:
         hf_biases: those of the keys ``attention_bias`` and ``mlp_bias`` of ``config.json`` that its models heed: with
             the first, queries, keys, values and the attention's output have a bias, with the second gate, up and down.
             What is not named must be off.
+        hf_window: whether ``sliding_window`` of ``config.json`` is the window of all its layers; else it must be null.
         parameters: further rows of one layer (:class:`nemo_minitron.model.parameter.Parameter`): names, HF names,
             fusing, the axes along which pruning cuts, the dimension that tensor parallelism splits. ``per_layer`` all.
         queries_and_keys: what is done to queries and keys before RoPE; None for nothing.
@@ -76,6 +77,7 @@ class Family:
     hf_only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     hf_neutral: tuple[str, ...] = ()
     hf_fresh: Mapping[str, Any] = field(default_factory=dict)
+    hf_window: bool = False
     qkv_bias: bool = False
     hf_biases: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()

@@ -18,7 +18,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.registry import FAMILIES
 
 _ALWAYS = object()
-_NEWER = {"proj_bias": False, "mlp_bias": False, "family": "llama"}
+_NEWER = {"proj_bias": False, "mlp_bias": False, "family": "llama", "sliding_window": None}
 """Fields that came after files were written, with what was meant before."""
 _SPLIT = ("num_query_groups", "num_attention_heads", "ffn_hidden_size")
 """Sizes that tensor parallelism divides, beside the padded vocabulary."""
@@ -64,6 +64,8 @@ class ModelShape:
     Llama's, with or without biases, are not what it has (:attr:`nemo_minitron.model.family.Family.layers`).
     ``qkv_bias``, ``proj_bias`` and ``mlp_bias`` say which linear layers have a bias: queries, keys and values; the
     attention's output; gate, up and down.
+    ``sliding_window`` is how many tokens, itself included, a token attends to; None for all before it. It is kept, not
+    computed: sequences may be no longer (:meth:`check_window`), and within it every layer computes the same without.
     """
 
     num_layers: int
@@ -83,6 +85,7 @@ class ModelShape:
     proj_bias: bool = False
     mlp_bias: bool = False
     family: str = "llama"
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -98,6 +101,9 @@ class ModelShape:
             raise MinitronError(
                 f"padded_vocab_size ({self.padded_vocab_size}) must be at least vocab_size ({self.vocab_size})"
             )
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+            raise MinitronError(f"sliding_window must be a positive integer or null, found {window!r}")
         if self.kv_channels % 2:
             raise MinitronError(f"kv_channels ({self.kv_channels}) must be even for rotary embeddings")
         if self.family != "llama":
@@ -117,6 +123,26 @@ class ModelShape:
     def proj_columns(self) -> int:
         """Columns of ``linear_proj``: A * d."""
         return self.num_attention_heads * self.kv_channels
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence whose positions there are and that the window holds whole."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    def check_window(self, length: int, what: str) -> None:
+        """Refuse a sequence that is longer than the window.
+
+        Args:
+            what: begins the message: the key that asks for ``length`` tokens.
+
+        Raises:
+            MinitronError: naming both numbers.
+        """
+        if self.sliding_window is not None and length > self.sliding_window:
+            raise MinitronError(
+                f"{what} ({length}) is longer than the checkpoint's sliding_window ({self.sliding_window}); attention "
+                "over a part of the sequence is not supported"
+            )
 
     def check_same(self, other: ModelShape, what: str) -> None:
         """Refuse another architecture.

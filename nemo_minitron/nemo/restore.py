@@ -41,6 +41,7 @@ ARCHITECTURE = (
     "high_freq_factor",
     "old_context_len",
     "seq_len_interpolation_factor",
+    "window_size",
     "share_embeddings_and_output_weights",
     "make_vocab_size_divisible_by",
     "override_vocab_size",
@@ -196,7 +197,7 @@ def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[Di
 
     Raises:
         MinitronError: architecture override; no tokenizer; sequence or batch sizes that contradict; a grid that does
-            not fit the model or the processes of the job; context parallelism.
+            not fit the model or the processes of the job; a sequence longer than the window; context parallelism.
     """
     run = run or {}
     cfg = merge_config(reader.config, run, reader.path)
@@ -210,6 +211,7 @@ def job_config(reader: NemoReader, run: DictConfig | dict[str, Any]) -> tuple[Di
         cfg.num_layers_in_first_pipeline_stage = given or reader.shape.first_stage_layers(grid[1])
     _check_stages(cfg, reader.shape.num_layers, grid[1])
     length = cfg.get("encoder_seq_length") or 0
+    reader.shape.check_window(length, f"{reader.path}: model.data.seq_length")
     if cfg.get("sequence_parallel") and length % grid[0]:
         raise MinitronError(
             f"the sequence length ({length}) must be a multiple of model.tensor_model_parallel_size ({grid[0]}) under "

@@ -59,7 +59,7 @@ def space_of(cfg: SearchConfig, shape: ModelShape) -> Space:
 def budget_of(cfg: SearchConfig, shape: ModelShape, records: Records) -> Budget:
     """The budget, with the rates of this device, which are measured once and kept: others would allow other shapes."""
     values: dict[str, Any] = dataclasses.asdict(cfg.budget)
-    values["seq_length"] = values["seq_length"] or min(POSITIONS, shape.max_position_embeddings)
+    values["seq_length"] = values["seq_length"] or min(POSITIONS, shape.longest_sequence)
     for name in ("batch_size", "seq_length", "bytes_per_value"):
         if values[name] < 1:
             raise MinitronError(f"budget.{name}: expected at least 1, found {values[name]}")

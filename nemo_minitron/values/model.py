@@ -111,7 +111,7 @@ MODEL: Rules = {
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "max_position_embeddings normalization layernorm_epsilon bias qkv_bias activation position_embedding_type "
         "rotary_base rotary_percentage scale_positional_embedding scale_factor low_freq_factor high_freq_factor "
-        "old_context_len seq_len_interpolation_factor share_embeddings_and_output_weights "
+        "old_context_len seq_len_interpolation_factor window_size share_embeddings_and_output_weights "
         "make_vocab_size_divisible_by override_vocab_size",
         applied(None, _CHECKPOINT),
     ),
@@ -155,7 +155,6 @@ MODEL: Rules = {
     **each("headscale openai_gelu rotary_interleaved apply_embedding_scaling megatron_legacy", fixed((False,), _LLAMA)),
     "transformer_block_type": fixed(("pre_ln",), _LLAMA),
     "attention_type": fixed(("multihead",), _LLAMA),
-    "window_size": fixed((), _LLAMA),
     "attention_backend": applied(choice("auto", "flash", "fused", "unfused", "local"), "of Transformer Engine"),
     "drop_layers": fixed(([],), "minitron prune prune.drop_layers=[…] removes layers"),
     **each("reset_lr reset_lr_steps", fixed((False,), "the first step would have a learning rate of 0")),

@@ -25,7 +25,7 @@ REFUSED = {
     "seq_len_interpolation_factor": (0.5, "must be at least 1, found 0.5"),
     "rotary_percentage": (0.5, "must be 1, found 0.5"),
     "rotary_interleaved": (True, "must be false"),
-    "window_size": ([128, 0], "must be null"),
+    "window_size": ([128, 128], "must be null or .W, 0., found"),
     "num_moe_experts": (8, "must be null"),
     "activation": ("gelu", "must be 'fast-swiglu'"),
     "normalization": ("layernorm1p", "must be 'rmsnorm'"),
@@ -64,6 +64,19 @@ def test_what_is_absent_means_what_nemo_assumes(key):
         shape_from_nemo({name: value for name, value in CONFIG.items() if name != key}, SHAPE.padded_vocab_size)
 
 
+@pytest.mark.parametrize("value", [[0, 0], [-1, 0], [64], [64.0, 0], [True, 0], 64, "64"])
+def test_a_window_that_is_none_is_refused(value):
+    with pytest.raises(MinitronError, match=r"model_config\.yaml: window_size must"):
+        shape_from_nemo({**CONFIG, "window_size": value}, SHAPE.padded_vocab_size)
+
+
+def test_a_window_is_read_and_written():
+    windowed = SHAPE.replace(sliding_window=64)
+    config = update_shape(CONFIG, windowed)
+    assert config["window_size"] == [64, 0] and shape_from_nemo(config, SHAPE.padded_vocab_size) == windowed
+    assert update_shape(config, SHAPE)["window_size"] is None and "window_size" not in update_shape(CONFIG, SHAPE)
+
+
 def test_a_run_may_say_again_how_rope_is_scaled():
     from nemo_minitron.nemo import restore
 
@@ -80,7 +93,7 @@ def test_a_run_may_say_again_how_rope_is_scaled():
 def test_a_run_does_not_change_the_network(key, value):
     from nemo_minitron.nemo import restore
 
-    with pytest.raises(MinitronError, match=rf"^model\.{key} must be"):
+    with pytest.raises(MinitronError, match=rf"^model\.{key}( must be|=.* disagrees)"):
         restore.merge_config(CONFIG, {key: value}, "m.nemo")
 
 

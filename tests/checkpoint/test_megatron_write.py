@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nemo_minitron.checkpoint import HfReader, each_tensor
 from nemo_minitron.checkpoint.megatron_args import further_arguments
-from nemo_minitron.checkpoint.megatron_fields import _ELSEWHERE, FIELDS
+from nemo_minitron.checkpoint.megatron_fields import _ELSEWHERE, FIELDS, values
 from nemo_minitron.checkpoint.megatron_write import DRESSES, MegatronWriter
 from nemo_minitron.checkpoint.nemo2_context import io_json, model_call
 from nemo_minitron.checkpoint.nemo_config import padded_vocab
@@ -64,7 +64,10 @@ def hf(tmp_path_factory):
 
 
 def test_every_fact_of_a_shape_has_its_place_or_is_refused():
-    assert {field.name for field in fields(ModelShape)} == {row.shape for row in FIELDS}.union(_ELSEWHERE)
+    placed = {row.shape for row in FIELDS}.union(_ELSEWHERE)
+    assert {field.name for field in fields(ModelShape)} == placed | {"sliding_window"}
+    with pytest.raises(MinitronError, match="sliding_window must be None in a Megatron checkpoint, found 64"):
+        list(values(GQA.replace(sliding_window=64), "there"))
 
 
 def test_bridge(hf, tmp_path):

@@ -14,7 +14,7 @@ from tests.llamas import GQA
 from tests.zygote import Zygote
 
 SHAPES = {
-    "gqa_untied": ModelShape(2, 64, 128, 8, 4, 8, 512, 512),
+    "gqa_untied": ModelShape(2, 64, 128, 8, 4, 8, 512, 512, sliding_window=96),  # Mistral; logits are of 96 tokens
     "tied_head_dim_rope": ModelShape(
         3, 48, 96, 6, 2, 16, 500, 500, True, 500000.0, RopeScaling(32.0, 1.0, 4.0, 64), 4096, 1e-6
     ),
@@ -94,7 +94,7 @@ def hf_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager").eval()
-    assert type(model).__name__ in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    assert type(model).__name__ in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
     with torch.no_grad():
         return model(tokens).logits
 

@@ -1,4 +1,4 @@
-"""Mistral: a Llama, where its window over the tokens is off."""
+"""Mistral: a Llama, where its window over the tokens is off or holds the whole sequence."""
 
 from __future__ import annotations
 
@@ -10,4 +10,5 @@ FAMILY = Family(
     model_type="mistral",
     hf_absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     hf_fresh={"sliding_window": None},
+    hf_window=True,
 )
