@@ -162,6 +162,18 @@ MUTANTS = [
         "model/families/test_qwen3.py::test_the_plain_decoder_computes_what_transformers_does",
     ),
     Mutant(
+        "model/decoder.py",
+        "return frequencies / scaling.factor",
+        "return frequencies",
+        "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers",
+    ),
+    Mutant(
+        "nemo/restore.py",
+        "reader.shape.check_window(length,",
+        "reader.shape.check_window(0,",
+        "nemo/test_window.py::test_a_sequence_longer_than_the_window_is_refused",
+    ),
+    Mutant(
         "nemo/spec.py",
         "if self._config.finalize_model_grads_func is None:",
         "if False:",
