@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import runtime
-from nemo_minitron.checkpoint import NemoReader, known
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.checkpoint.nemo_config import family_from_nemo, nemo_keys
 from nemo_minitron.checkpoint.nemo_gate import for_model_class
 from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, library_of
 from nemo_minitron.config.keys import SEED
@@ -73,7 +74,8 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
             describes the network has a value of another kind.
     """
     asked = cast(dict, OmegaConf.to_container(run, resolve=True)) if isinstance(run, DictConfig) else dict(run)
-    merged = for_model_class(checkpoint, f"{path}: model_config.yaml")
+    where = f"{path}: model_config.yaml"
+    merged, keys = for_model_class(checkpoint, where), nemo_keys(family_from_nemo(checkpoint, where))
     for key, value in asked.items():
         if key in ARCHITECTURE and value is not None:
             found = _UNSAID.get(key) if checkpoint.get(key) is None else checkpoint[key]
@@ -82,7 +84,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
                     f"model.{key}={value!r} disagrees with the checkpoint {path}, which has {found!r}; "
                     "the architecture always comes from the checkpoint: leave the key out"
                 )
-        elif value is not None and (problem := known.NEMO.problem(key, value)):
+        elif value is not None and (problem := keys.problem(key, value)):
             raise MinitronError(f"model.{key} {problem}; the architecture always comes from the checkpoint")
         elif key not in (*ARCHITECTURE, "encoder_seq_length", "tokenizer"):
             merged[key] = value

@@ -77,6 +77,16 @@ def test_a_window_is_read_and_written():
     assert update_shape(config, SHAPE)["window_size"] is None and "window_size" not in update_shape(CONFIG, SHAPE)
 
 
+def test_a_run_may_say_again_that_queries_and_keys_have_norms():
+    from nemo_minitron.nemo import restore
+
+    normed = update_shape(CONFIG, SHAPE.replace(family="qwen3"))
+    assert restore.merge_config(normed, {"qk_layernorm": True}, "m.nemo").qk_layernorm is True
+    for config, value, message in ((normed, False, "must be true"), (CONFIG, True, "must be false")):
+        with pytest.raises(MinitronError, match=rf"^model\.qk_layernorm {message}"):
+            restore.merge_config(config, {"qk_layernorm": value}, "m.nemo")
+
+
 def test_a_run_may_say_again_how_rope_is_scaled():
     from nemo_minitron.nemo import restore
 
