@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint.megatron_fields import bias_everywhere, interpolation, llama3_factor, switches, values
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 
 VERSION = 3.0
@@ -51,6 +52,11 @@ def common_state(
     Raises:
         MinitronError: a shape that its model cannot have.
     """
+    if interpolation(shape) is not None:
+        raise MinitronError(
+            f"{where}: RoPE scaling must be none or Llama 3's in format=megatron, found linear: Megatron-LM (0.13 to "
+            "0.19) builds its GPT without it whatever it is told; format=bridge and format=nemo2 can say it"
+        )
     args: dict[str, Any] = dict.fromkeys(_OFF, False) | dict.fromkeys(_NONE)
     args |= {f.argument: not value if f.inverted else value for f, value in values(shape, where)}
     args |= switches(shape, where)
@@ -66,7 +72,7 @@ def common_state(
         "rotary_percent": 1.0,
         "use_rope_scaling": factor is not None,
         "rope_scaling_factor": 8.0 if factor is None else factor,
-        "rotary_seq_len_interpolation_factor": interpolation(shape),
+        "rotary_seq_len_interpolation_factor": None,
         "add_bias_linear": bias_everywhere(shape, where),
         "normalization": "RMSNorm",
         "swiglu": True,
@@ -99,6 +105,4 @@ def further_arguments(shape: ModelShape, where: str) -> list[str]:
     said = [f"--norm-epsilon {shape.layernorm_epsilon:g}"]
     said += [f"--{key.replace('_', '-')}" for key, value in switches(shape, where).items() if value is True]
     factor = llama3_factor(shape, where)
-    if (linear := interpolation(shape)) is not None:
-        said.append(f"--rotary-seq-len-interpolation-factor {linear:g}")
     return said + ([] if factor is None else ["--use-rope-scaling", f"--rope-scaling-factor {factor:g}"])

@@ -21,6 +21,7 @@ from nemo_minitron.checkpoint.hf_config import shape_from_hf
 from nemo_minitron.checkpoint.kinds import refuse_other_megatron
 from nemo_minitron.checkpoint.megatron_config import shape_from_args, shape_from_model
 from nemo_minitron.checkpoint.megatron_place import BRIDGE, MEGATRON, MODEL_CONFIG, NEMO2, RUN_CONFIG, locate
+from nemo_minitron.checkpoint.megatron_write import GENERATION_CONFIG, HF_CONFIG, SIDECAR
 from nemo_minitron.checkpoint.sharded import ShardedModel
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import JSON_LIMIT, YAML_LIMIT, parse_json, parse_object_yaml
@@ -39,8 +40,9 @@ class MegatronReader:
         dress: ``nemo2``, ``bridge`` or ``megatron``.
         shape: V from the config where it says it, Vp from the stored table.
         dtype: the widest storage dtype among the model's tensors.
-        hf_config: ``hf/config.json``, which Megatron-Bridge leaves beside its weights where it is asked to; else None.
-        generation_config: what a config of Megatron-Bridge or NeMo 2 has of it; else None.
+        hf_config: ``minitron/hf_config.json``, of a checkpoint that this package wrote, or ``hf/config.json``, which
+            Megatron-Bridge leaves beside its weights where it is asked to; else None.
+        generation_config: what a config of Megatron-Bridge or NeMo 2 has of it, or what lies beside it; else None.
 
     Args:
         model: NeMo's keys of a shape that the user gives. They are the shape of a checkpoint that says none; of the
@@ -131,10 +133,16 @@ class MegatronReader:
         return asked
 
     def _read_hf_config(self) -> None:
-        """Take over ``hf/config.json`` where it is of this model."""
-        name = "hf/config.json"
-        if self.dress == NEMO2 or name not in self._archive.names():
-            return
+        """Take over HF's configs, which Megatron-Bridge or this package left beside the weights, where they are of this
+        model: ours may be of one that it was pruned from."""
+        names, ours = set(self._archive.names()), f"{SIDECAR}{GENERATION_CONFIG}"
+        if self.generation_config is None and ours in names:
+            self.generation_config = parse_json(read_member(self._archive, ours, JSON_LIMIT), f"{self._where}: {ours}")
+        for name in (f"{SIDECAR}{HF_CONFIG}", *(() if self.dress == NEMO2 else ("hf/config.json",))):
+            if self.hf_config is None and name in names:
+                self._take_hf_config(name)
+
+    def _take_hf_config(self, name: str) -> None:
         where = f"{self._where}: {name}"
         config = parse_json(read_member(self._archive, name, JSON_LIMIT), where)
         try:
@@ -143,7 +151,8 @@ class MegatronReader:
             mine = self.shape.replace(padded_vocab_size=theirs.padded_vocab_size, max_position_embeddings=length)
             mine.check_same(theirs, f"{where}: expected")
         except MinitronError as error:
-            notice(f"{error}; it is not used")
+            if not name.startswith(SIDECAR):
+                notice(f"{error}; it is not used")
             return
         self.hf_config, self.shape = config, self.shape.replace(max_position_embeddings=length)
 

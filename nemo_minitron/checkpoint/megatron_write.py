@@ -24,7 +24,7 @@ from nemo_minitron.model.parameter import Parameter
 from nemo_minitron.model.shape import ModelShape
 
 CHECKSUMS, HF_CONFIG, GENERATION_CONFIG = "checksums.json", "hf_config.json", "generation_config.json"
-_SIDECAR = "minitron/"
+SIDECAR = "minitron/"
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -93,7 +93,7 @@ DRESSES = {
         weights="iter_0000000/",
         prefix="",
         tokenizer="iter_0000000/tokenizer/",
-        sidecar=f"iter_0000000/{_SIDECAR}",
+        sidecar=f"iter_0000000/{SIDECAR}",
         replaceable=("iter_0000000", f"latest_{bridge_config.TRAIN_STATE}", _TRACKER),
         common=lambda _: {"iteration": 0, "checkpoint_version": megatron_args.VERSION},
         files=_bridge_files,
@@ -102,7 +102,7 @@ DRESSES = {
         weights="release/",
         prefix="",
         tokenizer="release/tokenizer/",
-        sidecar=f"release/{_SIDECAR}",
+        sidecar=f"release/{SIDECAR}",
         replaceable=("release", _TRACKER),
         common=_megatron_common,
         files=lambda _: {_TRACKER: b"release"},
@@ -111,7 +111,7 @@ DRESSES = {
         weights="weights/",
         prefix="module.",
         tokenizer=f"context/{nemo2_context.TOKENIZER}/",
-        sidecar=_SIDECAR,
+        sidecar=SIDECAR,
         replaceable=("context", "weights", "minitron"),
         common=lambda _: {},
         files=_nemo2_files,

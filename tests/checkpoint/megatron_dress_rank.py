@@ -58,7 +58,6 @@ def megatron(folder: Path) -> tuple[dict, dict]:
         "rotary_percent": args.rotary_percent,
         "rotary_base": args.rotary_base,
         "rope_scaling": args.use_rope_scaling,
-        "seq_len_interpolation_factor": args.rotary_seq_len_interpolation_factor,
         "rope_scaling_factor": args.rope_scaling_factor,
         "share_embeddings_and_output_weights": not args.untie_embeddings_and_output_weights,
     }

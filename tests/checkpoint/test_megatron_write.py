@@ -58,6 +58,11 @@ def write(hf: Path, dress: str, out: Path, **changes) -> Path:
     return out / DRESSES[dress].weights
 
 
+def dresses(name: str) -> list[str]:
+    """Those that can describe a model; Megatron-LM's GPT has no linear RoPE scaling."""
+    return [dress for dress in DRESSES if (name, dress) != ("linear", "megatron")]
+
+
 @pytest.fixture(scope="module")
 def hf(tmp_path_factory):
     return make_llama(tmp_path_factory.mktemp("hf") / "untied", ODD)
@@ -155,6 +160,17 @@ def test_fiddle_reads_the_calls_of_nemo2(changes, expected, monkeypatch):
         assert (config.scale_factor, config.low_freq_factor, config.old_context_len) == (4.0, 1.5, 64)
 
 
+@pytest.mark.parametrize("name", ["tied", "scaled", "qk_norms", "linear"])
+def test_what_is_written_is_read_back(name, tmp_path):
+    """Through every dress to a HF folder again, whose config and tensors are the source's."""
+    hf = make_llama(tmp_path / "hf", MODELS[name])
+    for dress in dresses(name):
+        back = convert(convert(hf, tmp_path / dress, format=dress, verify=True), tmp_path / f"{dress}_hf", format="hf")
+        for file in ("config.json", "generation_config.json", "tokenizer.json"):
+            assert json.loads((back / file).read_text()) == json.loads((hf / file).read_text()), (dress, file)
+        assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+
+
 def states(folder: Path) -> set[str]:
     """Keys of the objects that a checkpoint's metadata name, by torch's own reader."""
     found = FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -191,7 +207,6 @@ def test_what_the_command_line_must_say():
     assert further_arguments(MODELS["scaled"], "x") == [
         "--norm-epsilon 2e-06", "--use-rope-scaling", "--rope-scaling-factor 32"
     ]  # fmt: skip
-    assert further_arguments(MODELS["linear"], "x")[1:] == ["--rotary-seq-len-interpolation-factor 2"]
     assert further_arguments(MODELS["qk_norms"], "x")[1:] == ["--qk-layernorm"]
 
 
@@ -200,6 +215,11 @@ def test_a_scaling_that_megatron_core_has_not_built_in_is_refused(hf, dress, tmp
     with pytest.raises(MinitronError, match="low_freq_factor of the RoPE scaling must be 1"):
         write(hf, dress, tmp_path / "out", rope_scaling=RopeScaling(low_freq_factor=2.0))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scaling_that_megatron_lm_builds_without_is_refused(hf, tmp_path):
+    with pytest.raises(MinitronError, match="RoPE scaling must be none or Llama 3's in format=megatron, found linear"):
+        write(hf, "megatron", tmp_path / "out", rope_scaling=LinearScaling(2.0))
 
 
 @pytest.mark.parametrize("dress", DRESSES)
@@ -296,7 +316,7 @@ def test_megatron_core_builds_loads_and_runs_what_we_write(newest, world, tmp_pa
         tokens = torch.randint(0, shape.vocab_size, (1, 24), generator=torch.Generator().manual_seed(0))
         torch.save(tokens, tmp_path / f"{name}.pt")
         logits = expected_logits(hf, tokens)
-        for dress in DRESSES:
+        for dress in dresses(name):
             source = write(hf, dress, tmp_path / name / dress)
             target = tmp_path / "saved" / dress / name
             cases.append([dress, str(source), str(tmp_path / f"{name}.pt"), str(target)])
