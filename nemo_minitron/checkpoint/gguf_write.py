@@ -37,8 +37,14 @@ def gguf_family(shape: ModelShape) -> Family:
     """The family under whose architecture llama.cpp computes a model of this shape.
 
     Raises:
-        MinitronError: none, or one whose RoPE scaling llama.cpp does not read.
+        MinitronError: none, or one whose RoPE scaling llama.cpp does not read; a window over the tokens, of which its
+            architectures have none.
     """
+    if shape.sliding_window is not None:
+        raise MinitronError(
+            f"format=gguf: sliding_window must be null, found {shape.sliding_window}: llama.cpp would let every token "
+            "attend to all before it"
+        )
     biases = (shape.qkv_bias, shape.proj_bias, shape.mlp_bias)
     alike = (one for one in FAMILIES.every() if one.layers == shape.family and one.has_biases(biases))
     family: Family | None = next((one for one in alike if one.gguf), None)

@@ -158,6 +158,7 @@ def test_what_cannot_be_said_is_refused_and_leaves_nothing(tmp_path):
             {},
             "rope_scaling must be absent under the architecture qwen2",
         ),
+        (make_llama(tmp_path / "window", SHAPES["window"]), {}, "sliding_window must be null, found 96"),
     ]
     for given, keys, message in cases:
         with pytest.raises(MinitronError, match=message):
