@@ -13,6 +13,9 @@ def run(cfg: DistillConfig) -> None:
 
         print(plan_memory(cfg))
         return
+    from nemo_minitron import runtime
+
+    runtime.prepare()
     from nemo_minitron.nemo.distillation import MinitronDistillModel
     from nemo_minitron.nemo.training import train
 
