@@ -75,7 +75,9 @@ def _of_json(content: Mapping[str, Any], folder: Path) -> Vocabulary:
     added = sorted(content.get("added_tokens") or [], key=lambda one: one["id"])
     if added:
         tokens += [None] * (added[-1]["id"] + 1 - len(tokens))
-    bytes_too = bool(model.get("byte_fallback"))
+    # transformers' tokenizer of a Llama's GGUF says byte_fallback also where bytes are letters, which never need it
+    letters = any(json.loads(step)["type"] == "ByteLevel" for step in gguf_pre.steps(content.get("pre_tokenizer")))
+    bytes_too = bool(model.get("byte_fallback")) and not letters
     kinds = [UNUSED if token is None else _kind(token, bytes_too) for token in tokens]
     for one in added:
         tokens[one["id"]] = one["content"]

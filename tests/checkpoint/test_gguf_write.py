@@ -136,6 +136,14 @@ def test_metadata_is_that_of_llama_cpps_converter(tmp_path):
     assert len(found["tokenizer.ggml.tokens"]) == len(found["tokenizer.ggml.token_type"]) == 320
 
 
+def test_a_tokenizer_that_came_from_a_gguf_goes_into_one_again(tmp_path):
+    first = convert(make_llama(tmp_path / "hf", GQA), tmp_path / "a.gguf")
+    again = convert(convert(first, tmp_path / "m.nemo"), tmp_path / "b.gguf", verify=True)
+    before, after = metadata(first), metadata(again)
+    keys = [key for key in before if key.startswith("tokenizer.") and not key.endswith("_token_id")]
+    assert len(keys) > 4 and {key: after.get(key) for key in keys} == {key: before[key] for key in keys}
+
+
 def test_from_nemo_and_back_is_bit_identical(tmp_path):
     nemo = convert(make_llama(tmp_path / "hf", GQA), tmp_path / "m.nemo", make_vocab_size_divisible_by=128)
     written = convert(nemo, tmp_path / "m.gguf", verify=True)
