@@ -103,6 +103,7 @@ REST = {
 """What an ellipsis stands for; the first that is found counts."""
 
 ELSEWHERE = {
+    "llama-quantize student.gguf student-Q4_K_M.gguf Q4_K_M": "nemo_minitron/checkpoint/gguf_write.py",
     "git clone <this repository> nemo_minitron && cd nemo_minitron": "Makefile",
     "salloc --nodes=1 --gpus-per-node=8 --exclusive": "docs/running.md",
     "git clone https://github.com/NVIDIA/NeMo-Framework-Launcher": "integrations/nemo_launcher/minitron_launcher.py",
