@@ -61,18 +61,24 @@ class HfReader:
         shape: V = Vp = the rows of HF's table.
         dtype: the widest storage dtype among the tensors (float32 for a GGUF, which is dequantised).
 
+    Args:
+        untie: use another output head that a tied model's file has: shape and ``hf_config`` are then of an untied one.
+
     Raises:
         MinitronError: no such folder, an unsupported architecture or feature, a missing, unknown, truncated or
             wrongly sized tensor.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, untie: bool = False) -> None:
         self.path = Path(path)
         self._source = _open_source(self.path)
         self._zeros: frozenset[str] = frozenset()
         try:
             self.hf_config, self.generation_config = self._source.config, self._source.generation_config
             self.shape = self._without_zeros(shape_from_hf(self.hf_config, f"{self.path}: config.json"))
+            if untie and self._has_another_head():
+                self.hf_config = {**self.hf_config, "tie_word_embeddings": False}
+                self.shape = self.shape.replace(share_embeddings_and_output_weights=False)
             self.dtype = self._check_tensors()
         except BaseException:
             self._source.close()
@@ -108,16 +114,23 @@ class HfReader:
                 found = self._source.dtypes[name]
                 dtype = found if dtype is None else torch.promote_types(dtype, found)
                 unknown.discard(name)
-        if self.shape.share_embeddings_and_output_weights and (head := OUTPUT.hf[0]) in unknown:
-            unknown.discard(head)
-            if not self._source.equal(head, EMBEDDING.hf[0]):
-                raise other_head(f"{self.path}", head, "tie_word_embeddings")
+        if self._has_another_head():
+            raise other_head(f"{self.path}", OUTPUT.hf[0], "tie_word_embeddings", " (convert with untie=true)")
+        if self.shape.share_embeddings_and_output_weights:
+            unknown.discard(OUTPUT.hf[0])
         unknown = {name for name in unknown if not _IGNORED.fullmatch(name)}
         if unknown:
             places = [name.replace("{l}", "N") for row in parameters(self.shape) for name in row.hf]
             raise has_no_place(f"{self.path}", min(unknown), places)
         assert dtype is not None
         return dtype
+
+    def _has_another_head(self) -> bool:
+        """Whether the model is tied, and its file nevertheless has an output head that is not the table."""
+        table, head = EMBEDDING.hf[0], OUTPUT.hf[0]
+        names = self._source.sizes
+        both = self.shape.share_embeddings_and_output_weights and table in names and head in names
+        return both and not self._source.equal(head, table)
 
     @property
     def is_gguf(self) -> bool:

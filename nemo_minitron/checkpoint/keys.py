@@ -96,11 +96,11 @@ def has_no_place(where: str, name: str, expected: Iterable[str]) -> MinitronErro
     return MinitronError(f"{where}: tensor '{name}' has no place in this architecture, which has {', '.join(expected)}")
 
 
-def other_head(where: str, name: str, key: str) -> MinitronError:
+def other_head(where: str, name: str, key: str, how: str = "") -> MinitronError:
     """The error of a tied model whose file has another head: of two models, which one is meant is not known."""
     return MinitronError(
-        f"{where}: tensor '{name}' differs from the embedding table, which {key} ties it to; set {key} to false to use "
-        "it, or take it out of the file"
+        f"{where}: tensor '{name}' differs from the embedding table, which {key} ties it to; set {key} to false{how} "
+        "to use it, or take it out of the file"
     )
 
 

@@ -39,6 +39,7 @@ def _nemo() -> Any:
     return known(MODEL, "NeMo's model section; its architecture keys are checked against the checkpoint")
 
 
+VOCAB = ("refuse", "grow")
 CONVERT_FORMATS = ("nemo", "hf", "gguf", "bridge", "megatron", "nemo2")
 
 
@@ -64,7 +65,9 @@ class ConvertConfig:
     make_vocab_size_divisible_by: int | None = key(None, "pad the vocabulary to a multiple; NeMo's rule when null")
     max_shard_size: str = key("5GB", "largest safetensors file of an HF folder")
     transformer_engine: bool = key(False, "for bridge, megatron and nemo2: the empty states its modules ask for, too")
-    verify: bool = key(False, "read the result back and compare every tensor")
+    verify: Any = key(False, "true reads the result back and compares every tensor; logits compares transformers' too")
+    vocab: str = key("refuse", "what a tokenizer with tokens beyond the table does: refuse, or grow the table", VOCAB)
+    untie: bool = key(False, "use the output head that the file of a tied model has beside its table")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer for an input that carries none of its own")
     model: dict[str, Any] = known(MODEL, "shape of a Megatron checkpoint that says none; choose one with model=NAME")
     extensions: list[str] = _extensions()

@@ -13,12 +13,16 @@ import torch
 from nemo_minitron.checkpoint import HfReader, NemoReader, each_tensor, tensor_name
 from nemo_minitron.checkpoint.canonical import check_digest
 from nemo_minitron.checkpoint.formats import Format, Reader, Writer, format_of, named
+from nemo_minitron.checkpoint.grown import Grown
 from nemo_minitron.checkpoint.hub import located
+from nemo_minitron.checkpoint.logits import check_memory, compare_logits
 from nemo_minitron.checkpoint.nemo_config import dtype_from_precision
-from nemo_minitron.config.schema import ConvertConfig
+from nemo_minitron.checkpoint.tokenizer_open import choose, facts
+from nemo_minitron.config.schema import VOCAB, ConvertConfig
 from nemo_minitron.convert.target import Request, format_for, open_writer
-from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.layout import VOCAB
+from nemo_minitron.errors import MinitronError, check_choice
+from nemo_minitron.jobs.processes import notice
+from nemo_minitron.model import layout
 
 
 def convert(
@@ -29,7 +33,9 @@ def convert(
     precision: str | int | None = None,
     make_vocab_size_divisible_by: int | None = None,
     transformer_engine: bool = False,
-    verify: bool = False,
+    verify: bool | str = False,
+    vocab: str = ConvertConfig.vocab,
+    untie: bool = False,
     max_shard_size: int | str = ConvertConfig.max_shard_size,
     tokenizer: Mapping[str, Any] | None = None,
     quantization: str | None = None,
@@ -38,7 +44,7 @@ def convert(
     """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
 
     Args:
-        input_path: a path; a text may be a model's name on the hub (:func:`nemo_minitron.checkpoint.hub.located`).
+        input_path: a path; a text may be a model's name on the hub (:func:`located`).
         format: of the output, one of ``CONVERT_FORMATS``; when None by its name (``.nemo``, ``.gguf``), else a HF
             folder of a ``.nemo`` and a ``.nemo`` folder of all others.
         precision: storage dtype of the output (``32``, ``bf16``, ``16`` or NeMo's longer spellings); the input's when
@@ -46,7 +52,9 @@ def convert(
         make_vocab_size_divisible_by: pads the table of the formats that have padding; the format's own rule when None.
         transformer_engine: whether Megatron's formats get the empty states that Transformer Engine's modules ask for.
         verify: before the output appears at its place, read it again and compare sizes, RoPE and every tensor, bit by
-            bit, with the input's, and both with the checksums that a ``.nemo`` carries.
+            bit, with the input's and its checksums; ``"logits"``: transformers' too (:func:`compare_logits`).
+        vocab: ``grow`` gives the tables rows for a tokenizer with more tokens (:class:`Grown`), ``refuse`` refuses it.
+        untie: use the output head that the file of a tied model has beside its table, which is refused otherwise.
         max_shard_size: of HF's safetensors files.
         tokenizer: section with ``type`` or ``model`` that names one for an input which carries none.
         quantization: ``q8_0`` for the matrices of a GGUF, in place of ``precision``.
@@ -62,7 +70,7 @@ def convert(
     with ExitStack() as stack:
         found = format_of(source)
         name = format_for(target, format, found.name)
-        reader = stack.enter_context(_open(found, source, model))
+        reader = stack.enter_context(_asked(found, source, model, untie, vocab, tokenizer))
         request = Request(
             target,
             reader.dtype if precision is None else dtype_from_precision(precision),
@@ -70,7 +78,7 @@ def convert(
             max_shard_size,
             tokenizer,
             quantization,
-            _comparison(reader, name) if verify else None,
+            _comparison(reader, name, found.name, verify),
             format=name,
             transformer_engine=transformer_engine,
         )
@@ -106,12 +114,72 @@ def _copy(reader: Reader, writer: Writer) -> None:
             bar.update(tensor.numel() * tensor.element_size())
 
 
-def _comparison(reader: Reader, name: str) -> Callable[[Path], None]:
+def _asked(
+    found: Format,
+    source: Path,
+    model: Mapping[str, Any] | None,
+    untie: bool,
+    vocab: str,
+    tokenizer: Mapping[str, Any] | None,
+) -> Reader:
+    """The source, its head untied and its vocabulary grown where that is asked for and there is anything to do."""
+    check_choice("vocab", vocab, VOCAB)
+    for key, asked, does in (
+        ("untie", untie, found.name == "hf"),
+        ("vocab=grow", vocab == "grow", found.name != "nemo"),
+    ):
+        if asked and not does:
+            raise MinitronError(f"{key} must be absent for {found.what}; it is for a HF folder")
+    reader = HfReader(source, untie=True) if untie and not model else _open(found, source, model)
+    try:
+        folder = choose(reader, tokenizer, "tokenizer") if vocab == "grow" else None
+        entries = 0 if folder is None else facts(folder)[0]
+    except BaseException:
+        reader.close()
+        raise
+    if entries <= reader.shape.vocab_size:
+        return reader
+    notice(f"{source}: the vocabulary grows from {reader.shape.vocab_size} to the tokenizer's {entries} tokens")
+    return Grown(reader, entries)
+
+
+_LOADED = ("hf", "gguf")
+"""Formats that transformers loads."""
+
+
+def _comparison(reader: Reader, name: str, source: str, verify: bool | str) -> Callable[[Path], None] | None:
+    """What is asked of the output before it appears.
+
+    Args:
+        name: format of the output. source: that of the input.
+    """
+    if not verify:
+        return None
+    if verify not in (True, "logits"):
+        raise MinitronError(f"verify: expected true, false or logits, found {verify!r:.80}")
+    if verify == "logits":
+        if name not in _LOADED and source not in _LOADED:
+            raise MinitronError(f"verify=logits must have a HF folder or a GGUF on one side, found {source} and {name}")
+        check_memory(reader.shape)
+
     def check(written: Path) -> None:
         with named(name).open(written) as after:
             compare(reader, after)
+            if verify == "logits":
+                ours = reader if name == "hf" else after
+                theirs, which = (written, "output") if name in _LOADED else (reader.path, "input")
+                difference, largest = compare_logits(ours, theirs, after.dtype, _rows_of(reader))
+                notice(
+                    f"verify=logits: the largest difference from transformers' logits of the {which} is "
+                    f"{difference:.2g}, the largest logit {largest:.3g}"
+                )
 
     return check
+
+
+def _rows_of(reader: Reader) -> int:
+    """Tokens that the source's own tables have."""
+    return reader.before if isinstance(reader, Grown) else reader.shape.vocab_size
 
 
 def compare(before: Reader, after: Reader) -> None:
@@ -131,7 +199,7 @@ def compare(before: Reader, after: Reader) -> None:
         for reader, expected, tensor in zip((before, after), sums, tensors, strict=True):
             if expected is not None:
                 check_digest(reader.path, expected, parameter, layer, tensor)
-        if parameter.axes[0] == VOCAB:
+        if parameter.axes[0] == layout.VOCAB:
             tensors = [tensor[: after.shape.vocab_size] for tensor in tensors]
         # as bytes: as numbers, a zero would equal its negative
         if isinstance(after, HfReader):

@@ -19,6 +19,8 @@ def run(cfg: ConvertConfig) -> None:
         make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by,
         transformer_engine=cfg.transformer_engine,
         verify=cfg.verify,
+        vocab=cfg.vocab,
+        untie=cfg.untie,
         max_shard_size=cfg.max_shard_size,
         tokenizer=dataclasses.asdict(cfg.tokenizer),
         quantization=cfg.quantization,
