@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nemo_minitron.checkpoint.biases import flag, in_words
 from nemo_minitron.checkpoint.hf_rope import number, whole
 from nemo_minitron.checkpoint.keys import Keys
 from nemo_minitron.checkpoint.megatron_keys import ARGS, MODEL
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.processes import notice
-from nemo_minitron.model.family import Family
+from nemo_minitron.model.family import Biases, Family
 from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling, Scaling
 from nemo_minitron.registry import FAMILIES
 
@@ -41,7 +42,8 @@ def shape_from_model(section: Mapping[str, Any], table_rows: int, where: str) ->
     name = str(config.get("_target_")).rpartition(".")[2]
     if not _CLASSES.fullmatch(name):
         raise MinitronError(f"{where}: _target_ must name a model class of the Llama kind, found {name!r:.80}")
-    family = _family(config, bool(_flag(config, "add_qkv_bias", where)))
+    biases = _biases(config, where)
+    family = _family(config, biases, where)
     _keys(MODEL, family).check(config, where)
     heads, hidden = (whole(config, key, where) for key in ("num_attention_heads", "hidden_size"))
     return ModelShape(
@@ -53,14 +55,16 @@ def shape_from_model(section: Mapping[str, Any], table_rows: int, where: str) ->
         kv_channels=whole(config, "kv_channels", where, hidden // heads or 1),
         vocab_size=_vocab(whole(config, "vocab_size", where, table_rows), table_rows, where),
         padded_vocab_size=table_rows,
-        share_embeddings_and_output_weights=_flag(config, "share_embeddings_and_output_weights", where, True),
+        share_embeddings_and_output_weights=flag(config, "share_embeddings_and_output_weights", where, True),
         rotary_base=number(config, "rotary_base", where, 10000.0),
         rope_scaling=_model_scaling(config, name, where),
         max_position_embeddings=whole(
             config, "max_position_embeddings", where, whole(config, "seq_length", where, 1024)
         ),
         layernorm_epsilon=_epsilon(config, ("layernorm_epsilon",), where),
-        qkv_bias=family.qkv_bias,
+        qkv_bias=biases[0],
+        proj_bias=biases[1],
+        mlp_bias=biases[2],
         family=family.layers,
     )
 
@@ -78,10 +82,11 @@ def shape_from_args(args: Mapping[str, Any], table_rows: int, where: str) -> Mod
     Raises:
         MinitronError: as :func:`shape_from_model`.
     """
-    family = _family(args, bool(_flag(args, "add_qkv_bias", where)))
+    biases = _biases(args, where)
+    family = _family(args, biases, where)
     _keys(ARGS, family).check(args, where)
     heads, hidden = (whole(args, key, where) for key in ("num_attention_heads", "hidden_size"))
-    grouped = _flag(args, "group_query_attention", where)
+    grouped = flag(args, "group_query_attention", where, False)
     padded = args.get("padded_vocab_size")
     if padded not in (None, table_rows):
         raise MinitronError(
@@ -96,12 +101,14 @@ def shape_from_args(args: Mapping[str, Any], table_rows: int, where: str) -> Mod
         kv_channels=whole(args, "kv_channels", where, hidden // heads or 1),
         vocab_size=_args_vocab(args, table_rows, where),
         padded_vocab_size=table_rows,
-        share_embeddings_and_output_weights=not _flag(args, "untie_embeddings_and_output_weights", where),
+        share_embeddings_and_output_weights=not flag(args, "untie_embeddings_and_output_weights", where, False),
         rotary_base=number(args, "rotary_base", where, 10000.0),
         rope_scaling=_args_scaling(args, where),
         max_position_embeddings=whole(args, "max_position_embeddings", where, whole(args, "seq_length", where, 2048)),
         layernorm_epsilon=_epsilon(args, ("layernorm_epsilon", "norm_epsilon"), where),
-        qkv_bias=family.qkv_bias,
+        qkv_bias=biases[0],
+        proj_bias=biases[1],
+        mlp_bias=biases[2],
         family=family.layers,
     )
 
@@ -131,25 +138,26 @@ def flatten(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _family(config: Mapping[str, Any], qkv_bias: bool) -> Family:
-    """The family most of whose keys the config has; there is always a Llama's."""
+def _biases(config: Mapping[str, Any], where: str) -> Biases:
+    """Megatron-Core's two switches: a bias on every linear layer, which is its default, and one on QKV."""
+    every, qkv = flag(config, "add_bias_linear", where, True), flag(config, "add_qkv_bias", where, False)
+    return every or qkv, every, every
+
+
+def _family(config: Mapping[str, Any], biases: Biases, where: str) -> Family:
+    """The family most of whose keys the config has."""
     fitting = [
         family
         for family in FAMILIES.every()
-        if family.qkv_bias == qkv_bias and all(config.get(key) == value for key, value in family.nemo.items())
+        if family.has_biases(biases) and all(config.get(key) == value for key, value in family.nemo.items())
     ]
-    return max(fitting, key=lambda family: len(family.nemo))
+    if not fitting:
+        raise MinitronError(f"{where}: expected a model of a family that is known, found one {in_words(biases)}")
+    return max(fitting, key=lambda family: len(family.nemo))  # the first of equals
 
 
 def _keys(keys: Keys, family: Family) -> Keys:
     return keys.having({key: (value,) for key, value in family.nemo.items()}, required=True)
-
-
-def _flag(config: Mapping[str, Any], key: str, where: str, default: bool = False) -> bool:
-    value = config.get(key, default)
-    if value not in (True, False, None):
-        raise MinitronError(f"{where}: {key} must be true or false, found {value!r:.80}")
-    return bool(value)
 
 
 def _epsilon(config: Mapping[str, Any], keys: tuple[str, ...], where: str) -> float:
@@ -199,7 +207,7 @@ def _model_scaling(config: Mapping[str, Any], name: str, where: str) -> Scaling 
 
 def _llama_scaling(config: Mapping[str, Any], name: str, where: str) -> RopeScaling | None:
     given = [key for key in _LLAMA31 if config.get(key) is not None]
-    newer = _flag(config, "rope_scaling", where)
+    newer = flag(config, "rope_scaling", where, False)
     if _ALWAYS_SCALED.fullmatch(name) or given:
         if newer:
             raise MinitronError(f"{where}: rope_scaling must be false beside scale_factor, found true")
@@ -222,7 +230,7 @@ def _llama_scaling(config: Mapping[str, Any], name: str, where: str) -> RopeScal
 
 
 def _args_scaling(args: Mapping[str, Any], where: str) -> RopeScaling | None:
-    if not _flag(args, "use_rope_scaling", where):
+    if not flag(args, "use_rope_scaling", where, False):
         return None
     factor = number(args, "rope_scaling_factor", where, _USUAL_FACTOR)
     if factor != _USUAL_FACTOR:

@@ -29,6 +29,7 @@ from nemo_minitron.jobs.processes import notice
 from nemo_minitron.model.layout import Parameter
 from nemo_minitron.model.shape import ModelShape, shape_of
 
+_PREFIX = "module."  # NeMo 2's
 _TOKENIZERS = {NEMO2: ("context/nemo_tokenizer/", "context/"), BRIDGE: ("tokenizer/", "hf/"), MEGATRON: ("tokenizer/",)}
 
 
@@ -71,7 +72,8 @@ class MegatronReader:
             tensors, objects = read_metadata(self._archive, self._where, self._place.weights)
             if not tensors:
                 raise MinitronError(f"{self._where}: expected the weights of a model, found a training's state alone")
-            self._model = ShardedModel(self._archive, self._where, tensors, [p for p in (self._place.prefix,) if p])
+            prefixes = [_PREFIX] if any(key.startswith(_PREFIX) for key in tensors) else []
+            self._model = ShardedModel(self._archive, self._where, tensors, prefixes)
             self.shape = self._agreed(self._read_shape(objects, model or {}), model or {})
             self._read_hf_config()
             self.dtype = self._model.check(self.shape, _TIED_BY[self.dress])
@@ -148,13 +150,16 @@ class MegatronReader:
         try:
             theirs = shape_from_hf(config, where)
             length = theirs.max_position_embeddings  # the model's own, where Megatron knows that of the training
-            mine = self.shape.replace(padded_vocab_size=theirs.padded_vocab_size, max_position_embeddings=length)
-            mine.check_same(theirs, f"{where}: expected")
+            vocab = self.shape.vocab_size
+            if self.dress == NEMO2 and theirs.vocab_size < vocab:
+                vocab = theirs.vocab_size  # NeMo 2 has that of the table alone
+            mine = self.shape.replace(vocab_size=vocab, max_position_embeddings=length)
+            mine.replace(padded_vocab_size=theirs.padded_vocab_size).check_same(theirs, f"{where}: expected")
         except MinitronError as error:
             if not name.startswith(SIDECAR):
                 notice(f"{error}; it is not used")
             return
-        self.hf_config, self.shape = config, self.shape.replace(max_position_embeddings=length)
+        self.hf_config, self.shape = config, mine
 
     def num_bytes(self) -> int:
         """Bytes of the model's tensors as stored."""

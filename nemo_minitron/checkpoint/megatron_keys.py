@@ -108,8 +108,9 @@ MODEL = Keys(
         """
         num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size
         make_vocab_size_divisible_by should_pad_vocab tensor_model_parallel_size share_embeddings_and_output_weights
-        rotary_base seq_length max_position_embeddings layernorm_epsilon add_qkv_bias scale_factor low_freq_factor
-        high_freq_factor old_context_len rope_scaling rope_scaling_factor seq_len_interpolation_factor generation_config
+        rotary_base seq_length max_position_embeddings layernorm_epsilon add_qkv_bias add_bias_linear scale_factor
+        low_freq_factor high_freq_factor old_context_len rope_scaling rope_scaling_factor seq_len_interpolation_factor
+        generation_config
         """
     ),
     neutral=_NEUTRAL
@@ -120,7 +121,6 @@ MODEL = Keys(
     | {
         "gated_linear_unit": (True,),
         "activation_func": ("torch.nn.functional.silu", "silu", "swish"),
-        "add_bias_linear": (False,),
         "num_moe_experts": _ZERO,
         "mtp_enabled": _OFF,
         "restore_modelopt_state": _OFF,
@@ -140,7 +140,6 @@ MODEL = Keys(
         "position_embedding_type": "learned_absolute",
         "gated_linear_unit": False,
         "activation_func": "gelu",
-        "add_bias_linear": True,
     },
 )
 """``model:`` of Megatron-Bridge's ``run_config.yaml`` and ``config:`` of NeMo 2's ``context/model.yaml``."""
@@ -151,7 +150,7 @@ ARGS = Keys(
         num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups group_query_attention kv_channels
         vocab_size padded_vocab_size tokenizer_type make_vocab_size_divisible_by tensor_model_parallel_size
         untie_embeddings_and_output_weights rotary_base max_position_embeddings seq_length norm_epsilon
-        layernorm_epsilon add_qkv_bias use_rope_scaling rope_scaling_factor
+        layernorm_epsilon add_qkv_bias add_bias_linear use_rope_scaling rope_scaling_factor
         """
     ),
     neutral=_NEUTRAL
@@ -198,10 +197,9 @@ ARGS = Keys(
         "squared_relu": _OFF,
         "openai_gelu": _OFF,
         "onnx_safe": _OFF,
-        "add_bias_linear": (False,),
         "apply_layernorm_1p": _OFF,
         "rope_type": ("rope", None),
-        "rotary_seq_len_interpolation_factor": _ONE,
+        "rotary_seq_len_interpolation_factor": _ONE,  # some versions alone apply it
         "num_experts": _ZERO,
         "num_moe_experts": _ZERO,
         "spec": _EMPTY,
@@ -209,13 +207,11 @@ ARGS = Keys(
         "use_legacy_models": _OFF,
         "retro_add_retriever": _OFF,
         "export_qk_l2_norm": _OFF,
-        "disable_bias_linear": (True, None),
     },
     absent={  # Megatron-LM's defaults are GPT-2's
         "normalization": "LayerNorm",
         "position_embedding_type": "learned_absolute",
         "swiglu": False,
-        "add_bias_linear": True,
     },
 )
 """``args`` of a Megatron-LM checkpoint, an ``argparse.Namespace``."""

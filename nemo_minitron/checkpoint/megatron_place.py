@@ -24,13 +24,11 @@ class MegatronPlace:
         dress: ``nemo2``, ``bridge`` or ``megatron``.
         root: the folder of the one iteration, or the one with ``context`` and ``weights``.
         weights: beginning of the names of what Megatron-Core wrote, within ``root``.
-        prefix: beginning of its tensors' keys.
     """
 
     dress: str
     root: Path
     weights: str = ""
-    prefix: str = ""
 
 
 def dress_of(path: Path) -> str | None:
@@ -58,7 +56,7 @@ def locate(path: Path) -> MegatronPlace:
     if path.name == "weights" and (path.parent / "context").is_dir():
         path = path.parent
     if (path / "context").is_dir() and (path / "weights").is_dir():
-        return MegatronPlace(NEMO2, path, "weights/", "module.")
+        return MegatronPlace(NEMO2, path, "weights/")
     root = path if (path / ".metadata").is_file() or (path / RUN_CONFIG).is_file() else _iteration(path)
     return MegatronPlace(BRIDGE if (root / RUN_CONFIG).is_file() else MEGATRON, root)
 

@@ -146,7 +146,10 @@ MODEL = {
     "LayerNorm": (keys(normalization="LayerNorm"), "normalization must"),
     "no normalization": (keys(normalization=None), "normalization must"),
     "no gate": (keys(gated_linear_unit=None), "gated_linear_unit must"),
-    "biases by default": (keys(add_bias_linear=None), "add_bias_linear must"),
+    "biases by default": (
+        keys(add_bias_linear=None),
+        r"expected the tensor '(module.)?decoder.*linear_qkv.bias', found",
+    ),
     "learned positions": (keys(position_embedding_type=None), "position_embedding_type must"),
     "half of RoPE": (keys(rotary_percent=0.5), "rotary_percent must"),
     "one-centered norms": (keys(layernorm_zero_centered_gamma=True), "layernorm_zero_centered_gamma must"),
@@ -245,7 +248,11 @@ CASES |= {
         "padded_vocab_size must be the rows of the table, 320",
     ),
     "megatron: two epsilons": ("megatron", args(layernorm_epsilon=1e-3), "must agree"),
-    "megatron: linear RoPE": ("megatron", args(rotary_seq_len_interpolation_factor=4.0), "interpolation_factor must"),
+    "megatron: RoPE that shrinks": (
+        "megatron",
+        args(rotary_seq_len_interpolation_factor=0.5),
+        "interpolation_factor must be 1",
+    ),
     "megatron: damaged common.pt": (
         "megatron",
         blob("common.pt", lambda b: b[: len(b) // 2]),

@@ -21,6 +21,7 @@ from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling, sh
 from nemo_minitron.synthetic import make_llama
 from tests.checkpoint.megatron_dresses import DRESSES
 from tests.llamas import GQA
+from tests.llamas import SHAPES as ALL
 
 DATA = Path(__file__).parent / "data"
 AWKWARD = GQA.replace(
@@ -32,6 +33,8 @@ SHAPES = {
     "factor 8, tied": AWKWARD.replace(rope_scaling=RopeScaling(), share_embeddings_and_output_weights=True),
     "factor 32": AWKWARD.replace(rope_scaling=RopeScaling(factor=32.0), num_layers=1),
     "qkv bias": AWKWARD.replace(qkv_bias=True, num_query_groups=6),
+    "biases": AWKWARD.replace(qkv_bias=True, proj_bias=True, mlp_bias=True, num_layers=1, hidden_size=48),
+    "norms of queries and keys": AWKWARD.replace(family="qwen3"),
 }
 
 
@@ -234,6 +237,19 @@ def test_arguments_of_both_namings(small, tmp_path, capfd):
     with MegatronReader(written("megatron", small, tmp_path / "e", **scaled)) as reader:
         assert reader.shape.rope_scaling == RopeScaling(factor=32.0)
     assert "Megatron-LM itself (0.13 to 0.19) builds a GPT with 8 whatever it says" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+@pytest.mark.parametrize("name", ["gqa", "linear_rope", "biases", "qkv_bias"])
+def test_what_we_write_comes_in_again(dress, name, tmp_path):
+    """``verify`` reads it before it appears; back in HF it is byte for byte what it was."""
+    if (dress, name) == ("megatron", "linear_rope"):
+        pytest.skip("Megatron-LM builds no model with it")
+    source = make_llama(tmp_path / "hf", ALL[name].replace(num_layers=1, vocab_size=330, padded_vocab_size=330))
+    folder = convert(source, tmp_path / dress, format=dress, make_vocab_size_divisible_by=64, verify=True)
+    out = convert(folder, tmp_path / "out", format="hf", verify=True)
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (source / file).read_bytes(), file
 
 
 def test_what_the_user_says_must_agree(small, tmp_path):
