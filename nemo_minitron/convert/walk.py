@@ -103,13 +103,19 @@ def _copy(reader: Reader, writer: Writer) -> None:
     from tqdm import tqdm
 
     order = list(each_tensor(reader.shape))
+    padded = reader.shape.padded_vocab_size != reader.shape.vocab_size
+
+    def read(parameter: layout.Parameter, layer: int | None) -> torch.Tensor:
+        rows = slice(0, reader.shape.vocab_size) if padded and parameter.axes[0] == layout.VOCAB else None
+        return reader.tensor(parameter, layer, rows)  # padding is the writer's own
+
     bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.destination.name}", disable=None)
     with bar, ThreadPoolExecutor(1) as ahead:
-        following = ahead.submit(reader.tensor, *order[0])
+        following = ahead.submit(read, *order[0])
         for number, (parameter, layer) in enumerate(order, start=1):
             tensor = following.result()
             if number < len(order):
-                following = ahead.submit(reader.tensor, *order[number])
+                following = ahead.submit(read, *order[number])
             writer.write(parameter, tensor, layer)
             bar.update(tensor.numel() * tensor.element_size())
 
