@@ -120,7 +120,7 @@ def dressed_config(
             config[key] = value
     if before is None or before.kv_channels != shape.kv_channels or _implied_head_dim(config) != shape.kv_channels:
         config["head_dim"] = shape.kv_channels
-    if before is not None and before.sliding_window != shape.sliding_window:
+    if shape.sliding_window != (None if before is None else before.sliding_window):
         _set_window(config, shape)
     if before is not None:
         cut_lists(config, before.num_layers, shape.num_layers, layers)

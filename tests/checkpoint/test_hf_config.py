@@ -245,3 +245,11 @@ def test_a_head_beside_a_tied_table(tmp_path):
         save_file(weights | {"lm_head.weight": other}, folder / "model.safetensors")
         with pytest.raises(MinitronError, match=r"'lm_head\.weight' differs .* tie_word_embeddings"):
             HfReader(folder)
+
+
+def test_a_window_is_in_a_config_that_is_made():
+    """A NeMo model keeps no ``config.json``: the one that is made for its export must not lose the window."""
+    shape = GQA.replace(sliding_window=7)
+    made = hf_config_from_shape(shape, torch.float32)
+    assert made["architectures"] == ["MistralForCausalLM"] and made["sliding_window"] == 7
+    assert shape_from_hf(made) == shape
