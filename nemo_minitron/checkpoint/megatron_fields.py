@@ -74,7 +74,8 @@ def values(shape: ModelShape, where: str) -> Iterator[tuple[Field, Any]]:
     for fact in dataclasses.fields(shape):
         value = getattr(shape, fact.name)
         if fact.name not in named and value != fact.default:
-            raise MinitronError(f"{where}: {fact.name} must be {fact.default} in a Megatron checkpoint, found {value}")
+            only = "null" if fact.default is None else fact.default
+            raise MinitronError(f"{where}: {fact.name} must be {only} in a Megatron checkpoint, found {value}")
     for field in FIELDS:
         value = getattr(shape, field.shape)
         yield field, int(value) if field.shape == "rotary_base" and float(value).is_integer() else value

@@ -15,7 +15,7 @@ import yaml
 
 from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.sharded_write import ShardedWeights
-from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.model.shape import LinearScaling, ModelShape, RopeScaling
 
 SILU = {"_target_": "torch.nn.functional.silu", "_call_": False}
 DTYPE = {"_target_": "torch.bfloat16", "_call_": False}
@@ -66,8 +66,8 @@ def fields(shape: ModelShape) -> dict[str, Any]:
 def llama31(shape: ModelShape) -> dict[str, Any]:
     """Llama 3.1's scaling as the classes have it that always scale."""
     scaling = shape.rope_scaling
-    if scaling is None:
-        return {}
+    if not isinstance(scaling, RopeScaling):
+        return linear(shape, "seq_len_interpolation_factor")
     return {
         "scale_factor": scaling.factor,
         "low_freq_factor": scaling.low_freq_factor,
@@ -76,14 +76,20 @@ def llama31(shape: ModelShape) -> dict[str, Any]:
     }
 
 
+def linear(shape: ModelShape, key: str) -> dict[str, Any]:
+    """Positions that are divided, by the name that a tool has for it."""
+    return {key: shape.rope_scaling.factor} if isinstance(shape.rope_scaling, LinearScaling) else {}
+
+
 def bridge(reader: Any, target: Path, shape: ModelShape, **changes: Any) -> Path:
     """Megatron-Bridge 0.6: ``iter_0000000`` with ``run_config.yaml``, and the trackers beside it."""
     target.mkdir()
     write_weights(reader, target / "iter_0000000", "", "", {"checkpoint_version": 3.0, "iteration": 0}, shape)
-    scaling = shape.rope_scaling
+    scaling = shape.rope_scaling if isinstance(shape.rope_scaling, RopeScaling) else None
     model = {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         **fields(shape),
+        **linear(shape, "seq_len_interpolation_factor"),
         "vocab_size": shape.vocab_size,
         "make_vocab_size_divisible_by": 32,
         "should_pad_vocab": True,
@@ -111,7 +117,7 @@ def bridge(reader: Any, target: Path, shape: ModelShape, **changes: Any) -> Path
 def nemo2(reader: Any, target: Path, shape: ModelShape, **changes: Any) -> Path:
     """NeMo 2: ``context/model.yaml`` and ``weights``."""
     write_weights(reader, target, "weights/", "module.", {}, shape)
-    kind = "LlamaConfig" if shape.rope_scaling is None else "Llama31Config8B"
+    kind = "Llama31Config8B" if isinstance(shape.rope_scaling, RopeScaling) else "LlamaConfig"
     config = {"_target_": f"nemo.collections.llm.gpt.model.llama.{kind}", **fields(shape), **llama31(shape), **changes}
     model = {
         "_target_": "nemo.collections.llm.gpt.model.llama.LlamaModel",
@@ -127,8 +133,9 @@ def nemo2(reader: Any, target: Path, shape: ModelShape, **changes: Any) -> Path:
 
 def arguments(shape: ModelShape) -> dict[str, Any]:
     """Megatron-LM's arguments of a shape."""
-    scaling = shape.rope_scaling
+    scaling = shape.rope_scaling if isinstance(shape.rope_scaling, RopeScaling) else None
     return {
+        **linear(shape, "rotary_seq_len_interpolation_factor"),
         "num_layers": shape.num_layers,
         "encoder_num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
