@@ -71,7 +71,7 @@ def hf(tmp_path_factory):
 def test_every_fact_of_a_shape_has_its_place_or_is_refused():
     placed = {row.shape for row in FIELDS}.union(_ELSEWHERE)
     assert {field.name for field in fields(ModelShape)} == placed | {"sliding_window"}
-    with pytest.raises(MinitronError, match="sliding_window must be None in a Megatron checkpoint, found 64"):
+    with pytest.raises(MinitronError, match="sliding_window must be null in a Megatron checkpoint, found 64"):
         list(values(GQA.replace(sliding_window=64), "there"))
 
 
