@@ -192,6 +192,18 @@ MUTANTS = [
         "checkpoint/test_gguf_write.py::test_transformers_loads_it_with_the_logits_of_the_source",
     ),
     Mutant(
+        "checkpoint/gguf_tokenizer.py",
+        '"pre_tokenizer": cutting',
+        '"pre_tokenizer": PRE["gpt-2"].sections()[1]',
+        "checkpoint/test_gguf_tokenizer.py::test_ids_are_those_of_the_tokenizer_that_went_in",
+    ),
+    Mutant(
+        "checkpoint/gguf_tokenizer.py",
+        "if kind in (CONTROL, USER_DEFINED, UNKNOWN)",
+        "if kind == CONTROL",
+        "checkpoint/test_gguf_tokenizer.py::test_ids_are_those_of_the_tokenizer_that_went_in",
+    ),
+    Mutant(
         "checkpoint/gguf_parts.py",
         '"split.no": number}',
         '"split.count": len(files)}',

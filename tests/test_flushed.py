@@ -189,7 +189,7 @@ INSIDE_A_STAGING = {
     "checkpoint/hf_write.py",
     "checkpoint/distcp.py",
     "checkpoint/tokenizer_files.py",
-    "checkpoint/gguf.py",
+    "checkpoint/gguf_tokenizer.py",
     "checkpoint/gguf_write.py",
     "data/preprocess.py",
     "report/page.py",

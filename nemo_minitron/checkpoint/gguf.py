@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nemo_minitron.checkpoint import gguf_rope, known
+from nemo_minitron.checkpoint import gguf_rope, gguf_tokenizer, known
 from nemo_minitron.checkpoint.gguf_header import check_header
 from nemo_minitron.checkpoint.gguf_names import permuted_heads, places, unpermute
 from nemo_minitron.checkpoint.gguf_parts import check_parts, files_of
 from nemo_minitron.checkpoint.hf_rope import whole
 from nemo_minitron.checkpoint.keys import has_no_place
-from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
 from nemo_minitron.model.family import Family
@@ -213,35 +211,8 @@ class GgufFile:
         return None
 
     def save_tokenizer(self, folder: Path) -> None:
-        """Rebuild the HF tokenizer from the GGUF's metadata with transformers."""
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it advises on a Llama tokenizer's "legacy" switch, which a GGUF does not have
-        try:
-            with (
-                tempfile.TemporaryDirectory() as alone,
-                foreign(f"{self._path}: expected a tokenizer that transformers reads"),
-            ):
-                # by itself: transformers would take configs that lie beside the file for its own
-                (Path(alone) / "model.gguf").symlink_to(self._path.absolute())
-                tokenizer = AutoTokenizer.from_pretrained(
-                    alone, gguf_file="model.gguf", local_files_only=True, trust_remote_code=False
-                )
-        finally:
-            logging.set_verbosity(verbosity)
-        add_bos = self._reader.get_field("tokenizer.ggml.add_bos_token")
-        if add_bos is not None and hasattr(tokenizer, "add_bos_token"):
-            tokenizer.add_bos_token = bool(add_bos.contents())  # transformers assumes true for every Llama
-        # transformers' conversion drops the special tokens that differ from its defaults for a Llama (it gives
-        # SmolLM2 the beginning-of-text token as its end), so the file's own ids are set over them.
-        for key, name in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-            field = self._reader.get_field(f"tokenizer.ggml.{key}_token_id")
-            if field is not None:
-                setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
-        # The legacy format would copy the GGUF itself under the name tokenizer.model.
-        tokenizer.save_pretrained(str(folder), legacy_format=False)
+        """Write the HF tokenizer that the metadata describes (:mod:`nemo_minitron.checkpoint.gguf_tokenizer`)."""
+        gguf_tokenizer.save(self._reader, str(self._family.gguf), self._path, folder)
 
     def close(self) -> None:
         """The reader maps the file and releases it with its last reference."""

@@ -20,24 +20,27 @@ class Pre:
     """One way to cut.
 
     Attributes:
-        split: regular expression by which the text is cut; None for GPT-2's, which tokenizers has built in.
+        splits: regular expressions by which the text is cut, each what the one before left; none for GPT-2's, which
+            tokenizers has built in.
         digits: whether each digit is cut off first.
         ignore_merges: whether a piece that is a token is not merged at all.
         normalizer: of ``tokenizer.json``; llama.cpp has none, and the composed form changes few texts.
+        add_bos: whether llama.cpp begins a text with the beginning-of-text token where the file does not say.
     """
 
-    split: str | None = None
+    splits: tuple[str, ...] = ()
     digits: bool = False
     ignore_merges: bool = False
     normalizer: str | None = None
+    add_bos: bool = False
 
     def sections(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """``normalizer`` and ``pre_tokenizer`` of a ``tokenizer.json``."""
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": self.split is None}
-        level["use_regex"] = self.split is None
+        level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": not self.splits}
+        level["use_regex"] = not self.splits
         before: list[dict[str, Any]] = [{"type": "Digits", "individual_digits": True}] if self.digits else []
-        if self.split is not None:
-            cut = {"Regex": self.split}
+        for split in self.splits:
+            cut = {"Regex": split}
             before.append({"type": "Split", "pattern": cut, "behavior": "Isolated", "invert": False})
         cutting = {"type": "Sequence", "pretokenizers": [*before, level]} if before else level
         return None if self.normalizer is None else {"type": self.normalizer}, cutting
@@ -45,17 +48,39 @@ class Pre:
 
 PRE: dict[str, Pre] = {
     "llama-bpe": Pre(
-        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,
+        (_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,),
         ignore_merges=True,
+        add_bos=True,
     ),
-    "qwen2": Pre(_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST, normalizer="NFC"),
+    "qwen2": Pre((_CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,), normalizer="NFC"),
     "smollm": Pre(digits=True),
     "gpt-2": Pre(),
+    "default": Pre(
+        (
+            r"[\p{P}\$\+<=>\^~\|]+",
+            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+            r"\p{N}+",
+            r"[0-9][0-9][0-9]",
+        )
+    ),
 }
-"""Ways to cut, each under llama.cpp's name."""
+"""Ways to cut, each under llama.cpp's name; ``default`` is also what it does where a file has no name."""
 
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "starcoder": "smollm", "refact": "smollm", "gpt2": "gpt-2"}
+ALIASES = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "starcoder": "smollm",
+    "refact": "smollm",
+    "command-r": "smollm",
+    "phi-2": "gpt-2",
+}
 """Further names under which llama.cpp does the same."""
+
+
+def by_name(name: str) -> Pre | None:
+    """The way to cut that llama.cpp has under a name; None for one that we do not know."""
+    return PRE.get(ALIASES.get(name, name))
 
 
 def named(content: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from nemo_minitron.jobs.processes import notice
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens, as sentencepiece and llama.cpp number them."""
-_SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad"}
+SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad"}
 """llama.cpp's names, one misspelt there, by transformers'."""
 
 
@@ -146,7 +146,7 @@ def _of_sentencepiece(folder: Path) -> Vocabulary:
 
 def _add_special(found: Vocabulary, backend: Any, folder: Path) -> None:
     """Special ids, what is put around a text, and the chat template, as transformers has them of the folder."""
-    for name, theirs in _SPECIAL.items():
+    for name, theirs in SPECIAL.items():
         number = getattr(backend, f"{theirs}_token_id", None)
         if number is not None:
             found.ids[name] = number

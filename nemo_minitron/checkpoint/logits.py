@@ -117,16 +117,18 @@ def of_transformers(path: Path, tokens: Tensor, dtype: torch.dtype, tied: bool) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options: dict[str, object] = {"local_files_only": True, "trust_remote_code": False}
+    options: dict[str, object] = {"local_files_only": True}
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     folder = path
     if not (path / "config.json").is_file() and ggufs:
         folder, options["gguf_file"] = ggufs[0].parent, ggufs[0].name
     with foreign(f"{path}: verify=logits: expected a model that transformers loads"):
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         if config.tie_word_embeddings and not tied:
             config.tie_word_embeddings = False
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, torch_dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, torch_dtype=torch.float32, trust_remote_code=False, **options
+        )
         for weight in model.parameters():
             weight.copy_(weight.to(dtype))
         logits: Tensor = model.eval()(tokens).logits[0].float()

@@ -321,12 +321,15 @@ def test_code_names_do_not_leave_in_an_export(origin, tmp_path):  # noqa: F811
 def test_a_gguf_is_read_by_itself(tmp_path, monkeypatch):
     """What lies beside it is not taken for its own, least of all code."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    alone = write_gguf(tmp_path / "m.gguf")
+    letters = [chr(number) for number in range(0x4E00, 0x4E00 + 320)]
+    said = {"model": "llama", "tokens": letters, "scores": [0.0] * 320, "bos_token_id": 1, "eos_token_id": 2}
+    alone = write_gguf(tmp_path / "m.gguf", keys={f"tokenizer.ggml.{key}": value for key, value in said.items()})
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": AUTO_MAP}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({CANARY!r})\n")
-    with pytest.raises(MinitronError, match="tokens and scores need to be passed"):  # it holds no tokenizer itself
-        convert(alone, tmp_path / "out.nemo")
+    convert(alone, tmp_path / "out.nemo")
+    made = json.loads((tmp_path / "out.tokenizer" / "tokenizer_config.json").read_text())
+    assert made["tokenizer_class"].startswith("Llama") and "auto_map" not in made
     assert not os.path.exists(CANARY)
 
 
