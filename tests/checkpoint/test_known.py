@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import transformers
 
 from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor, known
-from nemo_minitron.checkpoint.hf_config import hf_config_from_shape
+from nemo_minitron.checkpoint.hf_config import hf_config_from_shape, shape_from_hf
 from nemo_minitron.checkpoint.nemo_config import nemo_config_from_hf, shape_from_nemo, update_shape
 from nemo_minitron.config.nemo_keys import MODEL
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.layout import EMBEDDING
 from nemo_minitron.model.shape import LinearScaling
+from nemo_minitron.registry import FAMILIES
 from tests.canonical import random_model
 from tests.llamas import GQA
 
@@ -173,3 +175,13 @@ def test_a_head_beside_a_tied_table(tmp_path):
     for name, change in (("other", lambda table: table + 0.1), ("dtype", lambda table: table.bfloat16())):
         with pytest.raises(MinitronError, match=r"output_layer.weight' differs .* share_embeddings_and_output_weights"):
             NemoReader(write(tmp_path / f"{name}.nemo", TIED, head(change)))
+
+
+@pytest.mark.parametrize("name", FAMILIES.names())
+def test_every_key_that_transformers_saves_is_known(name, capsys):
+    """A key of a family's own config class is applied, neutral or refused by its value; none is a stranger."""
+    family = FAMILIES.get(name)
+    kind = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
+    config = {**kind().to_dict(), "architectures": [family.architecture]}
+    assert shape_from_hf(config).family == family.layers
+    assert "unknown" not in capsys.readouterr().err
