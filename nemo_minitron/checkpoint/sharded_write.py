@@ -72,10 +72,17 @@ class ShardedWeights:
             depth = self.shape.num_layers
             if layer is None or not 0 <= layer < depth:
                 raise MinitronError(f"{self._destination}: layer must be 0..{depth - 1} for '{name}', found {layer}")
-            self._out.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
+            self.add(key, tensor.unsqueeze(0), (depth, *size), (layer, *(0 for _ in size)))
         else:
-            self._out.add(key, tensor, size, (0,) * len(size))
+            self.add(key, tensor, size, (0,) * len(size))
         self._digests[name] = digest.result()
+
+    def add(self, key: str, tensor: torch.Tensor, size: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+        """Write one chunk under its whole key, as :meth:`nemo_minitron.checkpoint.distcp.DistcpWriter.add` does.
+
+        What is added past :meth:`write` is no part of the model, and no check is made of it.
+        """
+        self._out.add(key, tensor, size, offsets)
 
     def close(self) -> dict[str, str]:
         """Check that every tensor is there, end the weights, and return the digests by tensor name."""

@@ -134,7 +134,7 @@ def write(path, shape, more=None):
         for parameter, layer in each_tensor(shape):
             writer.write(parameter, model.tensor(parameter, layer), layer)
         if more:
-            more(writer._weights._out, model.tensor(EMBEDDING).float())
+            more(writer._weights, model.tensor(EMBEDDING).float())
     return path
 
 
