@@ -228,3 +228,45 @@ def test_a_special_id_beyond_the_tokens_is_left_out_and_said(merged, tmp_path, c
     found = read_back(packed(tmp_path, merged, keys), tmp_path)
     assert found.pad_token_id is None
     assert "padding_token_id must be below 528, found 4294967295; the tokenizer has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepieces_kind_has_the_ids_of_sentencepiece(prefix, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["It is 2024, and they say: a call is  a call."] * 9), vocab_size=300, model_type="bpe",
+        model_prefix=str(tmp_path / "sp"), byte_fallback=True, hard_vocab_limit=False, add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=[USER],
+        minloglevel=2,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    ids = range(theirs.GetPieceSize())
+    kinds = [
+        4 if theirs.IdToPiece(n) == USER else 3 if theirs.IsControl(n) else 6 if theirs.IsByte(n) else 1 for n in ids
+    ]
+    said = {
+        "model": "llama",
+        "tokens": [theirs.IdToPiece(n) for n in ids],
+        "scores": [theirs.GetScore(n) for n in ids],
+        "token_type": [2, *kinds[1:]],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "add_bos_token": False,
+        "add_space_prefix": prefix,
+    }
+    shape = GQA.replace(vocab_size=len(ids), padded_vocab_size=len(ids))
+    path = write_gguf(tmp_path / "m.gguf", shape=shape, keys={f"tokenizer.ggml.{key}": said[key] for key in said})
+    found = read_back(path, tmp_path)
+    for text in ("they say: 2024", " two  spaces\n\tand \u6771\u4eac", f"a call{USER}"):
+        assert found(text).input_ids == theirs.encode(text)
+    qwen2 = write_gguf(
+        tmp_path / "q.gguf",
+        shape=shape,
+        architecture="qwen2",
+        biases=BIASES,
+        keys={f"tokenizer.ggml.{key}": said[key] for key in said},
+    )
+    with pytest.raises(MinitronError, match=r"ggml\.model must be gpt2 under architecture qwen2, found 'llama'"):
+        convert(qwen2, tmp_path / "m.nemo")

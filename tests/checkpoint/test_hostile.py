@@ -691,6 +691,12 @@ def gguf_parts(change):
     return make
 
 
+def gguf_tokenizer(**change):
+    said = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b"], "merges": ["a b"], "token_type": [1, 1], **change}
+    keys = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    return lambda folder: write_gguf(folder / "bad.gguf", keys=keys)
+
+
 GGUF = {
     "gguf magic": (gguf(put(0, b"GGML")), "header: another magic number"),
     "gguf version": (gguf(put(4, b"\xff" * 4)), "header: version"),
@@ -760,6 +766,11 @@ GGUF = {
         lambda folder: write_gguf(folder / "bad.gguf", extra={"blk.0.attn_q.bias": numpy.ones(4, "int32")}),
         "'blk.0.attn_q.bias' has values of kind I32, which are not read",
     ),
+    "gguf tokenizer of another kind": (gguf_tokenizer(model="bert"), "tokenizer.ggml.model must be gpt2 or llama"),
+    "gguf tokenizer cut otherwise": (gguf_tokenizer(pre="tekken"), "tokenizer.ggml.pre must be one of .*'tekken'"),
+    "gguf tokens that are numbers": (gguf_tokenizer(tokens=[1, 2]), "tokenizer.ggml.tokens must be a list of str"),
+    "gguf merge of no tokens": (gguf_tokenizer(merges=["x y"]), "expected a tokenizer that transformers reads"),
+    "gguf kinds of too few tokens": (gguf_tokenizer(token_type=[1]), "token_type must have 2 entries, .* found 1"),
 }
 
 CASES = TAR | NEMO | {f"hf: {name}": case for name, case in HF.items()} | GGUF
