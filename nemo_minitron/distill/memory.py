@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nemo_minitron.distill.sizes import Sizes
+from nemo_minitron.model.family import family_of
 from nemo_minitron.model.shape import ModelShape
 
 ITEMS = ("process", "weights", "gradients", "optimizer", "activations", "teacher", "loss")
@@ -85,13 +86,18 @@ def layer_activations(shape: ModelShape, run: Run) -> int:
 
     Per token, in values: two norms with their inputs, normalised inputs and outputs (3 H each; 2 H where fused); the
     attention's queries, keys, values (repeated to all heads), result and the projection's input (5 A·d); fc1's two
-    halves, the gate's activation and the product (4 F).
+    halves, the gate's activation and the product (4 F). Norms of queries and keys keep what they get, the output of
+    ``linear_qkv``, and, where they are not fused, it normalised, with three numbers for each head.
     """
     tokens = run.seq_length * run.micro_batch_size
     hidden = (4 if run.fused_norms else 6) * shape.hidden_size / (run.tensor_parallel if run.sequence_parallel else 1)
     if run.recompute:
         return int(tokens * 4 * shape.hidden_size / (run.tensor_parallel if run.sequence_parallel else 1))
     parts = (5 * shape.proj_columns + 4 * shape.ffn_hidden_size) / run.tensor_parallel
+    if family_of(shape).queries_and_keys is not None:
+        heads = shape.num_attention_heads + shape.num_query_groups
+        normalised = 0 if run.fused_norms else heads * (shape.kv_channels + 3)
+        parts += (shape.qkv_rows + normalised) / run.tensor_parallel
     return int(tokens * (4 * hidden + (2 if run.half else 4) * parts))
 
 

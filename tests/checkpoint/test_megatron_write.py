@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from nemo_minitron.checkpoint import HfReader, each_tensor
 from nemo_minitron.checkpoint.megatron_args import further_arguments
 from nemo_minitron.checkpoint.megatron_fields import _ELSEWHERE, FIELDS, values
+from nemo_minitron.checkpoint.megatron_folder import MegatronReader
 from nemo_minitron.checkpoint.megatron_write import DRESSES, MegatronWriter
 from nemo_minitron.checkpoint.nemo2_context import io_json, model_call
 from nemo_minitron.checkpoint.nemo_config import padded_vocab
@@ -320,10 +321,12 @@ def test_megatron_core_builds_loads_and_runs_what_we_write(newest, world, tmp_pa
             source = write(hf, dress, tmp_path / name / dress)
             target = tmp_path / "saved" / dress / name
             cases.append([dress, str(source), str(tmp_path / f"{name}.pt"), str(target)])
-            expected[target] = logits
+            expected[target] = logits, hf
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run_ranks(sys.executable, newest, world, tmp_path / "cases.json")
-    for target, logits in expected.items():
+    for target, (logits, hf) in expected.items():
         found = torch.load(f"{target}.logits.pt")
         torch.testing.assert_close(found[..., : logits.shape[-1]], logits, atol=1e-4, rtol=0, msg=str(target))
         assert not found[..., logits.shape[-1] :].any()  # of rows of padding
+        with HfReader(hf) as before, MegatronReader(target, before.shape.to_dict()) as after:
+            assert after.fingerprint() == before.fingerprint()  # what it saved itself comes in
