@@ -72,3 +72,48 @@ def checked_cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.T
         bad = int((~torch.isfinite(cast)).sum())
         raise MinitronError(f"tensor '{name}' must be finite in {str(dtype)[6:]}, found {bad} NaN or infinite values")
     return cast
+
+
+class Taken:
+    """Which canonical tensors a writer has taken: each once, of its size, and in the end every one.
+
+    Args:
+        shape: the model's; a table of the vocabulary may come with V or with Vp rows.
+        destination: what is written, in messages.
+    """
+
+    def __init__(self, shape: ModelShape, destination: Path) -> None:
+        self._shape, self._destination = shape, destination
+        self._names: set[str] = set()
+
+    def check(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None) -> str:
+        """Name of a tensor that may be taken; :meth:`add` it once it is written.
+
+        Raises:
+            MinitronError: it has another size, or was taken before.
+        """
+        name, size = tensor_name(parameter, layer), parameter.size(self._shape)
+        if name in self._names:
+            raise MinitronError(f"{self._destination}: tensor '{name}' must be written once, found a second write")
+        unpadded = (self._shape.vocab_size, *size[1:])
+        found = tuple(tensor.shape)
+        if found not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
+            raise MinitronError(f"{self._destination}: tensor '{name}' must have the size {size}, found {found}")
+        return name
+
+    def add(self, name: str) -> None:
+        """Note a tensor that is written."""
+        self._names.add(name)
+
+    def check_all(self) -> None:
+        """Refuse to end without every tensor of the model.
+
+        Raises:
+            MinitronError: naming the first that is missing.
+        """
+        names = [tensor_name(parameter, layer) for parameter, layer in each_tensor(self._shape)]
+        missing = [name for name in names if name not in self._names]
+        if missing:
+            raise MinitronError(
+                f"{self._destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
+            )

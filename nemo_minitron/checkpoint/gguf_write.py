@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nemo_minitron.checkpoint import gguf_rope
-from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
+from nemo_minitron.checkpoint.canonical import Taken, checked_cast, each_tensor, raw_bytes
 from nemo_minitron.checkpoint.fuse import hf_part_rows, unfuse
 from nemo_minitron.checkpoint.gguf_names import permute, permuted_heads, places
 from nemo_minitron.checkpoint.gguf_vocab import Vocabulary, vocabulary
@@ -94,7 +94,7 @@ class GgufWriter(AllOrNothing):
         self._kind = _kind(dtype, quantization)
         self._family = gguf_family(shape)
         self._rows = shape.replace(padded_vocab_size=shape.vocab_size)
-        self._written: set[str] = set()
+        self._taken = Taken(shape, self.destination)
         tensors = self._plan()
         vocab = None if tokenizer is None else vocabulary(tokenizer, shape.vocab_size)
         if vocab is None:
@@ -195,18 +195,13 @@ class GgufWriter(AllOrNothing):
 
     def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
         """Write one canonical tensor as HF's parts, with llama.cpp's order of rows."""
-        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
-        if tuple(tensor.shape) not in (size, parameter.size(self._rows)):
-            found = tuple(tensor.shape)
-            raise MinitronError(f"{self.destination}: tensor '{name}' must have the size {size}, found {found}")
-        if name in self._written:
-            raise MinitronError(f"{self.destination}: tensor '{name}' must be written once, found a second write")
+        name = self._taken.check(parameter, tensor, layer)
         if parameter.axes[0] == VOCAB:
             tensor = tensor[: self.shape.vocab_size]
         for hf, part in zip(parameter.hf, unfuse(parameter, tensor, self._rows), strict=True):
             heads = permuted_heads(self._family, hf, self.shape.num_attention_heads, self.shape.num_query_groups)
             self._put(self._name(hf, layer), permute(part, heads) if heads else part, name)
-        self._written.add(name)
+        self._taken.add(name)
 
     def _put(self, own: str, tensor: torch.Tensor, name: str | None = None) -> None:
         offset, _, kind = self._places[own]
@@ -226,11 +221,7 @@ class GgufWriter(AllOrNothing):
 
     def commit(self) -> None:
         """Check that the file is whole, and have it appear."""
-        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._written]
-        if missing:
-            raise MinitronError(
-                f"{self.destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
-            )
+        self._taken.check_all()
         assert self._file is not None
         self._file.close()
         if self._check is not None:

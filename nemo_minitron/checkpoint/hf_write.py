@@ -14,7 +14,7 @@ import torch
 
 from nemo_minitron.checkpoint import model_card, tokenizer_files
 from nemo_minitron.checkpoint.biases import has_zero_biases
-from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, raw_bytes, tensor_name
+from nemo_minitron.checkpoint.canonical import Taken, checked_cast, each_tensor, raw_bytes
 from nemo_minitron.checkpoint.fuse import hf_part_rows, pieces
 from nemo_minitron.checkpoint.hf_config import dressed_config, shape_from_hf
 from nemo_minitron.checkpoint.model_card import ModelCard
@@ -87,7 +87,7 @@ class HfWriter(AllOrNothing):
         laid_out = shape.replace(proj_bias=True) if self._zeros else shape
         self._shards = _plan_shards(laid_out, dtype, parse_size(max_shard_size))
         self._card, self._check = card, check
-        self._written: set[str] = set()
+        self._taken = Taken(shape, self.destination)
         room = laid_out.num_parameters() * dtype.itemsize
         own = (model_card.NAME,) if model_card.is_ours(self.destination / model_card.NAME) else ()
         self._staging = Staging(folder, folder=True, replaceable=(*self._PATTERNS, *own), room=room)
@@ -122,13 +122,7 @@ class HfWriter(AllOrNothing):
 
     def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
         """Write one canonical tensor, cast to the writer's dtype, as HF's; of a table only the V true rows."""
-        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
-        unpadded = (self.shape.vocab_size, *size[1:])
-        if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
-            found = tuple(tensor.shape)
-            raise MinitronError(f"{self.destination}: tensor '{name}' must have the size {size}, found {found}")
-        if name in self._written:
-            raise MinitronError(f"{self.destination}: tensor '{name}' must be written once, found a second write")
+        name = self._taken.check(parameter, tensor, layer)
         if parameter.axes[0] == VOCAB:
             tensor = tensor[: self.shape.vocab_size]
         tensor = checked_cast(tensor, self.dtype, name)
@@ -136,7 +130,7 @@ class HfWriter(AllOrNothing):
             self._put(parameter.hf[part].format(l=layer), tensor[canonical], rows.start * tensor[0].nbytes)
         if self._zeros and parameter is PROJ_WEIGHT:
             self._put(PROJ_BIAS.hf[0].format(l=layer), tensor.new_zeros(self.shape.hidden_size))
-        self._written.add(name)
+        self._taken.add(name)
 
     def _put(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
         """Values of a HF tensor from byte ``offset`` of it on."""
@@ -146,11 +140,7 @@ class HfWriter(AllOrNothing):
 
     def commit(self) -> None:
         """Check that the folder is whole, complete it, and have it appear."""
-        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._written]
-        if missing:
-            raise MinitronError(
-                f"{self.destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
-            )
+        self._taken.check_all()
         self._stack.close()
         folder = self._staging.path
         _write_json(folder / "config.json", self._config)

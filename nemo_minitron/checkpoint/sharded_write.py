@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoint.archive import ArchiveWriter
-from nemo_minitron.checkpoint.canonical import checked_cast, each_tensor, tensor_digest, tensor_name
+from nemo_minitron.checkpoint.canonical import Taken, checked_cast, tensor_digest
 from nemo_minitron.checkpoint.distcp import DistcpWriter
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.model.layout import EXTRA_STATE_MODULES, LAYERS, VOCAB, Parameter, engine_states
+from nemo_minitron.model.layout import EXTRA_STATE_MODULES, LAYERS, Parameter, engine_states
 from nemo_minitron.model.shape import ModelShape
 
 
@@ -53,16 +53,11 @@ class ShardedWeights:
         self._out = DistcpWriter(archive, folder, common)
         self._hashing = ThreadPoolExecutor(1)
         self._digests: dict[str, str] = {}
+        self._taken = Taken(shape, destination)
 
     def write(self, parameter: Parameter, tensor: torch.Tensor, layer: int | None = None) -> None:
         """Write one canonical tensor, cast to the writer's dtype; a V-row table is padded with zeros to Vp."""
-        name, size = tensor_name(parameter, layer), parameter.size(self.shape)
-        if name in self._digests:
-            raise MinitronError(f"{self._destination}: tensor '{name}' must be written once, found a second write")
-        unpadded = (self.shape.vocab_size, *size[1:])
-        if tuple(tensor.shape) not in ((size, unpadded) if parameter.axes[0] == VOCAB else (size,)):
-            found = tuple(tensor.shape)
-            raise MinitronError(f"{self._destination}: tensor '{name}' must have the size {size}, found {found}")
+        name, size = self._taken.check(parameter, tensor, layer), parameter.size(self.shape)
         tensor = checked_cast(tensor, self.dtype, name)
         if tensor.shape[0] != size[0]:
             tensor = torch.cat([tensor, tensor.new_zeros(size[0] - tensor.shape[0], *size[1:])])
@@ -76,6 +71,7 @@ class ShardedWeights:
         else:
             self.add(key, tensor, size, (0,) * len(size))
         self._digests[name] = digest.result()
+        self._taken.add(name)
 
     def add(self, key: str, tensor: torch.Tensor, size: tuple[int, ...], offsets: tuple[int, ...]) -> None:
         """Write one chunk under its whole key, as :meth:`nemo_minitron.checkpoint.distcp.DistcpWriter.add` does.
@@ -87,11 +83,7 @@ class ShardedWeights:
     def close(self) -> dict[str, str]:
         """Check that every tensor is there, end the weights, and return the digests by tensor name."""
         self._hashing.shutdown()
-        missing = [n for p, layer in each_tensor(self.shape) if (n := tensor_name(p, layer)) not in self._digests]
-        if missing:
-            raise MinitronError(
-                f"{self._destination}: expected every tensor, found none for '{missing[0]}' (of {len(missing)})"
-            )
+        self._taken.check_all()
         depth = self.shape.num_layers
         for layer in range(depth):
             for module in self._states:
