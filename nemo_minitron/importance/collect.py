@@ -61,6 +61,7 @@ class Pass:
     """What the hooks saw in one forward pass. Rows are global: layer l, norm 2l (input) and 2l+1 (pre-MLP)."""
 
     def __init__(self) -> None:
+        self.unpadded = False  # every token counts
         self.mask: Tensor | None = None  # [s, b], of the whole sequence
         self.part: Tensor | None = None  # the same for this rank's part of it under sequence parallelism
         self.sums: dict[str, dict[int, Tensor]] = {"ffn": {}, "proj": {}, "norm": {}}
@@ -70,7 +71,8 @@ class Pass:
         """Reduces an activation ``[s, b, C]`` over the sequence into ``sums[name][row]``."""
 
         def reduce(x: Tensor) -> None:
-            self.sums[name][row] = sequence_sums(x, self.part if name == "norm" else self.mask)
+            mask = self.part if name == "norm" else self.mask
+            self.sums[name][row] = sequence_sums(x, None if self.unpadded else mask)
 
         return reduce
 
@@ -124,6 +126,7 @@ def collect(
             for batch in batches:
                 tokens, mask = batch if isinstance(batch, tuple) else (batch, torch.ones_like(batch, dtype=torch.bool))
                 seen.mask = seen.part = mask.t()
+                seen.unpadded = not isinstance(batch, tuple)
                 if sequence_parallel and groups.tensor is not None:
                     part = torch.distributed.get_rank(groups.tensor)
                     seen.part = seen.mask.chunk(parallel.size(groups.tensor))[part]
@@ -242,8 +245,9 @@ def _residual(seen: Pass, shape: ModelShape, groups: Groups) -> tuple[Tensor, Te
     count, width = shape.num_layers + 1, first.shape[-1]
     cosine = torch.zeros(count, count, dtype=torch.float64, device=first.device)
     squares = torch.zeros(count, width, dtype=torch.float64, device=first.device)
-    for start in range(0, len(mask), TOKENS_AT_ONCE):
-        some = slice(start, start + TOKENS_AT_ONCE)
+    at_once = TOKENS_AT_ONCE[first.device.type]
+    for start in range(0, len(mask), at_once):
+        some = slice(start, start + at_once)
         stacked = torch.zeros(count, len(mask[some]), width, dtype=torch.float32, device=first.device)
         for row, x in streams.items():
             stacked[row] = x[some]

@@ -127,11 +127,11 @@ class Elimination(Observer):
         ffn, proj, ffn_metric, proj_metric = gathered.totals()
         ffn = around_mean(ffn) if self._job.shape.mlp_bias else ffn
         proj = around_mean(proj) if self._job.shape.proj_bias else proj
-        fc2 = metric_root(ffn_metric) @ seen.weights[layout.FC2_WEIGHT].cpu().double()
-        proj_weight = metric_root(proj_metric) @ seen.weights[layout.PROJ_WEIGHT].cpu().double()
-        self._ranks["ffn"][seen.layer] = elimination_order(ffn, fc2, RIDGE, overwrite=True)
-        self._ranks["heads"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=head)
-        self._ranks["groups"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=r * head)
+        fc2 = metric_root(ffn_metric) @ seen.weights[layout.FC2_WEIGHT].double()
+        proj_weight = metric_root(proj_metric) @ seen.weights[layout.PROJ_WEIGHT].double()
+        self._ranks["ffn"][seen.layer] = elimination_order(ffn, fc2, RIDGE, overwrite=True).cpu()
+        self._ranks["heads"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=head).cpu()
+        self._ranks["groups"][seen.layer] = elimination_order(proj, proj_weight, RIDGE, unit=r * head).cpu()
 
     def ranking(self) -> dict[str, np.ndarray]:
         return self._ranks | {"hidden": self.moment.total().diagonal().copy()}
@@ -168,12 +168,16 @@ class Sensitivity(Observer):
     """Norms of the stream's gradient after the attention and after the FFN of each layer, ``[2L, n, s]`` float32."""
 
     def __init__(self, shape: ModelShape, tokens: Tensor) -> None:
-        self.norms = np.zeros((2 * shape.num_layers, *tokens.shape), dtype=np.float32)
+        self._norms = torch.zeros(2 * shape.num_layers, *tokens.shape, device=tokens.device)
+
+    @property
+    def norms(self) -> np.ndarray:
+        return self._norms.cpu().numpy()
 
     def sample(self, seen: SamplePass) -> None:
         for half, gradient in enumerate((seen.middle_gradient, seen.leaving_gradient)):
             assert gradient is not None  # gradients are observed
-            self.norms[2 * seen.layer + half, seen.sample] = gradient[0].norm(dim=-1).cpu().numpy()
+            self._norms[2 * seen.layer + half, seen.sample] = gradient[0].norm(dim=-1)
 
 
 def clipped(sensitivity: np.ndarray) -> np.ndarray:
@@ -202,9 +206,9 @@ class _Moments:
         self.ffn_metric, self.proj_metric = (_Gathered(shape.hidden_size, job.device) for _ in range(2))
 
     def totals(self) -> list[Tensor]:
-        """The four, of all processes, on the CPU."""
+        """The four, of all processes."""
         parts = (self.ffn, self.proj, self.ffn_metric, self.proj_metric)
-        return [parallel.all_reduce(part.total(), self._group).cpu() for part in parts]
+        return [parallel.all_reduce(part.total(), self._group) for part in parts]
 
 
 class _Gathered:

@@ -7,6 +7,7 @@ and any split, and ranks are combined by adding. Padding tokens and samples with
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +53,12 @@ def sequence_sums(x: Tensor, mask: Tensor | None = None) -> Tensor:
         x: ``[s, b, C]``, any float dtype. mask: ``[s, b]``, True for tokens that count (None: all).
 
     Returns:
-        ``[3, b, C]`` float64; parts of a split sequence may be added.
+        ``[3, b, C]`` float64; parts of a split sequence may be added. On a GPU the sums of some tokens are float32.
     """
+    if x.is_cuda and mask is None and x.stride(-1) == 1 and importlib.util.find_spec("triton") is not None:
+        from nemo_minitron.importance import kernels
+
+        return kernels.sequence_sums(x.detach())
     sums = torch.zeros(3, *x.shape[1:], dtype=torch.float64, device=x.device)
     for start in range(0, x.shape[0], TOKENS_AT_ONCE):
         some = slice(start, start + TOKENS_AT_ONCE)

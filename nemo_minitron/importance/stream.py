@@ -3,17 +3,14 @@
 :mod:`nemo_minitron.importance.collect` watches a model that is in memory; here a checkpoint is read layer by layer and
 all calibration samples are carried through each layer before the next is read. Reductions, sums and their order of
 magnitude are the same ones, so that scores agree to accumulation noise. The residual streams of all depths, which the
-cosines between layers need, lie in a temporary file.
+cosines between layers need, are kept on the GPU, in memory or in a file (:mod:`nemo_minitron.importance.streams`).
 
 Weights are whole: under any grid each process takes its share of the samples, and sums are added over all of them.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +19,14 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.importance.collect import Groups, Pass, add, finish, reduce
 from nemo_minitron.importance.reductions import Aggregation, sequence_sums
-from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.importance.streams import Streams, room
+from nemo_minitron.importance.walk import workspace
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_layer, rms_norm
+from nemo_minitron.moments import tensor_cores
 
 FILE_BYTES = 16 << 30
-"""Bounds the file of streams; more samples are run in more passes, each of which reads the checkpoint again."""
+"""Bounds the streams outside of a GPU; more samples are run in more passes, and the checkpoint is read for each."""
 
 
 @torch.no_grad()
@@ -52,46 +51,50 @@ def stream_collect(
     """
     shape, aggregation = reader.shape, aggregation or Aggregation()
     rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
-    size = (shape.num_layers + 1, tokens.shape[1], 1, shape.hidden_size)
-    at_once = max(1, FILE_BYTES // (4 * prod(size)))
+    length, device = tokens.shape[1], tokens.device
+    beside = workspace(shape, tokens[:1])
+    bound = room(device, beside) if device.type == "cuda" else FILE_BYTES
+    at_once = max(1, bound // (4 * (shape.num_layers + 1) * length * shape.hidden_size))
     totals: dict[str, Tensor] = {}
-    for some in tokens.split(at_once):
-        with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
-            file = StreamFile(Path(folder) / "streams", (*size[:2], len(some), size[3]))
-            seen = Pass()
-            seen.mask = seen.part = torch.ones(tokens.shape[1], len(some), dtype=torch.bool)
-            _walk(reader, some, rotary, file, seen, progress)
-            add(totals, reduce(seen, shape, Groups(), False, aggregation))
+    with tensor_cores(device):
+        for some in tokens.split(at_once):
+            with Streams(shape.num_layers, (length, len(some), shape.hidden_size), device, beside) as streams:
+                seen = Pass()
+                seen.unpadded = True
+                seen.mask = seen.part = torch.ones(length, len(some), dtype=torch.bool, device=device)
+                _carry(reader, some, rotary, streams, seen, progress)
+                add(totals, reduce(seen, shape, Groups(), False, aggregation))
     totals = {name: total.to(tokens.device) for name, total in totals.items()}
     return finish(totals, shape, Groups(data=group), False, aggregation)
 
 
-def _walk(
+def _carry(
     reader: LayerReader,
     tokens: Tensor,
     rotary: Rotary,
-    file: StreamFile,
+    streams: Streams,
     seen: Pass,
     progress: Callable[[int], None],
 ) -> None:
-    """Carry samples ``[b, s]`` through all layers; ``file`` ``[L+1, s, b, H]`` and ``seen`` receive what they pass."""
-    shape, streams = reader.shape, file.tensor
+    """Carry samples ``[b, s]`` through all layers; ``streams`` ``[s, b, H]`` and ``seen`` receive what they pass."""
+    shape = reader.shape
     table = reader.tensor(layout.EMBEDDING)
     for sample, sample_tokens in enumerate(tokens):
-        streams[0, :, sample] = table[sample_tokens.cpu()].float()
+        streams[0][:, sample] = table[sample_tokens.cpu()].to(tokens.device).float()
     del table
-    final = reader.tensor(layout.FINAL_NORM).to(tokens.device, torch.float32)
+    final = reader.tensor(layout.FINAL_NORM).to(tokens.device).float()
     for number in range(shape.num_layers):
         weights = read_layer(reader, number, tokens.device)
-        seen.streams[number] = streams[number]
+        entering, leaving = streams[number], streams[number + 1]
+        seen.streams[number] = entering
         for sample in range(len(tokens)):
-            x = streams[number, :, sample].to(tokens.device)[None]
-            streams[number + 1, :, sample] = _pass(weights, x, rotary, seen, number, sample, len(tokens)).cpu()
+            x = entering[:, sample].to(tokens.device)[None]
+            leaving[:, sample] = _pass(weights, x, rotary, seen, number, sample, len(tokens))
             progress(1)
-        file.release()
+        streams.release()
     seen.streams[shape.num_layers] = streams[shape.num_layers]
     for sample in range(len(tokens)):
-        x = streams[shape.num_layers, :, sample].to(tokens.device)[None]
+        x = streams[shape.num_layers][:, sample].to(tokens.device)[None]
         h = rms_norm(x, final, shape.layernorm_epsilon)
         _keep(seen, "norm", 2 * shape.num_layers, h, sample, len(tokens))
 
@@ -113,5 +116,5 @@ def _pass(weights: Layer, x: Tensor, rotary: Rotary, seen: Pass, number: int, sa
 def _keep(seen: Pass, name: str, row: int, x: Tensor, sample: int, samples: int) -> None:
     """Reduce ``[1, s, C]`` over the sequence into its sample of ``seen``."""
     if row not in seen.sums[name]:
-        seen.sums[name][row] = torch.zeros(3, samples, x.shape[-1], dtype=torch.float64)
-    seen.sums[name][row][:, sample] = sequence_sums(x.transpose(0, 1))[:, 0].cpu()
+        seen.sums[name][row] = torch.zeros(3, samples, x.shape[-1], dtype=torch.float64, device=x.device)
+    seen.sums[name][row][:, sample] = sequence_sums(x.transpose(0, 1))[:, 0]

@@ -1,20 +1,18 @@
 """A walk through a checkpoint, one layer's weights in memory at a time: forward through all, backward again.
 
-The residual stream at every layer's input is kept in a temporary file; on the way back each layer is run again, sample
-by sample, and its observers are told what passes (:mod:`nemo_minitron.importance.metric`). Weights are read whole;
-under any grid each process takes its share of the samples.
+The residual stream at every layer's input is kept (:mod:`nemo_minitron.importance.streams`); on the way back each layer
+is run again, sample by sample, and its observers are told what passes (:mod:`nemo_minitron.importance.metric`). Weights
+are read whole; under any grid each process takes its share of the samples.
 
-Memory: one layer's weights in float32, one sample's activations, and logits as
-:mod:`nemo_minitron.model.next_token` bounds them. Weights' gradients take 12 bytes more for each weight of a layer (a
-sample's in float32, their sum in float64; 2.6 GB for a layer of Llama-3.1-8B), and ``TABLE_BYTES`` for the tables.
+Memory: the streams and a gradient of one's size, one layer's weights in float32, one sample's activations, and logits
+as :mod:`nemo_minitron.model.next_token` bounds them. Weights' gradients take 12 bytes more for each weight of a layer
+(a sample's in float32, their sum in float64; 2.6 GB for a layer of Llama-3.1-8B), and ``TABLE_BYTES`` for the tables.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,11 +20,13 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.metric import Job, LayerPass, Observer, Observes, SamplePass
-from nemo_minitron.importance.stream_file import StreamFile
+from nemo_minitron.importance.streams import Streams
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.model.layout import Parameter
 from nemo_minitron.model.next_token import HEAD_BYTES, loss_gradient
+from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.moments import tensor_cores
 
 TABLE_BYTES = 256 << 20
 """Bounds the float64 gradient of embedding and output layer, which come some rows at a time."""
@@ -60,53 +60,92 @@ def walk(
     """
     shape, wanted = reader.shape, set(observers.values())
     rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
-    with tempfile.TemporaryDirectory(prefix="minitron-streams-") as folder:
-        file = StreamFile(Path(folder) / "streams", (shape.num_layers + 1, *tokens.shape, shape.hidden_size))
-        streams = file.tensor
-        _forward(reader, tokens, rotary, file, progress)
-        gradient = None if wanted <= {"activations"} else _head_gradient(reader, streams[-1], tokens)
+    of_weights = "weight_gradients" in wanted
+    beside = workspace(shape, tokens, of_weights)
+    with (
+        tensor_cores(tokens.device),
+        Streams(
+            shape.num_layers, (*tokens.shape, shape.hidden_size), tokens.device, beside, final=of_weights
+        ) as streams,
+    ):
+        forward = _Forward(reader, tokens, rotary, streams)
+        forward.run(progress)
+        gradient = None if wanted <= {"activations"} else _head_gradient(reader, streams[shape.num_layers], tokens)
+        if not of_weights:
+            streams.drop(shape.num_layers)
         for number in reversed(range(shape.num_layers)):
-            layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, "weight_gradients" in wanted)
-            gradient = layer.run(streams[number], gradient, list(observers))
+            forward.again(number)
+            layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, of_weights)
+            layer.run(streams[number], gradient, list(observers))
+            streams.drop(number)
             seen = LayerPass(number, layer.weights, layer.summed(job.group))
             for observer in observers:
                 observer.layer(seen)
             del layer, seen  # before the next layer is read
-            file.release()
+            streams.release()
             progress(1)
         outside = [observer for observer, what in observers.items() if what == "weight_gradients"]
         if outside and gradient is not None:
-            _Tables(reader, tokens, streams[-1], gradient, job.group).tell(outside)
+            _Tables(reader, tokens, streams[shape.num_layers], gradient, job.group).tell(outside)
 
 
-def _forward(
-    reader: LayerReader, tokens: Tensor, rotary: Rotary, file: StreamFile, progress: Callable[[int], None]
-) -> None:
-    """The residual stream entering every layer and leaving the last, ``[L+1, n, s, H]`` float32, into a file."""
-    streams = file.tensor
-    table = reader.tensor(layout.EMBEDDING)
-    for sample, sample_tokens in enumerate(tokens):
-        streams[0, sample] = table[sample_tokens.cpu()].float()
-    del table
-    for layer in range(reader.shape.num_layers):
-        weights = read_layer(reader, layer, tokens.device)
-        for sample in range(len(tokens)):
+def workspace(shape: ModelShape, tokens: Tensor, weight_gradients: bool = False) -> int:
+    """Bytes that a walk of ``tokens [n, s]`` needs beside its streams, roughly and rather too many: the gradient of a
+    stream; the weights of a layer, of the next one, and their gradients; four second moments of FFN inputs in float64;
+    a sample's activations, forward and backward; the output layer and its logits."""
+    length, hidden, ffn = tokens.shape[1], shape.hidden_size, shape.ffn_hidden_size
+    weights = shape.parameters_per_layer() * (8 + (16 if weight_gradients else 0))
+    activations = 4 * length * (24 * hidden + 12 * ffn + 8 * shape.proj_columns)
+    moments = 32 * ffn * ffn + 24 * shape.proj_columns**2 + 48 * hidden * hidden
+    tables = 4 * shape.vocab_size * hidden + 4 * HEAD_BYTES + (8 * TABLE_BYTES if weight_gradients else 0)
+    return 4 * tokens.numel() * hidden + weights + activations + max(moments, tables)
+
+
+class _Forward:
+    """The way forward: the stream entering every layer and leaving the last."""
+
+    def __init__(self, reader: LayerReader, tokens: Tensor, rotary: Rotary, streams: Streams) -> None:
+        self._reader, self._tokens, self._rotary, self._streams = reader, tokens, rotary, streams
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Fill the streams from the embedding on; those that are made again on the way back are dropped."""
+        table = self._reader.tensor(layout.EMBEDDING)
+        for sample, sample_tokens in enumerate(self._tokens):
+            self._streams[0][sample] = table[sample_tokens.cpu()].to(self._tokens.device).float()
+        del table
+        for number in range(self._reader.shape.num_layers):
+            self._layer(number)
+            if not self._streams.kept(number):
+                self._streams.drop(number)
+            progress(1)
+
+    def again(self, depth: int) -> None:
+        """Make the streams up to ``depth`` again from the last one that was kept."""
+        start = depth
+        while start not in self._streams:
+            start -= 1
+        for number in range(start, depth):
+            self._layer(number)
+
+    def _layer(self, number: int) -> None:
+        device = self._tokens.device
+        weights = read_layer(self._reader, number, device)
+        entering, leaving = self._streams[number], self._streams[number + 1]
+        for sample in range(len(self._tokens)):
             sample_slice = slice(sample, sample + 1)
-            streams[layer + 1, sample_slice] = weights.forward(
-                streams[layer, sample_slice].to(tokens.device), rotary
-            ).cpu()
-        file.release()
-        progress(1)
+            leaving[sample_slice] = weights.forward(entering[sample_slice].to(device), self._rotary)
+        self._streams.release()
 
 
 def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]``."""
+    """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]`` on the
+    device of ``tokens``."""
     shape = reader.shape
     norm, head = read_head(reader, tokens.device)
-    gradient = torch.zeros_like(final)
+    gradient = torch.zeros(final.shape, device=tokens.device)
     for sample, labels in enumerate(tokens[:, 1:]):
         x = final[sample, :-1].to(tokens.device)
-        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon).cpu()
+        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon)
     if not torch.isfinite(gradient).all():
         raise MinitronError("importance: the gradient of the loss on the calibration tokens is not finite")
     return gradient
@@ -123,17 +162,16 @@ class _LayerWalk:
         self._run = Layer(weights.shape, self._leaves or weights.tensors)
         self._sums = {key: torch.zeros_like(leaf, dtype=torch.float64) for key, leaf in self._leaves.items()}
 
-    def run(self, x: Tensor, gradient: Tensor | None, observers: Sequence[Observer]) -> Tensor | None:
-        """Take ``x [n, s, H]`` through the layer, and ``gradient [n, s, H]`` of what leaves it back to what enters."""
-        before = None if gradient is None else torch.empty_like(gradient)
+    def run(self, x: Tensor, gradient: Tensor | None, observers: Sequence[Observer]) -> None:
+        """Take ``x [n, s, H]`` through the layer, and ``gradient [n, s, H]`` of what leaves it back to what enters, in
+        place."""
         for sample in range(len(x)):
             sample_slice = slice(sample, sample + 1)
             seen = self._sample(sample, x[sample_slice], None if gradient is None else gradient[sample_slice])
-            if before is not None and seen.entering_gradient is not None:
-                before[sample_slice] = seen.entering_gradient.cpu()
             for observer in observers:
                 observer.sample(seen)
-        return before
+            if gradient is not None and seen.entering_gradient is not None:
+                gradient[sample_slice] = seen.entering_gradient
 
     def _sample(self, sample: int, x: Tensor, gradient: Tensor | None) -> SamplePass:
         weights, device = self._run, self._rotary.cos.device
@@ -147,7 +185,8 @@ class _LayerWalk:
             leaving = middle + weights.ffn_output(fc2_input)
         gradients: tuple[Tensor | None, ...] = (None, None, None)
         if gradient is not None:
-            after, leaves = gradient.to(device), list(self._leaves.values())
+            after = gradient.to(device, copy=True)  # what observers keep of it is not overwritten
+            leaves = list(self._leaves.values())
             at_entering, at_middle, *of_weights = torch.autograd.grad(leaving, [entering, middle, *leaves], after)
             gradients = (at_entering, at_middle, after)
             for total, part in zip(self._sums.values(), of_weights, strict=True):
@@ -238,11 +277,11 @@ class _Tables:
 
     def _embedding_rows(self, rows: slice) -> Tensor:
         """Gradient of the stream before the first layer, summed by token for some rows, ``[v, H]`` float64."""
-        total = self.gradient.new_zeros(rows.stop - rows.start, self.gradient.shape[-1], dtype=torch.float64)
+        total = torch.zeros(rows.stop - rows.start, self.gradient.shape[-1], dtype=torch.float64)
         ids = self.tokens.cpu() - rows.start
         for sample_ids, gradient in zip(ids, self.gradient, strict=True):
             here = (sample_ids >= 0) & (sample_ids < len(total))
-            total.index_add_(0, sample_ids[here], gradient[here].double())
+            total.index_add_(0, sample_ids[here], gradient.cpu()[here].double())  # a GPU adds in no fixed order
         return total.to(self.tokens.device)
 
 

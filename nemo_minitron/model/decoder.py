@@ -177,9 +177,9 @@ def read_layer(
 ) -> Layer:
     """One layer's canonical tensors in ``dtype``."""
     parameters = layout.layer_parameters(reader.shape)
-    return Layer(
-        reader.shape, {parameter.key: reader.tensor(parameter, layer).to(device, dtype) for parameter in parameters}
-    )
+    # moved first: a GPU widens faster than a CPU, and half as many bytes go there
+    tensors = {parameter.key: reader.tensor(parameter, layer).to(device).to(dtype) for parameter in parameters}
+    return Layer(reader.shape, tensors)
 
 
 def read_head(
@@ -188,5 +188,5 @@ def read_head(
     """Final norm ``[H]``, float32, and output layer ``[V, H]`` (the embedding where tied) without padded rows."""
     shape = reader.shape
     parameter = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
-    norm = reader.tensor(layout.FINAL_NORM).to(device, torch.float32)
-    return norm, reader.tensor(parameter)[: shape.vocab_size].to(device, dtype)
+    norm = reader.tensor(layout.FINAL_NORM).to(device).float()
+    return norm, reader.tensor(parameter)[: shape.vocab_size].to(device).to(dtype)

@@ -137,6 +137,9 @@ def collect_on_grid(
 def load_for_forward(source: Path, model: Section, trainer: Section, seq_length: int) -> MinitronGPTModel:
     """NeMo's model of a ``.nemo`` on this job's grid, to be run forward on sequences of ``seq_length``.
 
+    On a GPU in bf16 the weights are bf16 too, unless ``model.megatron_amp_O2`` says otherwise: autocast would round
+    float32 ones to it at every pass.
+
     Raises:
         MinitronError: as :func:`nemo_minitron.nemo.restore.load_model`.
     """
@@ -145,7 +148,10 @@ def load_for_forward(source: Path, model: Section, trainer: Section, seq_length:
     from nemo_minitron.nemo.trainer import inference_trainer
 
     machines = Machines.of(trainer)
-    settings = {**model, "precision": machines.precision, "encoder_seq_length": seq_length}
+    half_weights = machines.half and runtime.has_cuda()
+    asked = {key: value for key, value in model.items() if value is not None}
+    settings = {"megatron_amp_O2": half_weights, **asked, "precision": machines.precision}
+    settings["encoder_seq_length"] = seq_length
     return load_model(source, inference_trainer(machines.precision, machines.devices, machines.num_nodes), settings)
 
 

@@ -34,7 +34,7 @@ from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, Rotary, read_layer
 from nemo_minitron.model.layout import Parameter
 from nemo_minitron.model.shape import ModelShape
-from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, with_ones
+from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, tensor_cores, with_ones
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, check_source, kept, refuse_non_finite
 from nemo_minitron.prune.frame import Frame, divisible
 from nemo_minitron.prune.head import write_head
@@ -77,8 +77,9 @@ def compensate(
     check_source(plan, reader)
     if plan.compensation is None:
         raise ValueError("the plan asks for no compensation")
-    frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group)
-    _Walk(frame).run(progress)
+    with tensor_cores(tokens.device):
+        frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group)
+        _Walk(frame).run(progress)
 
 
 class _Walk:

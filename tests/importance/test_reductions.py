@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.depth import block_influence, residual_sums
+from nemo_minitron.importance.depth import _sums_by_token, block_influence, residual_sums
 from nemo_minitron.importance.reductions import (
     HOW,
     Aggregation,
@@ -67,18 +67,19 @@ def test_units_by_the_mean_of_their_channels():
     assert units(torch.tensor([3.0, 4.0, 0.0, 1.0]), 2, "mean").tolist() == [3.5, 0.5]
 
 
-def test_cosines():
+@pytest.mark.parametrize("residual_sums", [residual_sums, _sums_by_token], ids=["CPU", "GPU"])
+def test_cosines(residual_sums):
     streams = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     streams[1] = 4 * streams[0]  # the same direction: no influence
     streams[2] = -streams[0]
-    total, squares = residual_sums(streams)
+    total, squares = residual_sums(streams, None)
     torch.testing.assert_close(block_influence(total / 7), torch.tensor([0.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(squares, streams.square().sum(1))
     mask = torch.tensor([True] * 4 + [False] * 3)
-    parts = residual_sums(streams[:, :4])
+    parts = residual_sums(streams[:, :4], None)
     for got, expected in zip(residual_sums(streams, mask), parts, strict=True):
         torch.testing.assert_close(got, expected)
-    assert residual_sums(torch.zeros(2, 3, 4))[0].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert residual_sums(torch.zeros(2, 3, 4), None)[0].tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_unknown_aggregation():
