@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -23,7 +24,9 @@ def provenance() -> dict[str, str]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         processor += f", {torch.cuda.get_device_name()}"
-    words = [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    script, here = Path(sys.argv[0]).resolve(), Path(__file__).parent.resolve()
+    script = script.relative_to(here) if script.is_relative_to(here) else Path(script.name)
+    words = [f"benchmarks/{script}", *sys.argv[1:]]
     return {
         "command": "python " + re.sub(r"(?<![^ =])/[^ ]*/", "", " ".join(words)),
         "machine": f"{processor}, {platform.system()}, Python {platform.python_version()}",
@@ -33,7 +36,9 @@ def provenance() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of this checkout, with ``+`` where files differ from it."""
+    """Of this checkout, with ``+`` where files differ from it; of a copy without git, ``COMMIT`` has to say it."""
+    if given := os.environ.get("COMMIT"):
+        return given
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
     try:
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()

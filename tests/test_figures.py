@@ -298,3 +298,10 @@ def test_a_new_result_says_where_it_is_from(monkeypatch):
     assert tuple(found) == NAMES and found["command"] == "python benchmarks/loop.py --json e.json --folder=g"
     assert re.fullmatch(r"[0-9a-f]{12}\+?|not recorded.*", found["commit"])
     assert commands({"command": "b"}, {"command": "a"}) == ["a", "b"]
+
+
+def test_a_script_in_a_folder_and_a_copy_without_git_are_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "gpu" / "lean.py"), "--tiny"])
+    monkeypatch.setenv("COMMIT", "0123456789ab")
+    found = provenance()
+    assert found["command"] == "python benchmarks/gpu/lean.py --tiny" and found["commit"] == "0123456789ab"
