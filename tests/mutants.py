@@ -259,6 +259,24 @@ MUTANTS = [
         "kl = (log_q.exp() * (log_q - log_p)).sum(-1)",
         _FUSED + "test_one_rank_equals_dense",
     ),
+    Mutant(
+        "distill/memory.py",
+        "moment = 4 * values",
+        "moment = run.weight * values",
+        "distill/test_memory.py::test_the_lean_mode_has_what_torchao_allocates",
+    ),
+    Mutant(
+        "distill/memory.py",
+        "return held + max(loss, work)",
+        "return held + loss",
+        "distill/test_memory.py::test_recomputation_shows_in_the_peak",
+    ),
+    Mutant(
+        "distill/cards.py",
+        "if needed > card * 10**9:",
+        "if needed > card * 2**30:",
+        "distill/test_cards.py::test_each_cell_is_the_largest_micro_batch_that_fits",
+    ),
     # importance
     Mutant(
         "importance/reductions.py", "return absolute / count", "return plain.abs() / count", _REDUCED + "test_sequence"

@@ -183,7 +183,7 @@ class DistillConfig:
     """
 
     model: dict[str, Any] = _nemo()
-    plan_only: bool = key(False, "print the memory per rank by item and the largest micro-batch, and train nothing")
+    plan_only: bool = key(False, "print memory per rank by item, and what fits on GPUs of several sizes; train nothing")
     distill: Distill = section(Distill, "the loss")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")

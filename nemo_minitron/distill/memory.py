@@ -1,70 +1,52 @@
 """Memory of a distillation run per rank, from shapes, grid and batch alone: nothing is built.
 
 Counts what this package's own path holds: each item is written as the tensors that it consists of. Legend: n tokens of
-a micro-batch, H hidden, F ffn, A·d attention width, V padded vocabulary, t tensor-parallel ranks.
+a micro-batch, H hidden, V padded vocabulary, t tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 
 import torch
 
+from nemo_minitron.distill import activations
+from nemo_minitron.distill.run import Run
 from nemo_minitron.distill.sizes import Sizes
-from nemo_minitron.model.family import family_of
+from nemo_minitron.model.layout import parameters
 from nemo_minitron.model.shape import ModelShape
 
 ITEMS = ("process", "weights", "gradients", "optimizer", "activations", "teacher", "loss")
 
+CUDA_PROCESS = 700 << 20
+"""What a process takes of a GPU beside torch's allocator: CUDA's context, the code of kernels, cuBLAS. About: it
+differs by card and driver."""
 
-@dataclass(frozen=True)
-class Run:
-    """What decides a run's memory.
-
-    ``process`` are bytes that are there before any model (libraries; 0 where a GPU's own memory is meant), ``half``
-    that products run in bfloat16, ``half_weights`` that weights are kept in it (megatron_amp_O2), ``sharded_optimizer``
-    that data-parallel ranks share the optimizer's state, ``recompute`` full activation recomputation, ``fused_norms``
-    that norms and attention are Transformer Engine's.
-    """
-
-    student: ModelShape
-    teacher: ModelShape | None
-    seq_length: int
-    micro_batch_size: int
-    micro_batches: int
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    data_parallel: int = 1
-    sequence_parallel: bool = False
-    half: bool = False
-    half_weights: bool = False
-    sharded_optimizer: bool = False
-    recompute: bool = False
-    fused_norms: bool = False
-    device: str = "cpu"
-    process: int = 0
-    loss_memory: int | None = None
+_LEAN_BLOCK = 256  # values that share a scale in torchao's 8-bit moments
+_LEAN_SMALLEST = 4096  # values of a parameter from which on they are taken
+_LEAN_CODES = 1024  # bytes of the table of codes that each of them carries
 
 
 def memory(run: Run) -> dict[str, int]:
-    """Bytes per rank by item (:data:`ITEMS`), of the rank that needs most; their sum is the peak of a step."""
-    weight = 2 if run.half_weights else 4
+    """Bytes per rank by item (:data:`ITEMS`), of the rank that needs most; their sum is the peak of a step.
+
+    The peak is of backward or of the optimizer's step, when activations and the loss are gone: what that takes beyond
+    them is counted as the optimizer's.
+    """
     own = max(_parameters(run.student, run, stage) for stage in (0, run.pipeline_parallel - 1))
-    shards = run.data_parallel if run.sharded_optimizer else 1
-    states = (12 if run.half_weights else 8) * own // shards
-    gradients = 4 * own
-    activations, loss = _activations(run), _loss(run)
-    if run.micro_batches == 1 and not run.half_weights:
-        # gradients come as activations go: what is there at once is the larger of both, less the head's own part
-        activations = max(0, activations - gradients)
+    gradients = _gradients(run, own)
+    loss = _loss(run)
+    busy = _busy(run, own, loss)
+    step = _step(run, own)
     return {
         "process": run.process,
-        "weights": weight * own,
+        "weights": run.weight * own,
         "gradients": gradients,
-        "optimizer": states,
-        "activations": activations,
+        "optimizer": _states(run, own) + max(0, step - busy),
+        "activations": max(0, busy - loss),
         "teacher": 0 if run.teacher is None else _teacher(run, run.teacher),
-        "loss": loss,
+        "loss": min(loss, busy),
     }
 
 
@@ -79,26 +61,6 @@ def largest_micro_batch(run: Run, available: int) -> int:
         else:
             high = middle - 1
     return fits
-
-
-def layer_activations(shape: ModelShape, run: Run) -> int:
-    """Bytes that one layer keeps of a micro-batch for backward.
-
-    Per token, in values: two norms with their inputs, normalised inputs and outputs (3 H each; 2 H where fused); the
-    attention's queries, keys, values (repeated to all heads), result and the projection's input (5 A·d); fc1's two
-    halves, the gate's activation and the product (4 F). Norms of queries and keys keep what they get, the output of
-    ``linear_qkv``, and, where they are not fused, it normalised, with three numbers for each head.
-    """
-    tokens = run.seq_length * run.micro_batch_size
-    hidden = (4 if run.fused_norms else 6) * shape.hidden_size / (run.tensor_parallel if run.sequence_parallel else 1)
-    if run.recompute:
-        return int(tokens * 4 * shape.hidden_size / (run.tensor_parallel if run.sequence_parallel else 1))
-    parts = (5 * shape.proj_columns + 4 * shape.ffn_hidden_size) / run.tensor_parallel
-    if family_of(shape).queries_and_keys is not None:
-        heads = shape.num_attention_heads + shape.num_query_groups
-        normalised = 0 if run.fused_norms else heads * (shape.kv_channels + 3)
-        parts += (shape.qkv_rows + normalised) / run.tensor_parallel
-    return int(tokens * (4 * hidden + (2 if run.half else 4) * parts))
 
 
 def _parameters(shape: ModelShape, run: Run, stage: int) -> int:
@@ -123,41 +85,79 @@ def _layers(shape: ModelShape, run: Run, stage: int) -> int:
     return first if stage == 0 else (shape.num_layers - first) // (run.pipeline_parallel - 1)
 
 
-def _activations(run: Run) -> int:
-    """Activations of the micro-batches in flight: as many as there are stages on the first one."""
+def _gradients(run: Run, own: int) -> int:
+    """Gradients in float32, or of the lean mode in the weights' dtype. Float32 weights on CUDA have them twice: torch's
+    DDP, which NeMo puts around them, allocates buckets that it never fills, and that take no memory on a CPU."""
+    if run.lean:
+        return run.weight * own
+    return (4 if run.half_weights or run.sharded_optimizer or run.device != "cuda" else 8) * own
+
+
+def _states(run: Run, own: int) -> int:
+    """Two float32 moments, of half weights also the float32 copies; or torchao's 8-bit moments, parameter by parameter:
+    of small ones they stay in float32."""
+    if not run.lean:
+        return (12 if run.half_weights else 8) * own // (run.data_parallel if run.sharded_optimizer else 1)
+    shape = run.student.replace(padded_vocab_size=_padded(run.student, run))
+    total = 0
+    for parameter in parameters(shape):
+        values = math.prod(parameter.size(shape))
+        if values >= _LEAN_SMALLEST and values % _LEAN_BLOCK == 0:
+            moment = values + 4 * values // _LEAN_BLOCK + _LEAN_CODES
+        else:
+            moment = 4 * values
+        total += 2 * moment * (shape.num_layers if parameter.per_layer else 1)
+    return total
+
+
+def _step(run: Run, own: int) -> int:
+    """Temporaries of the optimizer's step: a float32 value of every parameter (torch's Adam on CUDA takes all at
+    once); of the lean one, which takes pieces, a float64 copy of the largest gradient, while the norm of all is taken.
+    """
+    if run.lean:
+        return 8 * max(math.prod(parameter.size(run.student)) for parameter in parameters(run.student))
+    if run.device != "cuda":
+        return 0
+    return 4 * own // (run.data_parallel if run.sharded_optimizer else 1)
+
+
+def _busy(run: Run, own: int, loss: int) -> int:
+    """Activations of the micro-batches in flight, as many as there are stages on the first one, with the loss of one or
+    the backward pass of a layer. Where a step is one micro-batch, gradients come as activations go, and are subtracted.
+    """
     layers = max(_layers(run.student, run, stage) for stage in (0, run.pipeline_parallel - 1))
-    in_flight = min(run.pipeline_parallel, run.micro_batches)
-    kept = layers * layer_activations(run.student, run) * in_flight
-    if run.recompute:
-        kept += layer_activations(run.student, replace(run, recompute=False))
-    tokens = run.seq_length * run.micro_batch_size
-    return kept + 4 * 3 * tokens * run.student.hidden_size  # the final norm
+    held = min(run.pipeline_parallel, run.micro_batches) * activations.kept(run.student, run, layers)
+    work = activations.backward_work(run.student, run)
+    buffers = run.sharded_optimizer or (run.half_weights and not run.lean)
+    if run.micro_batches > 1 or buffers:
+        return held + max(loss, work)
+    return max(held + loss - run.weight * own, work)
 
 
 def _teacher(run: Run, shape: ModelShape) -> int:
     """Weights, and final hidden states of the step's micro-batches."""
-    split = run.tensor_parallel
-    if not shape.splits_over(split):
+    if not shape.splits_over(run.tensor_parallel):
         run = replace(run, tensor_parallel=1, sequence_parallel=False)
     own = max(_parameters(shape, run, stage) for stage in (0, run.pipeline_parallel - 1))
-    tokens = run.seq_length * run.micro_batch_size * run.micro_batches
-    kept = 4 * tokens * shape.hidden_size // (run.tensor_parallel if run.sequence_parallel else 1)
-    return (2 if run.half_weights else 4) * own + kept
+    kept = run.weight * run.tokens * run.micro_batches * shape.hidden_size // run.stream_ranks
+    return run.weight * own + kept
 
 
 def _loss(run: Run) -> int:
     """Chunks of logits and sums; gradients of head and hidden states before they are added to what is there."""
     dtype = torch.bfloat16 if run.half else torch.float32
-    tokens, hidden = run.seq_length * run.micro_batch_size, run.student.hidden_size
+    tokens, hidden = run.tokens, run.student.hidden_size
     head = _padded(run.student, run) // run.tensor_parallel * hidden
     sizes = Sizes.fit(
         tokens, run.student.vocab_size, dtype, run.device, run.tensor_parallel, run.loss_memory,
         halves=True, kernels=run.half and run.device == "cuda",
-        hidden_sums=4 * tokens * hidden if run.half_weights else 0, weight_sums=4 * head if run.half_weights else 0,
+        weight_sums=4 * head if run.half_weights else 0,
     )  # fmt: skip
     temporaries = sizes.memory_bytes(tokens, run.student.vocab_size, dtype, run.tensor_parallel)
+    if run.half_weights:  # hidden states come in float32, and are rounded for the products
+        return temporaries + 2 * head + (4 + 2) * tokens * hidden
     casts = 0
-    if run.half and not run.half_weights:
+    if run.half:
         wide = hidden + (run.teacher.hidden_size if run.teacher is not None else 0)
         casts = 2 * _padded(run.student, run) // run.tensor_parallel * wide
-    return temporaries + (2 if run.half_weights else 4) * (head + tokens * hidden) + casts
+    return temporaries + 4 * (head + tokens * hidden) + casts

@@ -9,14 +9,18 @@ from typing import Any
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid, Machines
-from nemo_minitron.config.schema import DistillConfig
-from nemo_minitron.distill.memory import ITEMS, Run, largest_micro_batch, memory
+from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
+from nemo_minitron.distill import cards
+from nemo_minitron.distill.memory import CUDA_PROCESS, ITEMS, largest_micro_batch, memory
+from nemo_minitron.distill.run import Run
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.values.model import DISTRIBUTED
 
 
 def plan_memory(cfg: DistillConfig) -> str:
-    """Table of a rank's memory by item at the configured grid and batch, and the largest micro-batch that fits.
+    """Table of a rank's memory by item at the configured grid and batch, and the largest micro-batch that fits; then
+    what would fit on GPUs of several sizes, whatever this machine has.
 
     On a machine without CUDA the process itself is counted, and what fits is measured against this machine's memory
     shared by the ranks that run on it.
@@ -30,31 +34,31 @@ def plan_memory(cfg: DistillConfig) -> str:
     teacher = None
     if cfg.distill.teacher_cache is None:
         teacher = _shape(required(cfg, "model.kd_teacher_restore_from_path"))
-    grid, machines = Grid.of(cfg.model), Machines.of(cfg.trainer)
+    run = run_of(cfg, student, teacher, runtime.has_cuda())
+    available = runtime.memory_bytes() // (1 if runtime.has_cuda() else Machines.of(cfg.trainer).devices)
+    return f"{_table(run, available)}\n\n{cards.table(run)}"
+
+
+def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: ModelShape | None, on_gpu: bool) -> Run:
+    """What decides the memory of one rank of a configured training, on a GPU or on this machine's CPU.
+
+    Raises:
+        MinitronError: processes that the grid does not divide.
+    """
+    from nemo_minitron.nemo.spec import has_transformer_engine
+
+    model: Mapping[str, Any] = cfg.model
+    grid, machines = Grid.of(model), Machines.of(cfg.trainer)
     ranks = machines.devices * machines.num_nodes
     if ranks % (grid.tensor * grid.pipeline):
         raise MinitronError(
             f"trainer.devices x trainer.num_nodes ({ranks}) must be a multiple of model.tensor_model_parallel_size "
             f"({grid.tensor}) x model.pipeline_model_parallel_size ({grid.pipeline})"
         )
-    run = _run(cfg, student, teacher, grid, grid.data_ranks(ranks), machines.half)
-    available = runtime.memory_bytes() if runtime.has_cuda() else runtime.memory_bytes() * machines.num_nodes // ranks
-    return _table(run, available)
-
-
-def _shape(path: str) -> ModelShape:
-    with NemoReader(Path(path)) as reader:
-        return reader.shape
-
-
-def _run(
-    cfg: DistillConfig, student: ModelShape, teacher: ModelShape | None, grid: Grid, data_ranks: int, half: bool
-) -> Run:
-    from nemo_minitron.nemo.spec import has_transformer_engine
-
-    model: Mapping[str, Any] = cfg.model
-    on_gpu, mib = runtime.has_cuda(), cfg.distill.loss_memory_mib
-    micro = int(model["micro_batch_size"])
+    micro, data_ranks = int(model["micro_batch_size"]), grid.data_ranks(ranks)
+    optimizer = str(model["optim"]["name"])
+    lean = optimizer == "adamw_8bit"
+    mib = cfg.distill.loss_memory_mib if isinstance(cfg, DistillConfig) else None
     return Run(
         student=student,
         teacher=teacher,
@@ -65,15 +69,23 @@ def _run(
         pipeline_parallel=grid.pipeline,
         data_parallel=data_ranks,
         sequence_parallel=grid.sequence_parallel,
-        half=half,
-        half_weights=half and bool(model.get("megatron_amp_O2")) and on_gpu,
-        sharded_optimizer=str(model["optim"]["name"]) in ("distributed_fused_adam", "mcore_distributed_optim"),
+        half=machines.half,
+        half_weights=machines.half and bool(model.get("megatron_amp_O2")) and (on_gpu or lean),
+        sharded_optimizer=optimizer in DISTRIBUTED,
+        lean=lean,
         recompute=model.get("activations_checkpoint_granularity") == "full",
+        recompute_block=model.get("activations_checkpoint_method") == "block",
+        recompute_layers=int(model.get("activations_checkpoint_num_layers") or 1),
         fused_norms=on_gpu and has_transformer_engine(),
         device="cuda" if on_gpu else "cpu",
-        process=0 if on_gpu else runtime.resident_bytes(),
+        process=CUDA_PROCESS if on_gpu else runtime.resident_bytes(),
         loss_memory=None if mib is None else mib << 20,
     )
+
+
+def _shape(path: str) -> ModelShape:
+    with NemoReader(Path(path)) as reader:
+        return reader.shape
 
 
 def _table(run: Run, available: int) -> str:
@@ -83,7 +95,10 @@ def _table(run: Run, available: int) -> str:
         f"micro-batch {run.micro_batch_size} x {run.seq_length} tokens"
     ]
     lines += [f"  {name:<12}{items[name] / 2**20:>12,.0f} MiB" for name in ITEMS]
-    lines += [f"  {'in all':<12}{sum(items.values()) / 2**20:>12,.0f} MiB of {available / 2**20:,.0f}"]
+    whole = sum(items.values())
+    if run.device == "cuda":  # torch.cuda.max_memory_allocated()
+        lines.append(f"  {'allocated':<12}{(whole - items['process']) / 2**20:>12,.0f} MiB, all but the process")
+    lines += [f"  {'in all':<12}{whole / 2**20:>12,.0f} MiB of {available / 2**20:,.0f}"]
     largest = largest_micro_batch(run, available)
     lines.append(f"largest micro-batch that fits: {largest}" if largest else "no micro-batch fits")
     return "\n".join(lines)

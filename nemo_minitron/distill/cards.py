@@ -1,0 +1,115 @@
+"""What of a run fits on GPUs of several sizes: optimizer, recomputation and micro-batch, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nemo_minitron.distill.memory import CUDA_PROCESS, memory
+from nemo_minitron.distill.run import Run
+
+CARDS = (24, 40, 80, 141)
+"""Sizes of cards as they are sold, in GB of 10⁹ bytes. They have 7% more, which is left to gaps between what
+torch's allocator holds."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to train: ``optimizer`` is ``model.optim.name``, ``half_weights`` ``model.megatron_amp_O2``."""
+
+    optimizer: str
+    half_weights: bool
+    recompute: bool
+
+    def of(self, run: Run, micro_batch_size: int) -> Run:
+        """``run`` in this way, in bfloat16 on a GPU, with the same samples in each step."""
+        samples = run.micro_batch_size * run.micro_batches
+        return replace(
+            run,
+            micro_batch_size=micro_batch_size,
+            micro_batches=samples // micro_batch_size,
+            half=True,
+            half_weights=self.half_weights,
+            sharded_optimizer=self.optimizer == "mcore_distributed_optim",
+            lean=self.optimizer == "adamw_8bit",
+            recompute=self.recompute,
+            recompute_block=False,
+            recompute_layers=1,
+            device="cuda",
+            process=CUDA_PROCESS,
+        )
+
+    def fit(self, run: Run, card: int) -> Fit:
+        """The largest micro-batch that divides a rank's samples and fits on ``card`` GB, or how much 1 lacks."""
+        samples, found = run.micro_batch_size * run.micro_batches, None
+        for size in _divisors(samples):
+            needed = sum(memory(self.of(run, size)).values())
+            if needed > card * 10**9:
+                return found or Fit(0, needed)
+            found = Fit(size, needed)
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A micro-batch size, 0 where 1 is too large, and the bytes that it, or 1, needs in all."""
+
+    micro_batch_size: int
+    needed: int
+
+
+def choices(run: Run) -> list[Choice]:
+    """All ways, the one whose arithmetic is nearest to float32 first; 8-bit moments only on whole models."""
+    optimizers = [("adamw", False), ("mcore_distributed_optim", True)]
+    if run.tensor_parallel == run.pipeline_parallel == 1:
+        optimizers.append(("adamw_8bit", True))
+    return [Choice(name, half, recompute) for name, half in optimizers for recompute in (False, True)]
+
+
+def table(run: Run, cards: Sequence[int] = CARDS) -> str:
+    """Lines for people: a row for each choice, a column for each card, and what to take on each of them.
+
+    To be taken is what needs no recomputation, a forward pass more in each step; then what comes first in
+    :func:`choices`.
+    """
+    rows = [(choice, [choice.fit(run, card) for card in cards]) for choice in choices(run)]
+    lines = [
+        f"largest micro-batch of {run.seq_length} tokens in bf16 on GPUs, and what it takes; "
+        f"TP {run.tensor_parallel} x PP {run.pipeline_parallel} x DP {run.data_parallel}",
+        f"  {'model.optim.name':<24}{'O2':<7}{'recompute':<11}" + "".join(f"{f'{card} GB':<14}" for card in cards),
+    ]
+    for choice, fits in rows:
+        ways = f"  {choice.optimizer:<24}{_word(choice.half_weights):<7}{'full' if choice.recompute else 'no':<11}"
+        lines.append(ways + "".join(f"{_cell(fit, card):<14}" for fit, card in zip(fits, cards, strict=True)))
+    lines += [_advice(card, [(choice, fits[i]) for choice, fits in rows]) for i, card in enumerate(cards)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _advice(card: int, found: list[tuple[Choice, Fit]]) -> str:
+    fitting = [pair for pair in found if pair[1].micro_batch_size]
+    if not fitting:
+        choice, fit = min(found, key=lambda pair: pair[1].needed)
+        lacking = fit.needed / 1e9 - card
+        return f"{card} GB: nothing fits; {choice.optimizer}, {_recompute(choice)}, lacks {lacking:,.0f} GB"
+    choice, fit = min(fitting, key=lambda pair: pair[0].recompute)
+    size, needed = fit.micro_batch_size, fit.needed / 1e9
+    return f"{card} GB: {choice.optimizer}, {_recompute(choice)}, micro-batch {size} ({needed:,.0f} GB)"
+
+
+def _cell(fit: Fit, card: int) -> str:
+    if not fit.micro_batch_size:
+        return f"lacks {max(1, round(fit.needed / 1e9 - card)):,} GB"
+    return f"{fit.micro_batch_size} ({fit.needed / 1e9:,.0f} GB)"
+
+
+def _recompute(choice: Choice) -> str:
+    return "full recompute" if choice.recompute else "no recompute"
+
+
+def _word(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _divisors(number: int) -> Iterator[int]:
+    return (size for size in range(1, number + 1) if number % size == 0)
