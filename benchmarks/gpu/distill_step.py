@@ -29,7 +29,7 @@ import torch
 from record import Record
 
 TARGETS_8B = {"hidden_size": 3072, "ffn_hidden_size": 9216}
-SETTINGS = "1x1,1x8,1x8+swiglu,2x4+block20+swiglu,4x2+full+swiglu,4x2+full,2x4"
+SETTINGS = "1x1,1x8,2x4,1x8+swiglu,2x4+swiglu,4x2+full,4x2+block20+swiglu,1x8+compile"
 PARTS = ("teacher", "student", "clip", "optimizer")
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="no setting begins later")
     parser.add_argument("--settings", default=SETTINGS, help="in their order, comma-separated")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
-    parser.add_argument("--steps", type=int, default=3, help="timed of each setting, after one that warms up")
+    parser.add_argument("--steps", type=int, default=2, help="timed of each setting, after one that warms up")
     parser.add_argument("--layers", type=int, help="of both models, fewer than 32")
     parser.add_argument("--optimizer", default="adamw_8bit", help="model.optim.name")
     parser.add_argument("--profile", default="1x1", help="setting whose step is profiled once more")
