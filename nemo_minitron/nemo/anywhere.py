@@ -34,6 +34,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.nemo.index_cache import with_index
 from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
+from nemo_minitron.values.model import LEAN
 
 
 def _name_what_apex_would() -> None:
@@ -108,6 +109,9 @@ class AnywhereGPTModel(MegatronGPTModel):
         _name_what_apex_would()
         super().__init__(cfg, trainer=trainer)
         self.data_contents: dict[str, str] = {}
+        self.lean = cfg.get("optim", {}).get("name") == LEAN
+        if self.lean:
+            self.megatron_amp_O2 = False  # the parent would keep a float32 copy of the weights; they are half already
 
     # ---- construction -----------------------------------------------------------------------------------------------
 
@@ -249,9 +253,28 @@ class AnywhereGPTModel(MegatronGPTModel):
             {"params": plain, "weight_decay": 0.0, "is_expert": False},
         )
 
+    def setup_optimization(self, optim_config: Any = None, optim_kwargs: dict[str, Any] | None = None) -> Any:
+        """The parent's, which gets ``adamw_8bit`` and its seed here."""
+        if self.lean:
+            from nemo_minitron.nemo import lean
+
+            lean.register()
+            optim_kwargs = {**(optim_kwargs or {}), "seed": int(self.cfg.seed)}
+        return super().setup_optimization(optim_config, optim_kwargs)
+
     def allreduce_gradients(self) -> None:
-        """Average gradients over data-parallel ranks; alone, the parent would copy them all there and back."""
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+        """Average gradients over data-parallel ranks; alone, the parent would copy them all there and back.
+
+        The lean mode has no room for the parent's copy of all gradients, which would be summed in bf16.
+        """
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if parallel.size(group) == 1:
+            return
+        if self.lean:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(parallel.all_reduce(parameter.grad.float(), group) / parallel.size(group))
+        else:
             super().allreduce_gradients()
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:

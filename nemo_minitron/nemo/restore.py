@@ -14,6 +14,7 @@ from nemo_minitron.checkpoint.nemo_gate import for_model_class
 from nemo_minitron.checkpoint.tokenizer_open import SENTENCEPIECE, choose, library_of
 from nemo_minitron.config.keys import SEED
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.values.model import LEAN
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -91,7 +92,7 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
     cfg = OmegaConf.create(merged)
     _check_seq_length(cfg, asked)
     cfg.use_cpu_initialization = not runtime.has_cuda()
-    if not runtime.has_cuda():
+    if not runtime.has_cuda() and (asked.get("optim") or {}).get("name") != LEAN:
         cfg.megatron_amp_O2 = False
     from nemo_minitron.nemo.spec import has_transformer_engine
 

@@ -14,6 +14,7 @@ from nemo_minitron import runtime
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo import schedule
 from nemo_minitron.values.check import schedule_arguments
+from nemo_minitron.values.model import LEAN
 from nemo_minitron.values.rules import Rule
 from nemo_minitron.values.trainer import EXP_MANAGER, TRAINER
 
@@ -31,6 +32,7 @@ def settle(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         _trainer(cfg.trainer)
         _optimizer(cfg.model, int(cfg.trainer.max_steps))
+        _lean(cfg.model, str(cfg.trainer.get("precision") or 32))
         cfg.exp_manager = cfg.get("exp_manager") or {}
         _experiment(cfg.exp_manager)
     return cfg
@@ -72,7 +74,7 @@ def _optimizer(model: DictConfig, max_steps: int) -> None:
         for key in ("master_weights", "capturable"):
             optim.pop(key, None)
         note("model.optim.name=fused_adam: there is no Apex here, so torch's adamw takes the same steps")
-    if optim.name not in ("adam", "adamw") and not runtime.has_cuda():
+    if optim.name not in ("adam", "adamw", LEAN) and not runtime.has_cuda():
         raise MinitronError(f"model.optim.name={optim.name} needs a GPU; take adamw")
     for key in [key for key in optim if optim[key] is None]:
         del optim[key]
@@ -84,6 +86,29 @@ def _optimizer(model: DictConfig, max_steps: int) -> None:
     warmup = asked.get("warmup_steps") or 0
     if warmup >= max_steps > 2:
         note(f"model.optim.sched.warmup_steps={warmup} of trainer.max_steps={max_steps}: model.optim.lr is not reached")
+
+
+def _lean(model: DictConfig, precision: str) -> None:
+    """What ``adamw_8bit`` needs, and what it cannot go with."""
+    if model.optim.name != LEAN:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise MinitronError(
+            f"model.optim.name={LEAN} needs the package torchao; install it with: pip install 'nemo_minitron[lean]'"
+        )
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if (model.get(key) or 1) != 1:
+            raise MinitronError(
+                f"model.optim.name={LEAN} needs model.{key}=1, found {model[key]}: the scales of its moments are not "
+                "split; take mcore_distributed_optim"
+            )
+    if precision.startswith("16"):
+        raise MinitronError(
+            f"model.optim.name={LEAN} rounds to bf16, and found trainer.precision={precision}: take bf16 or 32"
+        )
+    if model.get("megatron_amp_O2") and not precision.startswith("bf16"):
+        model.megatron_amp_O2 = False
+        note(f"model.megatron_amp_O2=true: weights are float32 with trainer.precision={precision}")
 
 
 def _experiment(manager: DictConfig) -> None:

@@ -19,6 +19,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_minitron import runtime
+from nemo_minitron.values.model import LEAN
 
 
 class MinitronDDPStrategy(NLPDDPStrategy):
@@ -49,13 +50,22 @@ class MinitronDDPStrategy(NLPDDPStrategy):
         self.sharp = sharp
         self._dist_ckpt_parallel_save = dist_ckpt_parallel_save
 
+    def configure_ddp(self) -> None:
+        """The parent's, without torch's DDP around a model in the lean mode, whose gradients it would keep twice."""
+        if _is_lean(self.lightning_module.cfg):
+            self._model = self.model
+        else:
+            super().configure_ddp()
+
     def optimizer_sharded_state_dict(self, unsharded_optim_state: Any = None, is_loading: bool = False) -> dict:
-        """The parent's, with torch Adam's step counter moved from each parameter to its group.
+        """The parent's, with torch Adam's step counter moved from each parameter to its group; ``adamw_8bit``'s own.
 
         The parent shards every state tensor like its parameter, as Apex' FusedAdam has it; torch keeps a scalar
         ``step`` beside each parameter, which no shard describes.
         """
         optimizer = self.lightning_module.optimizers(use_pl_optimizer=False)
+        if _is_lean(self.lightning_module.cfg):
+            return optimizer.sharded_state_dict()
         steps = {}
         if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             for group in optimizer.param_groups:
@@ -107,8 +117,15 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
         cfg.trainer.use_distributed_sampler = False
         cfg.trainer.accelerator = "gpu" if runtime.has_cuda() else "cpu"
         cfg.model.mcore_gpt = True
+        if _is_lean(cfg.model) or not runtime.has_cuda():
+            cfg.model.megatron_amp_O2 = False  # to the trainer it means an optimizer with copies of the weights
         cfg.exp_manager = {**(cfg.get("exp_manager") or {}), "log_tflops_per_sec_per_gpu": False}
     return MinitronTrainerBuilder(cfg).create_trainer(callbacks=callbacks)
+
+
+def _is_lean(model: DictConfig) -> bool:
+    """Whether a run's ``model`` section, or a model's config, asks for the lean mode's optimizer."""
+    return (model.get("optim") or {}).get("name") == LEAN
 
 
 def plain(cfg: DictConfig) -> DictConfig:

@@ -33,7 +33,10 @@ SCHEDULES = {
 """NeMo's schedules that work from step to step on the keys there are, and what each of them heeds; ``warmup`` stands
 for ``warmup_steps`` and ``warmup_ratio``, and so with ``constant`` and ``hold``."""
 
-OPTIMIZERS = ("adam", "adamw", "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+LEAN = "adamw_8bit"
+OPTIMIZERS = (
+    "adam", "adamw", LEAN, "fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim",
+)  # fmt: skip
 DISTRIBUTED = ("distributed_fused_adam", "mcore_distributed_optim")
 
 SCHED: Rules = {
@@ -52,7 +55,11 @@ SCHED: Rules = {
 }
 
 OPTIM: Rules = {
-    "name": applied(choice(*OPTIMIZERS), "optimizer; fused_adam without Apex is torch's adamw", needed=True),
+    "name": applied(
+        choice(*OPTIMIZERS),
+        "optimizer; fused_adam without Apex is torch's adamw, adamw_8bit is torchao's, with moments in 8 bits",
+        needed=True,
+    ),
     "lr": applied(number(above=0.0), "learning rate at its highest", needed=True),
     "weight_decay": applied(number(0.0), "of matrices; norms and biases have none"),
     "betas": applied(list_of(FRACTION, 2), "of Adam"),
@@ -163,7 +170,10 @@ MODEL: Rules = {
     "hysteresis": applied(whole(1), "of trainer.precision=16: overflows before it is halved"),
     "fp32_residual_connection": fixed((False,), "not in Megatron-Core without half-precision weights"),
     "fp16_lm_cross_entropy": fixed((False,), _OWN_LOSS),
-    "megatron_amp_O2": applied(boolean, "half-precision weights with a copy in 32 bits, on GPUs; off elsewhere"),
+    "megatron_amp_O2": applied(
+        boolean,
+        "half-precision weights, with a copy in 32 bits on GPUs, off elsewhere; with adamw_8bit without one, anywhere",
+    ),
     **each("cross_entropy_loss_fusion use_loss_mask", neutral(_OWN_LOSS)),
     "sample_weight": fixed(("token",), "every token of a batch counts alike"),
     **each(
