@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -69,6 +70,7 @@ def main() -> None:
         options.length = 64
     record = Record(options.json, options.seconds)
     record.table["options"] = {"length": options.length, "optimizer": options.optimizer, "layers": options.layers}
+    record.table["allocator"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
     rate = record.step("matrix_rate", lambda: {"tflops": matrix_rate(256 if options.tiny else 8192)})
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, rate and rate["tflops"])
