@@ -56,6 +56,10 @@ WORDS: dict[str, list[str]] = {
     "recipe=llama3_1_8b_depth": [
         "recipe=llama3_1_8b_depth", "recipe.stages.prune.overrides=[]", "recipe.settings.drop_layers=[2]",
     ],
+    "recipe=llama3_1_8b_width_1gpu": [
+        "recipe=llama3_1_8b_width_1gpu", "recipe.stages.prune.overrides=[]", "recipe.settings.hidden_size=48",
+        "recipe.settings.ffn_hidden_size=64", "recipe.stages.importance.config.calibration.seq_length=32",
+    ],
     "prune=minitron_4b_width": ["prune.hidden_size=48", "prune.ffn_hidden_size=64"],
     "input=wikitext": ["input=text/wikitext"],
     "workers=32": ["workers=1"],
@@ -263,7 +267,10 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("shown", SHOWN, ids=str)
+@pytest.mark.parametrize(
+    "shown",
+    [pytest.param(shown, id=str(shown), marks=[pytest.mark.slow] * ("_1gpu" in shown.text)) for shown in SHOWN],
+)
 def test_command_runs(shown, home, zygote):
     if shown.text in ELSEWHERE:
         assert (ROOT / ELSEWHERE[shown.text]).exists()

@@ -71,7 +71,7 @@ def table(run: Run, cards: Sequence[int] = CARDS) -> str:
     """Lines for people: a row for each choice, a column for each card, and what to take on each of them.
 
     To be taken is what needs no recomputation, a forward pass more in each step; then what comes first in
-    :func:`choices`.
+    :func:`choices`. Where nothing fits, what would if a cache stood for the teacher.
     """
     rows = [(choice, [choice.fit(run, card) for card in cards]) for choice in choices(run)]
     lines = [
@@ -82,19 +82,23 @@ def table(run: Run, cards: Sequence[int] = CARDS) -> str:
     for choice, fits in rows:
         ways = f"  {choice.optimizer:<24}{_word(choice.half_weights):<7}{'full' if choice.recompute else 'no':<11}"
         lines.append(ways + "".join(f"{_cell(fit, card):<14}" for fit, card in zip(fits, cards, strict=True)))
-    lines += [_advice(card, [(choice, fits[i]) for choice, fits in rows]) for i, card in enumerate(cards)]
+    lines += [f"{card} GB: {_advice(run, card, [(choice, fits[i]) for choice, fits in rows])}"
+              for i, card in enumerate(cards)]  # fmt: skip
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _advice(card: int, found: list[tuple[Choice, Fit]]) -> str:
+def _advice(run: Run, card: int, found: list[tuple[Choice, Fit]]) -> str:
     fitting = [pair for pair in found if pair[1].micro_batch_size]
-    if not fitting:
-        choice, fit = min(found, key=lambda pair: pair[1].needed)
-        lacking = fit.needed / 1e9 - card
-        return f"{card} GB: nothing fits; {choice.optimizer}, {_recompute(choice)}, lacks {lacking:,.0f} GB"
-    choice, fit = min(fitting, key=lambda pair: pair[0].recompute)
-    size, needed = fit.micro_batch_size, fit.needed / 1e9
-    return f"{card} GB: {choice.optimizer}, {_recompute(choice)}, micro-batch {size} ({needed:,.0f} GB)"
+    if fitting:
+        choice, fit = min(fitting, key=lambda pair: pair[0].recompute)
+        return f"{_named(choice)}, micro-batch {_cell(fit, card)}"
+    choice, fit = min(found, key=lambda pair: pair[1].needed)
+    text = f"nothing fits; {_named(choice)}, {_cell(fit, card)}"
+    if run.teacher is None:
+        return text
+    alone = replace(run, teacher=None)
+    cached = _advice(alone, card, [(way, way.fit(alone, card)) for way, _ in found])
+    return f"{text}\n  with distill.teacher_cache: {cached}"
 
 
 def _cell(fit: Fit, card: int) -> str:
@@ -103,8 +107,8 @@ def _cell(fit: Fit, card: int) -> str:
     return f"{fit.micro_batch_size} ({fit.needed / 1e9:,.0f} GB)"
 
 
-def _recompute(choice: Choice) -> str:
-    return "full recompute" if choice.recompute else "no recompute"
+def _named(choice: Choice) -> str:
+    return f"{choice.optimizer}, {'full' if choice.recompute else 'no'} recompute"
 
 
 def _word(value: bool) -> str:

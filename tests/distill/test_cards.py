@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,7 @@ def needed(choice: Choice, size: int) -> float:
 def test_each_cell_is_the_largest_micro_batch_that_fits():
     lines = table(RUN).splitlines()
     assert all(len(line) <= 100 for line in lines)
+    assert table(RUN) in (Path(__file__).parents[2] / "docs" / "running.md").read_text()
     rows = [re.split(r" {2,}", line.strip()) for line in lines[2 : 2 + len(choices(RUN))]]
     for choice, row in zip(choices(RUN), rows, strict=True):
         assert row[0].split()[0] == choice.optimizer
@@ -39,13 +41,23 @@ def test_each_cell_is_the_largest_micro_batch_that_fits():
 
 def test_a_line_for_each_card_says_what_to_take():
     """What needs no recomputation before what does, and then the first of the table."""
-    small = replace(RUN, student=WIDTH.replace(num_layers=4), teacher=None)
-    advice = {line.split(" GB: ")[0]: line.split(" GB: ")[1] for line in table(RUN).splitlines()[-4:]}
-    assert advice["24"].startswith("nothing fits; adamw_8bit, full recompute, lacks ")
-    assert advice["80"].startswith("adamw_8bit, no recompute, micro-batch 1 (")
-    advice = {line.split(" GB: ")[0]: line.split(" GB: ")[1] for line in table(small).splitlines()[-4:]}
-    assert advice["24"].startswith("adamw_8bit, no recompute, ")
-    assert advice["141"].startswith("adamw, no recompute, ")
+    advice = dict(line.split(": ", 1) for line in re.findall(r"^\d+ GB: .*(?:\n  with .*)?", table(RUN), re.M))
+    assert advice["24 GB"].startswith("nothing fits; adamw_8bit, full recompute, lacks ")
+    assert advice["80 GB"].startswith("adamw_8bit, no recompute, micro-batch 1 (")
+    small = table(replace(RUN, student=WIDTH.replace(num_layers=4), teacher=None))
+    advice = dict(line.split(": ", 1) for line in re.findall(r"^\d+ GB: .*", small, re.M))
+    assert advice["24 GB"].startswith("adamw_8bit, no recompute, ")
+    assert advice["141 GB"].startswith("adamw, no recompute, ")
+    assert "teacher" not in small
+
+
+def test_where_a_teacher_has_no_room_its_cache_may_have():
+    line = next(line for line in table(RUN).splitlines() if line.startswith("  with distill.teacher_cache: adamw_8bit"))
+    size, takes = (
+        int(number) for number in re.search(r"full recompute, micro-batch (\d+) \((\d+) GB\)", line).groups()
+    )
+    alone = Choice("adamw_8bit", True, True).of(replace(RUN, teacher=None), size)
+    assert sum(memory(alone).values()) / 1e9 == pytest.approx(takes, abs=0.5) and takes <= 40
 
 
 def test_micro_batches_divide_the_samples_of_a_step_and_split_models_have_no_8_bit_moments():

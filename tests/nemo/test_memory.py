@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,17 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nemo_minitron.config.compose import configure
+from nemo_minitron import recipe
+from nemo_minitron.config import check
+from nemo_minitron.config.compose import compose, configure
+from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.convert import convert
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.distill.activations import kept, layer_activations
 from nemo_minitron.distill.cards import table
-from nemo_minitron.distill.memory import memory
+from nemo_minitron.distill.memory import ITEMS, memory
 from nemo_minitron.distill.run import Run
-from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.model.shape import ModelShape, shape_of
 from nemo_minitron.nemo.memory import plan_memory, run_of
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
@@ -153,6 +156,48 @@ def test_the_command_plans_for_this_machine_and_for_others(models, trainer):
     assert (run.recompute, run.recompute_block, run.recompute_layers) == (True, True, 2)
     assert re.search(rf"teacher +{memory(run)['teacher'] / 2**20:,.0f} MiB", text)
     assert text.endswith(table(run)) and "allocated" not in text
+
+
+RECIPES = {"llama3_1_8b_width": 80, "llama3_1_8b_depth": 80, "llama3_1_8b_width_1gpu": 72, "llama3_1_8b_depth_1gpu": 72}
+"""GB that a rank of each may take; of one GPU a tenth is to spare."""
+DOCUMENT = Path(__file__).parents[2] / "docs" / "running.md"
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_for_an_8b_fit_in_80_gb_as_the_document_says(name, tmp_path):
+    """Both trainings of each, from the shape in conf/model and the targets in conf/prune: no weights are needed."""
+    lines = DOCUMENT.read_text().splitlines()
+    for stage, run in planned(name, tmp_path):
+        assert run.half and run.device == "cuda" and run.lean == ("1gpu" in name)
+        items = memory(run)
+        assert sum(items.values()) <= RECIPES[name] * 10**9
+        assert (
+            line_of(
+                f"{name.removeprefix('llama3_1_8b_')} {stage}", [f"{items[item] / 1e9:.1f}" for item in ITEMS], items
+            )
+            in lines
+        )
+    assert line_of("recipe, training", ITEMS) in lines
+
+
+def planned(name: str, folder: Path) -> Iterator[tuple[str, Run]]:
+    """The trainings of a recipe, each by the keys that its command gets."""
+    cfg = configure("run", [f"recipe={name}", f"run_dir={folder}", "recipe.settings.source=x"])
+    stages = recipe.load_stages(cfg, compose)
+    teacher = shape_of(compose("synthesize", ["model=llama3_1_8b", "output_path=x"]).model)
+    target = stages["prune"].config["prune"]
+    if target["drop_layers"]:
+        student = teacher.replace(num_layers=teacher.num_layers - len(target["drop_layers"]))
+    else:
+        student = teacher.replace(hidden_size=target["hidden_size"], ffn_hidden_size=target["ffn_hidden_size"])
+    for stage, shapes in (("finetune", (teacher, None)), ("distill", (student, teacher))):
+        yield stage, run_of(check.instance(COMMANDS[stage], stages[stage].config), *shapes, on_gpu=True)
+
+
+def line_of(name: str, cells: Sequence[str], items: Mapping[str, int] | None = None) -> str:
+    """A line of the document's table."""
+    whole = "in all" if items is None else f"{sum(items.values()) / 1e9:.1f}"
+    return f"{name:<20}" + "".join(f"{cell:>12}" for cell in (*cells, whole)).rstrip()
 
 
 # (seq_length, micro-batch, global batch) for three runs of different make: many tokens, many weights, accumulation
