@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from nemo_minitron.distill.memory import CUDA_PROCESS, memory
 from nemo_minitron.distill.run import Run
+from nemo_minitron.values.model import LEAN
 
 CARDS = (24, 40, 80, 141)
 """Sizes of cards as they are sold, in GB of 10⁹ bytes. They have 7% more, which is left to gaps between what
@@ -31,7 +32,7 @@ class Choice:
             half=True,
             half_weights=self.half_weights,
             sharded_optimizer=self.optimizer == "mcore_distributed_optim",
-            lean=self.optimizer == "adamw_8bit",
+            lean=self.optimizer == LEAN,
             recompute=self.recompute,
             recompute_block=False,
             recompute_layers=1,
@@ -63,7 +64,7 @@ def choices(run: Run) -> list[Choice]:
     """All ways, the one whose arithmetic is nearest to float32 first; 8-bit moments only on whole models."""
     optimizers = [("adamw", False), ("mcore_distributed_optim", True)]
     if run.tensor_parallel == run.pipeline_parallel == 1:
-        optimizers.append(("adamw_8bit", True))
+        optimizers.append((LEAN, True))
     return [Choice(name, half, recompute) for name, half in optimizers for recompute in (False, True)]
 
 

@@ -15,7 +15,7 @@ from nemo_minitron.distill.memory import CUDA_PROCESS, ITEMS, largest_micro_batc
 from nemo_minitron.distill.run import Run
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.model.shape import ModelShape
-from nemo_minitron.values.model import DISTRIBUTED
+from nemo_minitron.values.model import DISTRIBUTED, LEAN
 
 
 def plan_memory(cfg: DistillConfig) -> str:
@@ -43,7 +43,7 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
     """What decides the memory of one rank of a configured training, on a GPU or on this machine's CPU.
 
     Raises:
-        MinitronError: processes that the grid does not divide.
+        MinitronError: processes that the grid does not divide; a grid that the optimizer cannot go with.
     """
     from nemo_minitron.nemo.spec import has_transformer_engine
 
@@ -57,7 +57,11 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
         )
     micro, data_ranks = int(model["micro_batch_size"]), grid.data_ranks(ranks)
     optimizer = str(model["optim"]["name"])
-    lean = optimizer == "adamw_8bit"
+    lean = optimizer == LEAN
+    if lean and grid.tensor * grid.pipeline > 1:
+        raise MinitronError(
+            f"model.optim.name={LEAN} needs tensor and pipeline size 1, found {grid.tensor} and {grid.pipeline}"
+        )
     mib = cfg.distill.loss_memory_mib if isinstance(cfg, DistillConfig) else None
     return Run(
         student=student,

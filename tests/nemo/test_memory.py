@@ -25,6 +25,7 @@ from nemo_minitron.distill.activations import kept, layer_activations
 from nemo_minitron.distill.cards import table
 from nemo_minitron.distill.memory import ITEMS, memory
 from nemo_minitron.distill.run import Run
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape, shape_of
 from nemo_minitron.nemo.memory import plan_memory, run_of
 from nemo_minitron.synthetic import make_llama
@@ -156,6 +157,10 @@ def test_the_command_plans_for_this_machine_and_for_others(models, trainer):
     assert (run.recompute, run.recompute_block, run.recompute_layers) == (True, True, 2)
     assert re.search(rf"teacher +{memory(run)['teacher'] / 2**20:,.0f} MiB", text)
     assert text.endswith(table(run)) and "allocated" not in text
+    split = configure("distill", [*overrides, "model.optim.name=adamw_8bit", "model.tensor_model_parallel_size=2",
+                                  "trainer.devices=2"])  # fmt: skip
+    with pytest.raises(MinitronError, match="adamw_8bit needs tensor and pipeline size 1, found 2 and 1"):
+        plan_memory(split)
 
 
 RECIPES = {"llama3_1_8b_width": 80, "llama3_1_8b_depth": 80, "llama3_1_8b_width_1gpu": 72, "llama3_1_8b_depth_1gpu": 72}
