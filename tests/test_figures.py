@@ -242,6 +242,7 @@ OTHER = {
     r"\(0\.5%\)": "the default of budget.tolerance",
     r"after 30 s SIGKILL": "launch.py",
     r"GPUs? of (24, 40, 80 and 141|80) GB": "what cards are sold as",
+    r"\b(2|6|10)\.03\b": "bytes of a parameter in the lean mode, whose moments have a float32 scale for 256 values",
     r"1\.2 million items in all arrays": "a limit of checkpoint/gguf_header.py",
 }
 
