@@ -22,6 +22,7 @@ from nemo_minitron.config.schema import VOCAB, ConvertConfig
 from nemo_minitron.convert.target import Request, format_for, open_writer
 from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.jobs.processes import notice
+from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.model import layout
 
 
@@ -100,7 +101,6 @@ def _copy(reader: Reader, writer: Writer) -> None:
 
     Only a vocabulary table is large, and its neighbours are small, so two tensors at a time take little more than one.
     """
-    from tqdm import tqdm
 
     order = list(each_tensor(reader.shape))
     padded = reader.shape.padded_vocab_size != reader.shape.vocab_size
@@ -109,7 +109,7 @@ def _copy(reader: Reader, writer: Writer) -> None:
         rows = slice(0, reader.shape.vocab_size) if padded and parameter.axes[0] == layout.VOCAB else None
         return reader.tensor(parameter, layer, rows)  # padding is the writer's own
 
-    bar = tqdm(total=reader.num_bytes(), unit="B", unit_scale=True, desc=f"to {writer.destination.name}", disable=None)
+    bar = progress_bar(reader.num_bytes(), f"to {writer.destination.name}", "B", unit_scale=True)
     with bar, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(read, *order[0])
         for number, (parameter, layer) in enumerate(order, start=1):

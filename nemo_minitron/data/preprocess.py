@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +22,7 @@ from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.files.text import one_line, read_json
 from nemo_minitron.jobs import lifeline
+from nemo_minitron.jobs.progress import progress_bar
 
 _BATCH_CHARACTERS = 1 << 18
 _BATCH_DOCUMENTS = 256
@@ -351,12 +351,9 @@ def _encode_in_worker(batch: list[Row]) -> list[_Encoded]:
 
 def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Generator[_Encoded, None, None]:
     """Pass documents through a bar over the fraction of the input read, which gives its remaining time."""
-    from tqdm import tqdm
-
     documents = tokens = 0
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # a log file wants few lines
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=1.0, desc="preprocess", disable=not show, mininterval=interval, bar_format=layout) as bar:
+    with progress_bar(1.0, "preprocess", "", show=show, bar_format=layout) as bar:
         for item in encoded:
             yield item
             documents += 1

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.evaluate.energy import Meter
@@ -92,8 +91,7 @@ def _measure(
     seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
     joules = {"prefill": 0.0, "decode": 0.0}
     cache = 0
-    bar = None if torch.distributed.get_rank() == 0 else True
-    for number in tqdm(range(repeats + 1), desc="throughput", unit="run", disable=bar):
+    for number in range(repeats + 1):
         context = StaticInferenceContext(*tokens.shape)
         context.materialize_only_last_token_logits = True
         for phase, passes in (("prefill", [tokens[:, :prefill_tokens]]), ("decode", _single(tokens, prefill_tokens))):

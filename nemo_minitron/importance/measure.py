@@ -22,6 +22,7 @@ from nemo_minitron.importance.own_text import write_samples
 from nemo_minitron.importance.reconstruction import Compensation, as_arrays, clipped, measure
 from nemo_minitron.importance.scores_format import Ranking
 from nemo_minitron.importance.stream import stream_collect
+from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import METRICS, check_name
 
@@ -103,4 +104,4 @@ def rank_by_walk(
 
 
 def _bar(total: int, description: str, unit: str) -> tqdm:
-    return tqdm(total=total, desc=description, unit=unit, disable=None if runtime.rank() == 0 else True)
+    return progress_bar(total, description, unit, show=runtime.rank() == 0)

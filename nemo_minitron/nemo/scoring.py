@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
@@ -29,6 +28,7 @@ from nemo_minitron.importance.measure import (
 )
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
 from nemo_minitron.importance.scores_format import statistic_sizes
+from nemo_minitron.jobs.progress import progress_bar
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -161,8 +161,10 @@ def micro_batches(blocks: Tensor, size: int, description: str) -> Iterator[Tenso
 
     data = parallel_state.get_data_parallel_group()
     share = list(blocks.split(size))[torch.distributed.get_rank(data) :: parallel.size(data)]
-    for batch in tqdm(share, desc=description, unit="batch", disable=None if runtime.rank() == 0 else True):
-        yield batch.contiguous().to(runtime.device())
+    with progress_bar(len(share), description, "batch", show=runtime.rank() == 0) as bar:
+        for batch in share:
+            yield batch.contiguous().to(runtime.device())
+            bar.update()
 
 
 @torch.no_grad()

@@ -13,13 +13,13 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from nemo.utils import AppState
 from torch import Tensor
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.distill.cache import SHARD, TeacherCache
 from nemo_minitron.distill.fused import Head, head_top_k
 from nemo_minitron.distill.hidden import outputs_of
+from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.nemo import vocabulary
 from nemo_minitron.nemo.anywhere import HeadlessGPT
 from nemo_minitron.nemo.model import MinitronGPTModel
@@ -134,7 +134,7 @@ class Teacher:
         missing = cache.missing(split, samples)
         parallel.barrier()  # all ranks look before one of them writes
         first = torch.distributed.get_rank() == 0
-        with tqdm(total=len(missing) * SHARD, desc=f"teacher, {split}", unit="sample", disable=not first) as bar:
+        with progress_bar(len(missing) * SHARD, f"teacher, {split}", "sample", show=first) as bar:
             for turn in range(-(-len(missing) // ranks)):
                 mine = missing[turn * ranks + rank : turn * ranks + rank + 1]
                 for number in mine:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
@@ -24,6 +23,7 @@ from nemo_minitron.importance.layer_loss import (
     search,
 )
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.jobs.progress import progress_bar
 
 BY_LOSS: dict[str, Callable[[LayerLoss, int, int], list[Step]]] = {
     "leave_one_out": lambda losses, count, beam: leave_one_out(losses, count),
@@ -93,7 +93,7 @@ def layers_by_loss(
     share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
     sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
     work = sets * reader.shape.num_layers
-    with tqdm(total=work, desc=selection, unit="layer", disable=None if runtime.rank() == 0 else True) as bar:
+    with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
         losses = LayerLoss(
             reader, share, stand_ins=fitted if stand_ins else None, half=half, group=world, progress=bar.update
         )

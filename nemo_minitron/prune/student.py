@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader, NemoWriter
@@ -14,6 +13,7 @@ from nemo_minitron.checkpoint.nemo_config import with_kept_layers
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.prune.cut import check_source, prune_checkpoint
 from nemo_minitron.prune.plan import Plan
 from nemo_minitron.prune.resolve import compensate
@@ -89,8 +89,7 @@ def _fill(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: Sco
     mine = slice(runtime.rank(), None, parallel.size(world))
     share, weights = tokens[mine].to(runtime.device()), sensitivity[:, mine].to(runtime.device())
     moment = torch.tensor(scores.stream_moment) if plan.compensation.rotate else None
-    quiet = None if runtime.rank() == 0 else True
-    with tqdm(total=plan.source.num_layers, desc="compensate", unit="layer", disable=quiet) as bar:
+    with progress_bar(plan.source.num_layers, "compensate", "layer", show=runtime.rank() == 0) as bar:
         compensate(
             reader,
             plan,
