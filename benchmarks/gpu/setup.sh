@@ -3,8 +3,8 @@
 #
 #   WHEELS=wheels bash benchmarks/gpu/setup.sh && source /tmp/gpu_env.sh
 #
-# SITE (/tmp/site) takes the packages, ENVIRONMENT (/tmp/gpu_env.sh) the two variables that a shell needs, PYTHON
-# (python3) is the interpreter that has torch.
+# SITE (/tmp/site) takes the packages, ENVIRONMENT (/tmp/gpu_env.sh) the variables that a shell needs, PYTHON (python3)
+# is the interpreter that has torch.
 set -eu
 WHEELS=${WHEELS:?folder that bring.py filled}
 SITE=${SITE:-/tmp/site} ENVIRONMENT=${ENVIRONMENT:-/tmp/gpu_env.sh} PYTHON=${PYTHON:-python3}
@@ -42,5 +42,6 @@ if ! wait $compiling; then
 fi
 
 PYTHONPATH=$SITE:$REPOSITORY "$PYTHON" -W ignore "$REPOSITORY/benchmarks/gpu/versions.py"
-echo "export PYTHONPATH=$SITE:$REPOSITORY PYTHONUNBUFFERED=1" >"$ENVIRONMENT"
+# a machine that has JAX: nobody is to take the GPU's memory for it
+echo "export PYTHONPATH=$SITE:$REPOSITORY PYTHONUNBUFFERED=1 JAX_PLATFORMS=cpu USE_JAX=0 USE_TF=0" >"$ENVIRONMENT"
 echo "setup: $SECONDS s; source $ENVIRONMENT"
