@@ -41,7 +41,8 @@ if ! wait $compiling; then
     stub megatron/core/datasets/helpers_cpp.py <<<'"""Stands for the file that did not compile."""'
 fi
 
-PYTHONPATH=$SITE:$REPOSITORY "$PYTHON" -W ignore "$REPOSITORY/benchmarks/gpu/versions.py"
 # a machine that has JAX: nobody is to take the GPU's memory for it
 echo "export PYTHONPATH=$SITE:$REPOSITORY PYTHONUNBUFFERED=1 JAX_PLATFORMS=cpu USE_JAX=0 USE_TF=0" >"$ENVIRONMENT"
+source "$ENVIRONMENT"
+"$PYTHON" -W ignore "$REPOSITORY/benchmarks/gpu/versions.py"
 echo "setup: $SECONDS s; source $ENVIRONMENT"
