@@ -37,6 +37,7 @@ _GATE = _CONVERT + "test_gate_and_up_are_what_transformers_makes_of_them"
 _TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
 _DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers"
 _BIASES = "prune/test_resolve_biases.py::"
+_LEAN = "nemo/test_lean.py::"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
@@ -276,6 +277,31 @@ MUTANTS = [
         "if needed > card * 10**9:",
         "if needed > card * 2**30:",
         "distill/test_cards.py::test_each_cell_is_the_largest_micro_batch_that_fits",
+    ),
+    # the lean mode's optimizer
+    Mutant(
+        "nemo/lean.py",
+        "return rounded_stochastically(values) if dtype == torch.bfloat16 else values",
+        "return values",
+        _LEAN + "test_rounding_is_to_a_neighbour_and_unbiased",
+    ),
+    Mutant(
+        "nemo/lean.py",
+        "mixed = (seed * 0x9E3779B1 + step) % 2**63",
+        "mixed = torch.initial_seed() + step",
+        _LEAN + "test_what_is_drawn_follows_from_seed_and_step",
+    ),
+    Mutant(
+        "nemo/lean.py",
+        "(1 - beta2**step) ** 0.5",
+        "1 - beta2**step",
+        _LEAN + "test_the_update_is_torchaos",
+    ),
+    Mutant(
+        "nemo/lean.py",
+        "tensor.copy_(saved[name])",
+        "pass",
+        _LEAN + "test_what_is_drawn_follows_from_seed_and_step",
     ),
     # importance
     Mutant(

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint.tokenizer_open import foreign
+from nemo_minitron.config.keys import SEED
 from nemo_minitron.distill.fused import Head
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
@@ -109,7 +110,7 @@ class AnywhereGPTModel(MegatronGPTModel):
         _name_what_apex_would()
         super().__init__(cfg, trainer=trainer)
         self.data_contents: dict[str, str] = {}
-        self.lean = cfg.get("optim", {}).get("name") == LEAN
+        self.lean = (cfg.get("optim") or {}).get("name") == LEAN
         if self.lean:
             self.megatron_amp_O2 = False  # the parent would keep a float32 copy of the weights; they are half already
 
@@ -259,7 +260,7 @@ class AnywhereGPTModel(MegatronGPTModel):
             from nemo_minitron.nemo import lean
 
             lean.register()
-            optim_kwargs = {**(optim_kwargs or {}), "seed": int(self.cfg.seed)}
+            optim_kwargs = {**(optim_kwargs or {}), "seed": int(self.cfg.get("seed") or SEED)}
         return super().setup_optimization(optim_config, optim_kwargs)
 
     def allreduce_gradients(self) -> None:

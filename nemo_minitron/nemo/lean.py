@@ -41,9 +41,6 @@ PIECE = 1 << 15
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-Numbers = tuple[Tensor, Tensor, Tensor]
-"""Number of the step, learning rate and weight decay, a float32 scalar each."""
-
 Fixed = tuple[float, float, float]
 """β₁, β₂ and ε."""
 
@@ -108,9 +105,10 @@ class LeanAdamW(Optimizer):
             group["step"] += 1
         with _drawing_from(self.seed, self.param_groups[0]["step"]):
             for group in self.param_groups:
+                numbers, fixed = _numbers(group), (*group["betas"], group["eps"])
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        _update(parameter, self.state[parameter], group)
+                        _update(parameter, self.state[parameter], numbers, fixed)
         return loss
 
     @torch.no_grad()
@@ -158,14 +156,19 @@ def _moments(parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}_scale", torch.zeros(parameter.numel() // BLOCK, device=parameter.device)
 
 
-def _update(parameter: Tensor, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+def _numbers(group: Mapping[str, Any]) -> Tensor:
+    """What a step's update is made with, ``[3]`` on the parameters' device, so that it is not compiled in: the share
+    that weights keep, the rate with the first moment's bias in it, the root of the second moment's bias."""
+    (beta1, beta2), rate, step = group["betas"], float(group["lr"]), group["step"]
+    found = [1 - rate * group["weight_decay"], rate / (1 - beta1**step), (1 - beta2**step) ** 0.5]
+    return torch.tensor(found, dtype=torch.float32, device=group["params"][0].device)
+
+
+def _update(parameter: Tensor, state: Mapping[str, Tensor], numbers: Tensor, fixed: Fixed) -> None:
     gradient, moments = parameter.grad, [state[name] for name in MOMENTS]
     assert gradient is not None
-    # tensors, since numbers would be compiled in
-    step, rate, decay = (torch.tensor(float(group[key]), dtype=torch.float32) for key in ("step", "lr", "weight_decay"))
-    fixed = (*group["betas"], group["eps"])
     if len(state) == len(MOMENTS):
-        values, *updated = _adamw(parameter, gradient, moments[0], moments[1], (step, rate, decay), fixed)
+        values, *updated = _adamw(parameter, gradient, moments[0], moments[1], numbers, fixed)
         for moment, value in zip(moments, updated, strict=True):
             moment.copy_(value)
         parameter.copy_(_in(parameter.dtype, values))
@@ -176,23 +179,21 @@ def _update(parameter: Tensor, state: Mapping[str, Tensor], group: Mapping[str, 
     for start in range(0, len(rows), PIECE):
         piece = slice(start, start + PIECE)
         held = [(c[piece], scale[piece], of) for c, scale, of in zip(codes, scales, maps, strict=True)]
-        update(rows[piece], gradient[piece], held, (step, rate, decay), fixed)
+        update(rows[piece], gradient[piece], held, numbers, fixed)
 
 
 def _adamw(
-    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Numbers, fixed: Fixed
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, numbers: Tensor, fixed: Fixed
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New values of a parameter and its moments in float32, all of one shape; torchao's, operation by operation."""
-    (step, rate, decay), (beta1, beta2, eps) = numbers, fixed
-    values, gradient = parameter.float(), gradient.float()
-    values = values - rate * decay * values
+    """New values of a parameter and its moments in float32, all of one shape."""
+    (kept, rate, root), (beta1, beta2, eps) = numbers.unbind(), fixed
+    gradient = gradient.float()
     first, second = first.lerp(gradient, 1 - beta1), second.lerp(gradient.square(), 1 - beta2)
-    spread = second.sqrt() / (1 - beta2**step).sqrt() + eps
-    return values - rate * (first / (1 - beta1**step)) / spread, first, second
+    return parameter.float() * kept - rate * first / (second.sqrt() / root + eps), first, second
 
 
 def _adamw_8bit(
-    parameter: Tensor, gradient: Tensor, held: Sequence[tuple[Tensor, Tensor, Tensor]], numbers: Numbers, fixed: Fixed
+    parameter: Tensor, gradient: Tensor, held: Sequence[tuple[Tensor, Tensor, Tensor]], numbers: Tensor, fixed: Fixed
 ) -> None:
     """Update blocks in place: parameter and gradient ``[n, 256]``, and of each moment codes ``[n, 256]``, scales
     ``[n]`` and what the codes mean, ``[256]``."""
@@ -244,7 +245,7 @@ def _compiled(device: torch.device, dtype: torch.dtype, fixed: Fixed) -> Callabl
     for tensor in (rows, gradient, *(tensor for moment in held for tensor in moment[:2])):
         torch._dynamo.mark_dynamic(tensor, 0)
     try:
-        compiled(rows, gradient, held, (torch.ones(()), torch.ones(()), torch.ones(())), fixed)
+        compiled(rows, gradient, held, torch.ones(3, device=device), fixed)
     except Exception as error:  # what a missing or broken compiler raises differs from one backend to the next
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         note(f"model.optim.name={LEAN} runs uncompiled, and more slowly: {reason}")

@@ -20,6 +20,7 @@ from nemo_minitron.model import layout
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 from tests.nemo.grid_jobs import curve
+from tests.nemo.test_grids import CHECKPOINTS
 
 KEYS = ("model.optim.name=adamw_8bit", "model.megatron_amp_O2=true", "trainer.precision=bf16", "model.optim.lr=1e-2")
 ALONE = (1, 1, False)
@@ -45,13 +46,16 @@ def student(tmp_path_factory) -> str:
     return str(convert(make_llama(folder / "hf", GQA, seed=7), folder / "student.nemo"))
 
 
-@pytest.fixture
-def train(zygote, models, student) -> Callable[..., None]:
-    def train(command: str, folder: Path, *keys: str, ranks: int = 1, steps: int = 10, how: tuple = ()) -> None:
+@pytest.fixture(scope="module")
+def train(zygote, models, student) -> Callable[..., list[str]]:
+    """Runs 8 steps of a command; each rank's digest of the weights that it ends with."""
+
+    def train(command: str, folder: Path, *keys: str, ranks: int = 1, how: tuple = ()) -> list[str]:
         folder.mkdir(exist_ok=True)
         files = (student, str(models / "own_text_document"), str(folder))
         teacher = (f"model.kd_teacher_restore_from_path={models}/model.nemo",) if command == "distill" else ()
-        zygote.run("tests.nemo.lean_jobs:train", ranks, command, *files, ALONE, steps, (*teacher, *KEYS, *keys), *how)
+        extra = (*CHECKPOINTS, *teacher, *KEYS, *keys)
+        return zygote.run("tests.nemo.lean_jobs:train", ranks, command, *files, ALONE, 8, extra, *how)
 
     return train
 
@@ -61,14 +65,52 @@ def weights_of(path: Path) -> dict[tuple[str, int | None], Tensor]:
         return {(p.key, layer): reader.tensor(p, layer) for p, layer in layout.slots(reader.shape)}
 
 
-def test_distillation_learns_and_leaves_a_student_of_bf16_values(train, student, tmp_path):
-    train("distill", tmp_path)
-    losses = curve(tmp_path, "train_kd_loss")
-    assert losses[9] < 0.7 * losses[0]
-    before, after = weights_of(Path(student)), weights_of(tmp_path / "trained.last.nemo")
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Path:
+    """Folder of a distillation of 8 steps that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train("distill", folder)
+    return folder
+
+
+def test_distillation_learns_and_leaves_a_student_of_bf16_values(whole, student):
+    losses = curve(whole, "train_kd_loss")
+    assert losses[7] < 0.7 * losses[0]
+    before, after = weights_of(Path(student)), weights_of(whole / "trained.last.nemo")
     for key, tensor in after.items():
         assert torch.equal(tensor, tensor.bfloat16().to(tensor.dtype)), key
         assert not torch.equal(tensor, before[key].bfloat16().to(tensor.dtype)), key
+
+
+def test_a_killed_distillation_goes_on_as_if_nothing_had_happened(train, whole, tmp_path):
+    """Killed in step 5 after a checkpoint at step 4: weights, moments and what is drawn, to the last bit."""
+    with pytest.raises(RuntimeError, match="died"):
+        train("distill", tmp_path, how=(5,))
+    assert not (tmp_path / "trained.last.nemo").exists()
+    train("distill", tmp_path)
+    assert curve(tmp_path, "train_kd_loss") == curve(whole, "train_kd_loss")
+    expected = weights_of(whole / "trained.last.nemo")
+    for key, tensor in weights_of(tmp_path / "trained.last.nemo").items():
+        assert torch.equal(tensor, expected[key]), key
+
+
+@pytest.mark.slow
+def test_two_data_parallel_ranks_stay_alike_and_learn_what_one_does(train, whole, tmp_path):
+    one, two = train("distill", tmp_path, ranks=2)
+    assert one == two
+    losses = curve(tmp_path, "train_kd_loss")
+    assert losses[0] == pytest.approx(curve(whole, "train_kd_loss")[0], rel=1e-5)
+    assert losses == pytest.approx(curve(whole, "train_kd_loss"), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [(), ("trainer.precision=32",), ("model.megatron_amp_O2=false",)], ids=str)
+def test_fine_tuning_learns(train, tmp_path, keys):
+    train("finetune", tmp_path, *keys)
+    losses = curve(tmp_path, "train_lm_loss")
+    assert losses[7] < 0.9 * losses[0]
+    halves = [torch.equal(x, x.bfloat16().to(x.dtype)) for x in weights_of(tmp_path / "trained.last.nemo").values()]
+    assert all(halves) if not keys else not any(halves)
 
 
 # --------------------------------------------------------------------------------------------------- the update
