@@ -204,6 +204,40 @@ def running() -> Iterator[str]:
     yield f"takes {load('kd_step_llama_1b_h200')['ratio']:.2f} of the teacher's forward pass"
 
 
+def one_gpu() -> Iterator[str]:
+    scoring, lean = load("gpu_scoring_h100"), load("gpu_lean_h100")["steps"]
+    resolve, plain = scoring["resolve"], scoring["plain"]
+    named = load("gpu_distill_step_h100")["steps"]
+    yield f"products run at {named['matrix_rate']['tflops']:.0f} TFLOP/s"
+    once, layers = resolve["seconds_once"], resolve["seconds_of_32_layers"]
+    yield f"{resolve['seconds_a_layer']:.1f} s a layer and {once:.1f} s once, of a run of {resolve['layers']} layers"
+    memory = resolve["ranking_memory"]
+    assert memory["gpu_peak_gb"] > resolve["solve_memory"]["gpu_peak_gb"]
+    yield f"{layers:.0f} s for 32 | {memory['gpu_peak_gb']:.1f} GB, {memory['host_peak_gb']:.1f} GB of the host's"
+    yield f"{plain['ratio']:.2f} times as long | {plain['gpu_peak_gb']:.1f} GB"
+    for what, name, planned in (
+        ("distillation, micro-batch 1", "1x8", True),
+        ("default on a GPU", "1x8+swiglu", False),
+        ("micro-batch 2", "2x4+swiglu", True),
+        ("full recomputation", "4x2+full+swiglu", True),
+    ):
+        one = named[name]
+        peak = f"{one['peak_allocated_gib']:.1f} GiB" + (f", planned {one['predicted_gib']:.1f}" if planned else "")
+        yield f"{what} | {one['tokens_per_s']:,.0f} tokens/s | {peak} |"
+    one = named["1x8+swiglu"]
+    yield f"{one['tokens']:,} tokens takes {one['of_floor']:.2f} times"
+    yield f"{one['optimizer_s'] / one['step_s']:.1%} of it are the optimizer's"
+    yield f"it would be {named['1x8+swiglu+compile']['tokens_per_s']:,.0f} tokens/s"
+    difference = lean["difference"]
+    yield f"{-difference['mean']:.4f} nats below AdamW in float32 on average, and at most {difference['most']:.4f} from it"
+
+
+def readme_one_gpu() -> Iterator[str]:
+    one = load("gpu_distill_step_h100")["steps"]["1x8+swiglu"]
+    yield f"{load('gpu_scoring_h100')['resolve']['seconds_of_32_layers']:.0f} s for 32 layers"
+    yield f"{one['tokens_per_s']:,.0f} tokens/s in {one['peak_allocated_gib']:.1f} GiB"
+
+
 def evidence() -> Iterator[str]:
     table = load("claims_smollm2_135m")
     yield markdown(table)
@@ -219,8 +253,8 @@ def checkpoints() -> Iterator[str]:
 
 CLAIMS = {
     "docs/checkpoints.md": [checkpoints],
-    "README.md": [readme, readme_search],
-    "docs/running.md": [running],
+    "README.md": [readme, readme_search, readme_one_gpu],
+    "docs/running.md": [running, one_gpu],
     "docs/search.md": [search_page],
     "docs/evidence.md": [evidence],
 }

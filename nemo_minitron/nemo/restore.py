@@ -100,6 +100,8 @@ def merge_config(checkpoint: dict[str, Any], run: DictConfig | dict[str, Any], p
         cfg.transformer_engine = False
         for key in _FUSIONS:
             cfg[key] = False
+        # Megatron-Core's own, by torch.compile: 4% of a step and 2 GiB of an 8B's distillation
+        cfg.bias_activation_fusion = runtime.has_cuda() and bool(asked.get("bias_activation_fusion", True))
     return cfg
 
 
