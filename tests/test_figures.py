@@ -275,6 +275,7 @@ OTHER = {
     r"val_loss=2\.91-step=40-consumed_samples=320\.0": "a name that shows what names are like",
     r"\(0\.5%\)": "the default of budget.tolerance",
     r"after 30 s SIGKILL": "launch.py",
+    r"fill 95% of what a card is sold as": "a constant of distill/cards.py",
     r"GPUs? of (24, 40, 80 and 141|80) GB": "what cards are sold as",
     r"\b(2|6|10)\.03\b": "bytes of a parameter in the lean mode, whose moments have a float32 scale for 256 values",
     r"1\.2 million items in all arrays": "a limit of checkpoint/gguf_header.py",

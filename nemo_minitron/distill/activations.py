@@ -46,15 +46,16 @@ def layer_activations(shape: ModelShape, run: Run) -> int:
 
     Two norms and their outputs; queries and keys after RoPE, values and keys repeated to all heads, the attention's
     result, which is the projection's input too, and its log-sums in float32; fc1's two halves, the gate's activation
-    and the product (4 F); RoPE's tables, two for queries and two for keys. Where A = G, values are a part of
-    ``linear_qkv``'s output, all of which then stays.
+    where that is a kernel of its own, and the product (3 or 4 F); RoPE's tables, two for queries and two for keys.
+    Where A = G, values are a part of ``linear_qkv``'s output, all of which then stays.
     """
     tokens, hidden = run.tokens, shape.hidden_size
     if run.recompute:
         return int(tokens * run.value * hidden / run.stream_ranks)
     norms = 2 * (_norm(run, hidden, 1) + run.value * hidden) / run.stream_ranks
     attention, heads = _attention(shape, run), shape.num_attention_heads
-    parts = (attention + 4 * heads + 4 * run.value * shape.ffn_hidden_size) / run.tensor_parallel
+    ffn = (3 if run.fused_swiglu else 4) * run.value * shape.ffn_hidden_size
+    parts = (attention + 4 * heads + ffn) / run.tensor_parallel
     return int(tokens * (norms + parts) + 4 * run.value * run.seq_length * shape.kv_channels)
 
 

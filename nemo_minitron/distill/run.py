@@ -22,6 +22,7 @@ class Run:
             ``recompute_block``, of the first ``recompute_layers`` layers alone. Selective recomputation, which is of
             the attention proper, keeps as much as none of it does, and counts as none.
         fused_norms: norms and attention are Transformer Engine's.
+        fused_swiglu: the gate and its product are one kernel (``model.bias_activation_fusion``).
         process: bytes that are there before any model: libraries, CUDA's context.
         loss_memory: bound of the loss's temporaries in bytes; None for the device's default.
     """
@@ -43,6 +44,7 @@ class Run:
     recompute_block: bool = False
     recompute_layers: int = 1
     fused_norms: bool = False
+    fused_swiglu: bool = False
     device: str = "cpu"
     process: int = 0
     loss_memory: int | None = None

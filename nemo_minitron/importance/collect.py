@@ -241,18 +241,22 @@ def _residual(seen: Pass, shape: ModelShape, groups: Groups) -> tuple[Tensor, Te
     """Sums over this rank's tokens for all L+1 streams; stages exchange theirs, a few tokens at a time."""
     first = next(iter(seen.streams.values()))
     streams = {row: x.reshape(-1, x.shape[-1]) for row, x in seen.streams.items()}  # [s*b, H], as the mask flattens
-    mask = seen.part.reshape(-1)  # type: ignore[union-attr]
+    mask = None if seen.unpadded else seen.part.reshape(-1)  # type: ignore[union-attr]
+    tokens, pipelined = first.numel() // first.shape[-1], parallel.size(groups.pipeline) > 1
     count, width = shape.num_layers + 1, first.shape[-1]
     cosine = torch.zeros(count, count, dtype=torch.float64, device=first.device)
     squares = torch.zeros(count, width, dtype=torch.float64, device=first.device)
     at_once = TOKENS_AT_ONCE[first.device.type]
-    for start in range(0, len(mask), at_once):
+    for start in range(0, tokens, at_once):
         some = slice(start, start + at_once)
-        stacked = torch.zeros(count, len(mask[some]), width, dtype=torch.float32, device=first.device)
+        make = torch.zeros if pipelined else torch.empty
+        stacked = make(count, min(at_once, tokens - start), width, dtype=torch.float32, device=first.device)
         for row, x in streams.items():
             stacked[row] = x[some]
         stacked = parallel.all_reduce(stacked, groups.pipeline)  # each stream is kept by one stage
-        for total, part in zip((cosine, squares), residual_sums(stacked, mask[some]), strict=True):
+        for total, part in zip(
+            (cosine, squares), residual_sums(stacked, None if mask is None else mask[some]), strict=True
+        ):
             total += part
     return cosine, squares
 

@@ -46,7 +46,7 @@ def _sums_by_token(streams: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
         torch.set_float32_matmul_precision(precision)
     inverse = products.diagonal(dim1=1, dim2=2).double().clamp_min(1e-300).rsqrt()  # [T, N]
     cosine = torch.einsum("tij,ti,tj->ij", products.double(), inverse, inverse)
-    return cosine, streams.square().sum(dim=1, dtype=torch.float64)
+    return cosine, torch.linalg.vector_norm(streams, dim=1).double().square()
 
 
 def block_influence(cosine: Tensor) -> Tensor:

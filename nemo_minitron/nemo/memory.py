@@ -81,6 +81,7 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
         recompute_block=model.get("activations_checkpoint_method") == "block",
         recompute_layers=int(model.get("activations_checkpoint_num_layers") or 1),
         fused_norms=on_gpu and has_transformer_engine(),
+        fused_swiglu=on_gpu and model.get("bias_activation_fusion") is not False,
         device="cuda" if on_gpu else "cpu",
         process=CUDA_PROCESS if on_gpu else runtime.resident_bytes(),
         loss_memory=None if mib is None else mib << 20,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemo_minitron.config.compose import compose
-from nemo_minitron.distill.cards import CARDS, Choice, choices, table
+from nemo_minitron.distill.cards import CARDS, Choice, choices, table, usable
 from nemo_minitron.distill.memory import memory
 from nemo_minitron.distill.run import Run
 from nemo_minitron.model.shape import shape_of
@@ -32,11 +32,11 @@ def test_each_cell_is_the_largest_micro_batch_that_fits():
         assert row[0].split()[0] == choice.optimizer
         for card, cell in zip(CARDS, row[-len(CARDS) :], strict=True):
             if lacking := re.fullmatch(r"lacks (\d+) GB", cell):
-                assert needed(choice, 1) - card == pytest.approx(int(lacking[1]), abs=0.5)
+                assert needed(choice, 1) - usable(card) / 1e9 == pytest.approx(int(lacking[1]), abs=0.5)
                 continue
             size, takes = (int(number) for number in re.fullmatch(r"(\d+) \((\d+) GB\)", cell).groups())
-            assert needed(choice, size) == pytest.approx(takes, abs=0.5) and needed(choice, size) <= card
-            assert size == 128 or needed(choice, 2 * size) > card
+            assert needed(choice, size) == pytest.approx(takes, abs=0.5) and needed(choice, size) * 1e9 <= usable(card)
+            assert size == 128 or needed(choice, 2 * size) * 1e9 > usable(card)
 
 
 def test_a_line_for_each_card_says_what_to_take():
