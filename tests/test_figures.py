@@ -59,6 +59,10 @@ def readme() -> Iterator[str]:
     yield quickstart_table(models)
     yield f"closed {gap_closed(models):.1%} of the loss that pruning cost"
 
+    coder = load("qwen2_5_coder_0_5b")
+    losses = [f"{coder[role]['val_loss']:.3f}" for role in ("teacher", "pruned", "distilled")]
+    yield f"validation losses of {losses[0]}, {losses[1]} pruned and {losses[2]} distilled for 30 steps"
+
     claims = load("claims_smollm2_135m")
     init, ce, corrected_ce, width, correction, *_ = (claim["difference"] for claim in claims["claims"])
     yield f"random weights (by {init:.2f} nats after {claims['tokens'] // 1000},000 tokens)"
