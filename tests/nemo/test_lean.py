@@ -82,6 +82,7 @@ def test_distillation_learns_and_leaves_a_student_of_bf16_values(whole, student)
         assert not torch.equal(tensor, before[key].bfloat16().to(tensor.dtype)), key
 
 
+@pytest.mark.slow
 def test_a_killed_distillation_goes_on_as_if_nothing_had_happened(train, whole, tmp_path):
     """Killed in step 5 after a checkpoint at step 4: weights, moments and what is drawn, to the last bit."""
     with pytest.raises(RuntimeError, match="died"):
