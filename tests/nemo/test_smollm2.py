@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from nemo_minitron.config.compose import configure
 from nemo_minitron.convert import convert
-from nemo_minitron.data.blocks import document_heads
+from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.stages import importance, prune
 from tests.nemo.grid_jobs import curve
@@ -47,8 +47,7 @@ def test_loss_after_conversion_is_the_hf_models(smollm2, trainer):
     from nemo_minitron.evaluate import evaluate
     from nemo_minitron.nemo.restore import load_model
 
-    documents = document_heads(smollm2 / "text_text_document", 512)
-    blocks = documents[:: max(1, len(documents) // 20)][:20]
+    blocks = token_blocks(smollm2 / "text_text_document", 511, num_samples=20, seed=0)
     gguf = _gguf()  # read by transformers itself: nothing of ours is in between
     hf = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32)
     losses = []
