@@ -89,15 +89,12 @@ def synchronize() -> None:
 def make_1b(folder: Path) -> Path:
     """Random weights in Llama-3.2-1B's shape, with a tokenizer of as many words as it has rows."""
     from checkpoint import SHAPES
-    from tokenizers import Tokenizer, models
+    from gpu.weightless import write_tokenizer
 
     from nemo_minitron import synthetic
 
     def words(folder: Path, shape: Any, texts: Any) -> int:
-        vocabulary = {f"<{i}>": i for i in range(shape.vocab_size)}
-        Tokenizer(models.WordLevel(vocabulary, unk_token="<0>")).save(str(folder / "tokenizer.json"))
-        settings = {"eos_token": "<0>", "unk_token": "<0>", "tokenizer_class": "PreTrainedTokenizerFast"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_tokenizer(folder, shape.vocab_size)
         return 0
 
     synthetic._write_tokenizer = words  # training one of 128,256 entries takes longer than all the rest

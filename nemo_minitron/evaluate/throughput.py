@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.evaluate.energy import Meter
+from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.nemo.scoring import forward_micro_batch
 
 if TYPE_CHECKING:
@@ -91,18 +92,23 @@ def _measure(
     seconds: dict[str, list[float]] = {"prefill": [], "decode": []}
     joules = {"prefill": 0.0, "decode": 0.0}
     cache = 0
-    for number in range(repeats + 1):
-        context = StaticInferenceContext(*tokens.shape)
-        context.materialize_only_last_token_logits = True
-        for phase, passes in (("prefill", [tokens[:, :prefill_tokens]]), ("decode", _single(tokens, prefill_tokens))):
-            before, start = meter.read() if meter else None, _now()
-            for part in passes:
-                step(model, part, context)
-            end = _now()
-            if number:
-                seconds[phase].append(end - start)
-                joules[phase] += meter.since(before) if meter and before is not None else 0.0
-        cache = sum(t.nbytes for pair in context.key_value_memory_dict.values() for t in pair)
+    with progress_bar(repeats + 1, "throughput", "run", show=torch.distributed.get_rank() == 0) as bar:
+        for number in range(repeats + 1):
+            context = StaticInferenceContext(*tokens.shape)
+            context.materialize_only_last_token_logits = True
+            for phase, passes in (
+                ("prefill", [tokens[:, :prefill_tokens]]),
+                ("decode", _single(tokens, prefill_tokens)),
+            ):
+                before, start = meter.read() if meter else None, _now()
+                for part in passes:
+                    step(model, part, context)
+                end = _now()
+                if number:
+                    seconds[phase].append(end - start)
+                    joules[phase] += meter.since(before) if meter and before is not None else 0.0
+            cache = sum(t.nbytes for pair in context.key_value_memory_dict.values() for t in pair)
+            bar.update()
     return seconds, joules, cache
 
 

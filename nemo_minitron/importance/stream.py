@@ -64,7 +64,6 @@ def stream_collect(
                 seen.mask = seen.part = torch.ones(length, len(some), dtype=torch.bool, device=device)
                 _carry(reader, some, rotary, streams, seen, progress)
                 add(totals, reduce(seen, shape, Groups(), False, aggregation))
-    totals = {name: total.to(tokens.device) for name, total in totals.items()}
     return finish(totals, shape, Groups(data=group), False, aggregation)
 
 
