@@ -161,7 +161,7 @@ class Study:
     @functools.cached_property
     def bench(self) -> Any:
         """Scored teacher and texts; asked for only where something is left to do."""
-        from zero_shot import Bench
+        from zero_shot_bench import Bench
 
         print("teacher, tokens and scores", flush=True)
         return Bench(self.source, self.brown, self.folder, samples=self.setting.samples, setting="words")
@@ -303,7 +303,7 @@ class Lessons:
 
         self.study, self.seed, size = study, seed, study.setting
         bench = study.bench
-        blocks = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, size.block)).flatten(0, 1)
+        blocks = bench.heads[bench.others].unflatten(1, (-1, size.block)).flatten(0, 1)
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
         batches = blocks[order].split(size.batch)
         if len(batches) < (needed := size.steps + size.correction_steps):

@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
-from zero_shot import TARGETS, Bench, cell, merged
+from provenance import commands, provenance
+from zero_shot_bench import TARGETS, Bench
 
 COLUMNS = ("model_optimizer", "plain", "ours")
 
@@ -62,7 +62,25 @@ def main() -> None:
         print(f"\n{where}, nats/token above the unpruned model's {table['teacher'][where]:.3f}")
         print(f"{'target':<24}" + "".join(f"{name:>17}" for name in columns))
         for target, row in table["rows"].items():
-            print(f"{target:<24}" + "".join(cell(row, name, where, 17, 4) for name in columns))
+            print(f"{target:<24}" + "".join(cell(row, name, where) for name in columns))
+
+
+def cell(row: dict[str, Any], method: str, where: str, width: int = 17, digits: int = 4) -> str:
+    """A loss of the table; blank where it was not measured."""
+    return f"{row[method]['above'][where]:>{width}.{digits}f}" if method in row else " " * width
+
+
+def merged(table: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """``table`` with the cells of an earlier one that it lacks; the two are of one teacher on one machine."""
+    teacher = {name: loss for name, loss in table["teacher"].items() if name in earlier["teacher"]}
+    same = all(abs(earlier["teacher"][name] - loss) < 1e-3 for name, loss in teacher.items())
+    if not same or table["machine"] != earlier["machine"]:
+        ours, theirs = (f"{one['machine']}, {one['teacher']}" for one in (table, earlier))
+        raise SystemExit(f"--keep: expected a table of {ours}; found {theirs}")
+    rows = {name: earlier["rows"].get(name, {}) | table["rows"].get(name, {}) for name in TARGETS}
+    rows = {name: row for name, row in rows.items() if row}
+    known = {name: value for name, value in earlier.items() if name != "recovered"}
+    return known | table | {"rows": rows, "commands": commands(table, earlier)}
 
 
 def measure(bench: Bench, targets: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 from provenance import commands, provenance
-from zero_shot import SETTINGS, TARGETS, Bench
+from zero_shot_bench import TARGETS, Bench
+from zero_shot_texts import SETTINGS
 
 STEP_TOKENS, BLOCK = 1024, 256
 METHODS = ("plain", "ours")
@@ -69,7 +70,7 @@ def measure(source: Path, brown: Path, folder: Path, given: argparse.Namespace) 
 
     check_device(given.device)
     bench = Bench(source, brown, folder, setting=given.setting)
-    training = bench.heads[bench.numbers % 25 != 0].unflatten(1, (-1, BLOCK)).flatten(0, 1)
+    training = bench.heads[bench.others].unflatten(1, (-1, BLOCK)).flatten(0, 1)
     evaluation = bench.texts["brown"]
     teacher = load(bench.teacher, given.device)
     budgets = list(range(0, given.steps + 1, given.every))
