@@ -2,7 +2,8 @@
 
 ``oscar``: OSSCAR (arXiv 2403.12983) as LinkedIn's fmchisel 0.1.2 has it (BSD-2; ``pip download fmchisel==0.1.2
 --no-deps``). Its core, ``osscar_sparsify.py``, is run out of the wheel, unmodified, with the defaults of its
-``OSSCARModifier``. llmcompressor, whose pipeline calls it there, is not needed: of it the core takes one dtype
+``OSSCARModifier`` (``--update-iter``: neurons that go between two updates of what is left; each takes time by the
+square of the FFN's width). llmcompressor, whose pipeline calls it there, is not needed: of it the core takes one dtype
 (float32, of moments), and its pipeline is followed here. Layer by layer, one pass gives the moments of what
 ``down_proj`` and ``o_proj`` read, both are made sparse, and the layer runs again, so that the next sees the student's
 stream. Neurons go, and whole query groups with their heads; neither hidden channels nor layers. fmchisel's packing
@@ -36,7 +37,7 @@ BATCH = 4
 """Samples that run at once."""
 CORE = "fmchisel/pruning/osscar/utils/osscar_sparsify.py"
 DAMPENING, UPDATE_ITER = 0.01, 1
-"""Defaults of ``OSSCARModifier``: relative to the mean of a moment's diagonal; units removed between two updates."""
+"""Defaults of ``OSSCARModifier``: relative to the mean of a moment's diagonal; units that go between two updates."""
 
 
 class CannotPrune(Exception):
@@ -65,7 +66,7 @@ def student_of(bench: Any, method: str, target: Mapping[str, int], path: Path) -
         config = model.config
         neurons = config.intermediate_size - target.get("ffn_hidden_size", config.intermediate_size)
         groups = config.num_key_value_heads - target.get("num_query_groups", config.num_key_value_heads)
-        student = packed(oscar(model, tokens, neurons, groups, core), neurons, groups)
+        student = packed(oscar(model, tokens, neurons, groups, core, bench.update_iter), neurons, groups)
     else:
         student = replaceme(model, tokens, model.config.num_hidden_layers - target["num_layers"])
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
@@ -202,7 +203,7 @@ def oscar(model: Any, tokens: Tensor, neurons: int, groups: int, core: Any, upda
                 module=module,
                 hessians_dict={module: moments[name]},
                 num_keep=units - gone,
-                update_iter=update_iter,
+                update_iter=update_iter if name == "down_proj" else UPDATE_ITER,
                 num_cin=units,
                 percdamp=DAMPENING,
             )

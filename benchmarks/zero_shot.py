@@ -68,6 +68,7 @@ def main() -> None:
                 texts=dict(given.text),
                 overrides=overrides,
                 fmchisel=given.fmchisel,
+                update_iter=given.update_iter,
             )
         facts = {"model": given.model, "setting": given.setting, "samples": given.samples, "texts": bench.fingerprints}
         facts["weights"] = bench.weights
@@ -94,6 +95,7 @@ def arguments() -> argparse.Namespace:
         "--text", action="append", default=[], type=named_text, metavar="NAME=PATH", help="further text to evaluate on"
     )
     parser.add_argument("--fmchisel", type=Path, help="wheel of fmchisel 0.1.2, for oscar")
+    parser.add_argument("--update-iter", type=int, default=1, help="of oscar's neurons; 1 is its default")
     for command in ("importance", "prune"):
         parser.add_argument(
             f"--{command}",
@@ -241,10 +243,10 @@ def measure(bench: Bench, table: Table, methods: Sequence[str], targets: Sequenc
 
 def settings_of(bench: Bench, method: str) -> dict[str, Any]:
     """What makes two cells of a method differ, beside target, draw and what the table says."""
-    from peers import DAMPENING, UPDATE_ITER
+    from peers import DAMPENING
 
     if method == "oscar":
-        return {"update_iter": UPDATE_ITER, "dampening_frac": DAMPENING}
+        return {"update_iter": bench.update_iter, "dampening_frac": DAMPENING}
     if method.startswith("ours"):
         return {name: list(given) for name, given in bench.overrides.items() if given}
     return {}
@@ -256,7 +258,7 @@ def measured(bench: Bench, target: str, method: str) -> dict[str, Any]:
         bench.prepare(bench.model.targets[target])
     elif method in ("random", "magnitude", "plain"):
         bench.ways  # noqa: B018
-    student = bench.folder / f"student{os.getpid()}.nemo"  # beside the teacher's tokenizer, which it names
+    student = bench.folder / f"student{os.getpid()}.nemo"
     try:
         reset_peak()
         start = time.perf_counter()

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from provenance import provenance
 from zero_shot_texts import LENGTH, SETTINGS, texts_of, write_blocks
 
 TARGETS: dict[str, dict[str, int]] = {
@@ -80,21 +81,22 @@ class Bench:
         texts: Mapping[str, Path] | None = None,
         overrides: Mapping[str, Sequence[str]] | None = None,
         fmchisel: Path | None = None,
+        update_iter: int = 1,
     ) -> None:
         """Convert and tokenize.
 
         Args:
             overrides: further ``KEY=VALUE`` of ``importance`` and ``prune`` for ``ours``.
-            fmchisel: wheel for ``oscar``.
+            fmchisel, update_iter: wheel and a setting of ``oscar``.
         """
         from nemo_minitron.checkpoint import NemoReader
         from nemo_minitron.convert import convert
 
         self.folder, self.model, self.setting, self.samples = folder, MODELS[model], setting, samples
         self.overrides = {"importance": [], "prune": []} | dict(overrides or {})
-        self.fmchisel = fmchisel
-        self.teacher = folder / "teacher.nemo"
-        if not self.teacher.is_file():
+        self.fmchisel, self.update_iter = fmchisel, update_iter
+        self.teacher = source if source.suffix == ".nemo" else folder / "teacher.nemo"
+        if not self.teacher.exists():
             convert(source, self.teacher)
         with NemoReader(self.teacher) as reader:
             self.weights, self.num_layers = reader.fingerprint(), reader.shape.num_layers
@@ -278,15 +280,18 @@ class Bench:
             write_student(reader, plan, path, path.with_suffix(".plan.yaml"), None, reader.tokenizer_folder())
 
     def _timed(self, name: str, path: Path, make: Any) -> Any:
-        """What ``make`` writes to a path, made once; its seconds are kept beside it."""
-        file = self.kept / "seconds.json"
+        """What ``make`` writes to a path, made once; how long it took and of which commit it is are kept beside it."""
+        file, commit = self.kept / "made.json", provenance()["commit"]
         known = json.loads(file.read_text()) if file.is_file() else {}
         if not path.exists():
             start = time.perf_counter()
             make(path)
-            known[f"{name} {path.name}"] = time.perf_counter() - start
+            known[path.name] = {"seconds": time.perf_counter() - start, "commit": commit}
             write_atomically(file, known)
-        self.seconds[name] = known.get(f"{name} {path.name}", 0.0)
+        of = known.get(path.name, {"seconds": 0.0, "commit": "not known"})
+        if of["commit"] != commit and name not in self.seconds:
+            print(f"note: {path} is of commit {of['commit']}; remove it to have it measured anew", flush=True)
+        self.seconds[name] = of["seconds"]
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 return dict(arrays)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
+from tests.brown import tagged_topics
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import claims
@@ -115,16 +116,8 @@ def test_rates_rise_and_fall():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A random model, 52 files tagged as Brown's are, and a folder to work in."""
-    from pydoc_data.topics import topics
-
     folder = tmp_path_factory.mktemp("claims")
-    words = " ".join(topics[name] for name in sorted(topics)).split()
-    brown = folder / "brown"
-    brown.mkdir()
-    for at in range(52):
-        name = f"c{'ab'[at // 44]}{at % 44 + 1:02d}"
-        (brown / name).write_text(" ".join(f"{word}/nn" for word in words[300 * at :][:400]))
-    return make_llama(folder / "source", SHAPE), brown, folder / "work"
+    return make_llama(folder / "source", SHAPE), tagged_topics(folder / "brown", 52), folder / "work"
 
 
 @pytest.fixture(scope="module")
