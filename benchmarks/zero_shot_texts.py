@@ -20,6 +20,7 @@ Debian's perl-doc is another: ``apt-get download perl-doc; dpkg -x perl-doc_*.de
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -94,20 +95,23 @@ def texts_of(own: str, lines: bool, brown: Path, extra: Mapping[str, Path], teac
     """Tokenize all texts with the teacher's tokenizer; ``own`` is the calibration's kind, ``brown`` or ``python``."""
     from nemo_minitron.data.blocks import document_heads, token_blocks
 
-    corpus = sentences(brown, folder / "brown.jsonl") if lines else brown
-    prefix = _tokenized(corpus, folder / f"brown_{'lines' if lines else 'words'}", teacher)
-    heads = document_heads(prefix, LENGTH)
+    tokens = functools.partial(_tokens, teacher, folder)
+    corpus = (lambda: sentences(brown, folder / "brown.jsonl")) if lines else (lambda: brown)
+    heads = document_heads(tokens("brown_lines" if lines else "brown_words", brown, corpus), LENGTH)
     numbers = np.arange(len(heads))
     blocks = {"brown": heads[numbers % 25 == 0]}
     others = numbers[numbers % 25 != 0]
-    sources: dict[str, Any] = {"pydoc": "pydoc_topics", "python": _python(folder, "validation")}
-    sources |= {name: _readable(name, path, folder) for name, path in extra.items()}
-    for name, source in sources.items():
-        prefix = _tokenized(source, folder / name, teacher)
+    prefixes = {
+        "pydoc": tokens("pydoc", None, lambda: "pydoc_topics"),
+        "python": tokens("python_validation", None, lambda: _python(folder, "validation")),
+    }
+    for name, path in extra.items():
+        prefixes[name] = tokens(name, path, functools.partial(_readable, name, path, folder))
+    for name, prefix in prefixes.items():
         count = OWN_BLOCKS if name == own else BLOCKS
         blocks[name] = token_blocks(prefix, LENGTH - 1, num_samples=count, seed=0)
     if own == "python":
-        heads = _long_heads(_tokenized(_python(folder, "train"), folder / "python_train", teacher))
+        heads = _long_heads(tokens("python_train", None, lambda: _python(folder, "train")))
         others = np.arange(len(heads))
     return Texts(heads, others, blocks)
 
@@ -156,11 +160,18 @@ def _write(texts: Iterable[str], path: Path) -> Path:
     return path
 
 
-def _tokenized(source: Any, stem: Path, teacher: Path) -> Path:
-    """Prefix of a text's tokens."""
+def _tokens(teacher: Path, folder: Path, name: str, given: Path | None, source: Callable[[], Any]) -> Path:
+    """Prefix of a text's tokens, made once of the same file."""
     from nemo_minitron.data.preprocess import preprocess
 
-    return preprocess(str(source), stem, tokenizer_type=str(teacher))[0]
+    if given is not None:
+        found = given.stat()
+        facts = f"{given.resolve()} {found.st_size} {found.st_mtime_ns}"
+        name += f"_{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    prefix = folder / f"{name}_text_document"
+    if not prefix.with_name(f"{prefix.name}.idx").is_file():
+        preprocess(str(source()), folder / name, tokenizer_type=str(teacher))
+    return prefix
 
 
 def _long_heads(prefix: Path) -> Any:
