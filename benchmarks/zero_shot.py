@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import fcntl
 import gc
 import json
 import os
@@ -42,7 +41,7 @@ from typing import Any
 
 import numpy as np
 from provenance import commands, provenance
-from zero_shot_bench import METHODS, MODELS, SAMPLES, Bench, write_atomically
+from zero_shot_bench import METHODS, MODELS, SAMPLES, Bench, locked, write_atomically
 from zero_shot_texts import SETTINGS
 
 WORK = {"scores_s": "scores", "ranks_s": "own text and ranks", "layers_s": "order of layers"}
@@ -191,14 +190,6 @@ class Table:
                 known = commands(now, earlier)
                 self.content["commands"] = list(dict.fromkeys(known))
             write_atomically(self.path, self.content | now)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time works on what is at a path."""
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def over_draws(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,13 +205,14 @@ class Bench:
         from nemo_minitron.importance.scores import Scores
         from nemo_minitron.prune.layers import layers_by_loss
 
-        file = self.kept / f"layers_{self.scores.name}.json"
+        scores = self.scores
+        file = self.kept / f"layers_{scores.name}.json"
         most = max([count, *self._removals()])
 
         def measure(path: Path) -> None:
             with NemoReader(self.teacher) as reader:
                 _, steps = layers_by_loss(
-                    reader, "greedy", most, Scores.load(self.scores), tokens=Prune.layer_tokens, half=True
+                    reader, "greedy", most, Scores.load(scores), tokens=Prune.layer_tokens, half=True
                 )
             path.write_text(json.dumps([[layer + 1 for layer in step.removed] for step in steps]))
 
@@ -279,15 +282,16 @@ class Bench:
             plan = make_plan(reader.shape, worth, target, source_fingerprint=reader.fingerprint())
             write_student(reader, plan, path, path.with_suffix(".plan.yaml"), None, reader.tokenizer_folder())
 
-    def _timed(self, name: str, path: Path, make: Any) -> Any:
+    def _timed(self, name: str, path: Path, make: Callable[[Path], None]) -> Any:
         """What ``make`` writes to a path, made once; how long it took and of which commit it is are kept beside it."""
         file, commit = self.kept / "made.json", provenance()["commit"]
-        known = json.loads(file.read_text()) if file.is_file() else {}
-        if not path.exists():
-            start = time.perf_counter()
-            make(path)
-            known[path.name] = {"seconds": time.perf_counter() - start, "commit": commit}
-            write_atomically(file, known)
+        with locked(file):  # another run of the same draw waits, and finds it
+            known = json.loads(file.read_text()) if file.is_file() else {}
+            if not path.exists():
+                start = time.perf_counter()
+                make(path)
+                known[path.name] = {"seconds": time.perf_counter() - start, "commit": commit}
+                write_atomically(file, known)
         of = known.get(path.name, {"seconds": 0.0, "commit": "not known"})
         if of["commit"] != commit and name not in self.seconds:
             print(f"note: {path} is of commit {of['commit']}; remove it to have it measured anew", flush=True)
@@ -306,6 +310,14 @@ def stage(command: str, overrides: Sequence[str], config: Mapping[str, Any]) -> 
 
     cfg = compose(command, list(overrides), config=config)
     importlib.import_module(f"nemo_minitron.stages.{command}").run(instance(COMMANDS[command], cfg))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time works on what is at a path."""
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_atomically(path: Path, content: Any) -> None:
