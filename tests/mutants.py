@@ -461,6 +461,24 @@ MUTANTS = [
         _DROPPED,
     ),
     Mutant(
+        "prune/frame.py",
+        "two_pass_moments(parts, len(self.solved), (",
+        "two_pass_moments(parts, len(self.samples), (",
+        "prune/test_guard.py::test_nothing_is_solved_on_what_is_held_out",
+    ),
+    Mutant(
+        "prune/measured.py",
+        "any(found.resolved > found.cut",
+        "all(found.resolved > found.cut",
+        "prune/test_measured.py::test_worse_on_one_kind_is_worse",
+    ),
+    Mutant(
+        "prune/student.py",
+        "dataclasses.replace(plan, compensation=None)",
+        "plan",
+        "prune/test_student.py::test_a_student_worse_than_a_cut_one_is_cut",
+    ),
+    Mutant(
         "prune/head.py",
         "gain = gain * _scale(frame, student, gain, output)",
         "gain = gain / _scale(frame, student, gain, output)",

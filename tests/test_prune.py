@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.importance.scores_format import AXES, statistic_sizes
 from nemo_minitron.prune.choose import make_plan
-from nemo_minitron.prune.plan import Plan
+from nemo_minitron.prune.plan import Compensation, Plan
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory
 from tests.importance.made import made
@@ -313,12 +314,17 @@ def test_importance_keeps_tokens_and_ranks_for_compensation(measured):
 def test_weights_are_resolved_by_default_and_again_from_the_plan(teacher, measured, prune, tmp_path):
     sizes = ["prune.ffn_hidden_size=50", "prune.hidden_size=48", "prune.num_query_groups=2"]
     status, said = prune(f"prune.scores={teacher}/measured", *sizes)
-    assert status == 0 and "re-solved on the calibration tokens" in said
+    assert status == 0 and all(text in said for text in ("nats/token on text held back", "the model's own text"))
     plan = Plan.load(tmp_path / "out" / "student.plan.yaml")
-    assert plan.compensation.tokens == measured.tokens_fingerprint()
+    assert plan.measured.keys() == {"calibration", "own"} and measured.own_samples == 2
     ranks = measured.rankings["reconstruction"]
     assert plan.ranking == "reconstruction"
     assert plan.ffn[0] == tuple(best(ranks["ffn"][0], 50)) and plan.hidden == tuple(best(ranks["hidden"], 48))
+    file, all_of_them = tmp_path / "all.yaml", Compensation(measured.tokens_fingerprint(), rotate=True, rescale=True)
+    replace(plan, compensation=all_of_them, measured={}).save(file)  # a random teacher's losses would decide by chance
+    status, said = prune(f"prune.plan={file}", f"prune.scores={teacher}/measured")
+    assert status == 0 and "re-solved on the calibration tokens; none held back" in said
+    assert (tmp_path / "out" / "student.plan.yaml").read_bytes() == file.read_bytes()
     student = (tmp_path / "out" / "student.nemo").read_bytes()
     convert(tmp_path / "out" / "student.nemo", tmp_path / "hf")
     model, info = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import make_plan
+from nemo_minitron.prune.measured import Measured
 from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.report.curves import Curve, read_training, thinned
 from nemo_minitron.report.maps import binned
@@ -142,7 +144,9 @@ def make_run(run: Path) -> Path:
     scores = make_scores()
     (run / "scores").mkdir()
     scores.write(run / "scores")
-    make_plan_of(scores, compensation=Compensation("t" * 64, rotate=True, rescale=True)).save(run / "pruned.plan.yaml")
+    plan = make_plan_of(scores, compensation=Compensation("t" * 64, rotate=True, rescale=True))
+    measured = {"calibration": Measured(511, 3.0, 4.105, 3.48), "own": Measured(1022, 2.5, 3.25, 2.75)}
+    replace(plan, measured=measured).save(run / "pruned.plan.yaml")
     steps = range(10)
     log_events(
         run / "distill" / "distill" / "version_0",
@@ -200,6 +204,9 @@ def test_what_was_removed_and_whether_it_was_re_solved(whole):
     assert "FFN neurons: 30 of 40 stay in every layer that stays." in page.text
     assert "Yes: the weights that stay were adjusted" in page.text and "turned onto the directions" in page.text
     assert "The final norm was scaled as a whole" in page.text
+    for said in ("511 tokens of calibration text", "1,022 tokens of the model's own text"):
+        assert f"On {said}, held back from the adjusting, the original lost" in page.text
+    assert "2.5000 nats/token, cut weights 3.2500 and adjusted ones 2.7500." in page.text
     assert "They are those of least influence." in page.text
     plan = read_run(whole.folder).plan
     worth = make_scores().published["ffn"][0]
@@ -207,6 +214,15 @@ def test_what_was_removed_and_whether_it_was_re_solved(whole):
     assert page.row("1")[:5] == ["1", "0.4000", "yes", "30", f"{share:.1%}"]
     assert page.row("3")[:4] == ["3", "0.0500", "no", "0"]
     assert f"| 1 | 0.4000 | yes | 30 | {share:.1%} |" in markdown
+
+
+def test_adjusted_weights_that_were_worse_are_told_of(folder):
+    measured = {"own": Measured(1022, 2.5, 3.25, 3.5)}
+    replace(make_plan_of(make_scores()), measured=measured).save(folder / "pruned.plan.yaml")
+    page, _, _ = pages(folder)
+    assert "No: the weights that stay are the teacher's own" in page.text
+    assert "Adjusted ones were tried, and lost more on text that was held back" in page.text
+    assert "cut weights 3.2500 and adjusted ones 3.5000." in page.text
 
 
 def test_the_map_of_kept_units_is_the_plan(whole):

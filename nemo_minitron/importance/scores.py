@@ -122,6 +122,9 @@ class Scores:
                     f"scores: 'tokens' must be [n, s] ids from 0 to {self.shape.vocab_size - 1}, "
                     f"found size {list(tokens.shape)} with ids {tokens.min(initial=0)} to {tokens.max(initial=0)}"
                 )
+            own = self.calibration.get("own_samples", 0)
+            if type(own) is not int or not 0 <= own <= len(tokens):
+                raise MinitronError(f"scores: calibration.own_samples: expected 0 to {len(tokens)}, found {own!r:.80}")
             tokens.setflags(write=False)
             object.__setattr__(self, "tokens", tokens)
             size_of_weights = (2 * self.shape.num_layers, *tokens.shape)
@@ -158,6 +161,11 @@ class Scores:
                     f"rankings with it: {', '.join(others)}"
                 )
         return Worth(ranking, self.block_influence, self.residual_cosine, **found)
+
+    @property
+    def own_samples(self) -> int:
+        """How many of the last of ``tokens`` the model wrote itself; 0 in scores that do not say so."""
+        return int(self.calibration.get("own_samples") or 0)
 
     def tokens_fingerprint(self) -> str | None:
         """SHA-256 of ``tokens``; None without them."""

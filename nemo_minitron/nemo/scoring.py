@@ -83,7 +83,7 @@ def measure_and_save(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
                 data_fingerprint=data,
-                calibration={**_record(calibration, blocks, trainer), **counts},
+                calibration={**_record(calibration, blocks, trainer, kept), **counts},
                 rankings=rankings,
                 stream_moment=None if compensation is None else compensation.stream_moment,
                 tokens=None if kept is None else kept.numpy(),
@@ -99,14 +99,15 @@ def measure_and_save(
     return scores
 
 
-def _record(calibration: Calibration, blocks: Tensor, trainer: Section) -> dict[str, str | int]:
-    """How scores were measured, as they record it."""
+def _record(calibration: Calibration, blocks: Tensor, trainer: Section, kept: Tensor | None) -> dict[str, str | int]:
+    """How scores were measured, as they record it; ``kept``: the tokens that they hold."""
     return {
         "sequence": "mean",
         "batch": "l2",
         "seq_length": blocks.shape[1],
         "seed": calibration.seed,
         "precision": str(Machines.of(trainer).precision),
+        **({} if kept is None else {"own_samples": calibration.own_samples}),
     }
 
 

@@ -22,6 +22,7 @@ from nemo_minitron.config.sections import Prune
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.measured import hold_out
 from nemo_minitron.prune.plan import TARGETS, Compensation, Indices, Plan
 
 TIE = 1e-6
@@ -177,8 +178,10 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: 
             "prune.rotate: needs prune.hidden_size below the source's, prune.compensate, and scores by reconstruction"
         )
     compensation = None
-    if tokens is not None and prune.compensate is not False:
-        compensation = Compensation(tokens, rotate=turnable and narrower and prune.rotate is not False, rescale=True)
+    if scores is not None and scores.tokens is not None and tokens is not None and prune.compensate is not False:
+        held_out = hold_out(len(scores.tokens), scores.own_samples)
+        turned = turnable and narrower and prune.rotate is not False
+        compensation = Compensation(tokens, rotate=turned, rescale=True, held_out=held_out)
     ranking = prune.ranking or ("reconstruction" if compensation and ranked else "minitron")
     target = targets_of(prune)
     axes = ranked_axes(shape, target_shape(shape, target, prune.drop_layers, prune.layer_selection))

@@ -36,8 +36,10 @@ class Frame:
         reader, plan, tokens, sensitivity, stream_moment, writer, dtype, group: as
             :func:`nemo_minitron.prune.resolve.compensate` takes them.
         ridge: the plan's compensation.
+        held_out: how many of the last samples nothing is solved on.
 
     Attributes:
+        samples: numbers of this process's samples; solved: of those that weights are solved on, the first.
         narrower: whether hidden channels are cut.
         basis: of the student's stream; turned: whether it is more than a choice of channels.
     """
@@ -53,18 +55,21 @@ class Frame:
         dtype: torch.dtype,
         ridge: Compensation,
         group: parallel.Group,
+        held_out: int = 0,
     ) -> None:
         self.reader, self.plan, self.writer = reader, plan, writer
         self.tokens, self.sensitivity = tokens, sensitivity
         self.dtype, self.ridge, self.group = dtype, ridge, group
         self.device, self.samples = tokens.device, range(len(tokens))
+        self.solved = range(len(tokens) - held_out)
         self.narrower = plan.target.hidden_size < plan.source.hidden_size
         self.basis, self.turned = self._basis(stream_moment)
 
     @cached_property
     def token_count(self) -> int:
-        """Number of the job's calibration tokens; every process must ask at the same place."""
-        return int(parallel.all_reduce(torch.tensor([self.tokens.numel()], device=self.device), self.group))
+        """Number of the job's tokens that are solved on; every process must ask at the same place."""
+        count = self.tokens[: len(self.solved)].numel()
+        return int(parallel.all_reduce(torch.tensor([count], device=self.device), self.group))
 
     def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
         """Choose the basis of the student's stream, and say whether it is turned."""
@@ -121,8 +126,8 @@ class Frame:
         return self.basis.project(stream) if self.turned else stream[..., list(self.plan.hidden)]
 
     def moments(self, parts: Parts, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's samples, float64."""
-        return two_pass_moments(parts, len(self.samples), (inputs, outputs), self.device, self.group)
+        """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's solved samples."""
+        return two_pass_moments(parts, len(self.solved), (inputs, outputs), self.device, self.group)
 
     def normed_moments(
         self, student: Tensor, teacher: Tensor, place: int | None, biased: bool = False

@@ -25,12 +25,15 @@ SCALE_PULL = 256.0
 """Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 
 
-def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) -> None:
+def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) -> tuple[Tensor, Tensor | None]:
     """Solve and write the final norm and, where it is untied, the output layer.
 
     Args:
         student: ``[n, s, k]`` and teacher: ``[n, s, H]`` float32, the streams that leave the last layer.
         changed: whether they differ.
+
+    Returns:
+        The student's final norm ``[k]``, and its output layer ``[Vp, k]`` where that is untied, unrounded.
     """
     gain, output = _solved(frame, student, teacher)
     if frame.ridge.rescale and changed:
@@ -38,6 +41,13 @@ def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) ->
     frame.write(layout.FINAL_NORM, None, gain)
     if output is not None:
         frame.write(layout.OUTPUT, None, output)
+    return gain, output
+
+
+def stored_head(frame: Frame, gain: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The student's final norm ``[k]`` and output layer ``[V, k]`` as they are stored, float32, without padded rows."""
+    table = frame.cut(layout.EMBEDDING, None, frame.read(layout.EMBEDDING)) if output is None else output
+    return frame.rounded(gain), frame.rounded(table[: frame.plan.source.vocab_size])
 
 
 def _solved(frame: Frame, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -69,8 +79,8 @@ def _scale(frame: Frame, student: Tensor, gain: Tensor, output: Tensor | None) -
     least of :data:`SCALES`, and the others need not be tried. The same bits on every grid, as :func:`loss_sums` are.
     """
     source, tokens = frame.plan.source, frame.tokens
-    table = frame.cut(layout.EMBEDDING, None, frame.read(layout.EMBEDDING)) if output is None else output
-    table, gain = frame.rounded(table[: source.vocab_size]), frame.rounded(gain)
+    gain, table = stored_head(frame, gain, output)
+    tokens = tokens[: len(frame.solved)]
     count = parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=frame.device)[None], frame.group)
     every = max(1, int(count) // SCALE_TOKENS)
     known: dict[int, float] = {}
@@ -78,7 +88,7 @@ def _scale(frame: Frame, student: Tensor, gain: Tensor, output: Tensor | None) -
     def try_all(numbers: Sequence[int]) -> None:
         scales = torch.tensor([SCALES[number] for number in numbers], dtype=torch.float64, device=frame.device)
         losses = torch.zeros_like(scales)
-        for sample in frame.samples:
+        for sample in frame.solved:
             x, labels = student[sample, :-1:every], tokens[sample, 1::every]
             losses += loss_sums(x, labels, gain, table, source.layernorm_epsilon, scales.tolist())
         losses = parallel.all_reduce(losses, frame.group) + SCALE_PULL * (scales - 1).square()

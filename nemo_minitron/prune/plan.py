@@ -21,11 +21,15 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import one_line, parse_plain_yaml, read_file
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.prune.measured import Measured, from_section, to_section
 from nemo_minitron.registry import check_name
 
 FORMAT = "nemo_minitron.plan/1"
 PLAN_LIMIT, MOST_INDICES = 32 << 20, 1 << 23
 """Bytes of a plan file, and indices of all its axes together: Llama-3.1-405B whole has 6.7 million."""
+
+MOST_SAMPLES = 1 << 20
+"""Calibration samples that a plan may number."""
 
 TARGETS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
 Indices = tuple[int, ...]
@@ -44,6 +48,8 @@ class Compensation:
             scores' ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what
             would be cut to.
         rescale: whether the final norm is scaled by the number under which the calibration tokens are likeliest.
+        held_out: samples that nothing is solved on, ascending, 0-based, on which the student is compared with a cut one
+            (:mod:`nemo_minitron.prune.guard`); none in plans of earlier versions.
     """
 
     tokens: str
@@ -52,6 +58,12 @@ class Compensation:
     read: float = 0.03
     rotate: bool = False
     rescale: bool = False
+    held_out: Indices = ()
+
+    def to_section(self) -> dict[str, str | float | bool]:
+        """The section of a plan file."""
+        section = dataclasses.asdict(self) | {"held_out": format_ranges(self.held_out)}
+        return section if self.held_out else {name: section[name] for name in section if name != "held_out"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,8 @@ class Plan:
         compensation: how the kept weights are re-solved; None: they are cut only.
         ranking: of the scores, by which channels, neurons, groups and heads were chosen; None where none of them were,
             or where a plan of an earlier version does not say. It explains the plan and changes nothing that it makes.
+        measured: what the student was found to lose on held-out samples, cut and re-solved, by kind; empty where that
+            was not measured. With it and without ``compensation``, the student was cut because re-solving lost more.
 
     Raises:
         MinitronError: from the constructor, where any of this does not hold.
@@ -83,6 +97,7 @@ class Plan:
     heads: tuple[Indices, ...]
     compensation: Compensation | None = None
     ranking: str | None = None
+    measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.validate()
@@ -154,6 +169,7 @@ class Plan:
             "source": {"fingerprint": self.source_fingerprint, "shape": self.source.to_dict()},
             "target": {name: getattr(self.target, name) for name in TARGETS},
             **({} if self.ranking is None else {"ranking": self.ranking}),
+            **({"measured": to_section(self.measured)} if self.measured else {}),
             "keep": {
                 "layers": format_ranges(self.layers),
                 "hidden": format_ranges(self.hidden),
@@ -167,7 +183,7 @@ class Plan:
             },
         }
         if self.compensation is not None:
-            document["compensation"] = dataclasses.asdict(self.compensation)
+            document["compensation"] = self.compensation.to_section()
         return yaml.safe_dump(document, sort_keys=False, width=120, default_flow_style=False, allow_unicode=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -224,6 +240,7 @@ class Plan:
             heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads, heads) for layer in kept),
             compensation=_compensation(document.get("compensation")),
             ranking=document.get("ranking"),
+            measured=from_section(document.get("measured")),
         )
 
 
@@ -237,11 +254,15 @@ def _compensation(section: object) -> Compensation | None:
     for name, value in (("rotate", rotate), ("rescale", rescale)):
         if not isinstance(value, bool):
             raise MinitronError(f"compensation.{name}: expected true or false, found {value!r:.80}")
-    numbers = {name: value for name, value in section.items() if name not in ("tokens", "rotate", "rescale")}
+    named = ("tokens", "rotate", "rescale", "held_out")
+    numbers = {name: value for name, value in section.items() if name not in named}
     strengths = {name: float(value) for name, value in numbers.items()}
     if not all(0 < value < float("inf") for value in strengths.values()):
         raise MinitronError(f"compensation: expected positive numbers, found {strengths}")
-    return Compensation(tokens=str(section["tokens"]), rotate=rotate, rescale=rescale, **strengths)
+    held_out = parse_ranges(section.get("held_out", ""), MOST_SAMPLES)
+    if any(one >= other for one, other in itertools.pairwise(held_out)):
+        raise MinitronError(f"compensation.held_out: expected ascending samples, found {section['held_out']!r:.80}")
+    return Compensation(str(section["tokens"]), rotate=rotate, rescale=rescale, held_out=held_out, **strengths)
 
 
 def format_ranges(indices: Iterable[int]) -> str:

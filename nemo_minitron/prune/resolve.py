@@ -37,7 +37,9 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, tensor_cores, with_ones
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, check_source, kept, refuse_non_finite
 from nemo_minitron.prune.frame import Frame, divisible
-from nemo_minitron.prune.head import write_head
+from nemo_minitron.prune.guard import Guard
+from nemo_minitron.prune.head import stored_head, write_head
+from nemo_minitron.prune.measured import Measured
 from nemo_minitron.prune.plan import Plan
 
 
@@ -50,10 +52,11 @@ def compensate(
     writer: TensorWriter | None,
     *,
     stream_moment: Tensor | None = None,
+    held_out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
-) -> None:
+) -> dict[str, Measured]:
     """Write the compensated student.
 
     Args:
@@ -63,9 +66,14 @@ def compensate(
         sensitivity: ``[2L, n, s]`` of these samples, as ``Scores.sensitivity``.
         writer: opened for ``plan.target``; None on processes that only contribute samples.
         stream_moment: ``[H, H]`` of the scores, which a plan that turns the stream needs.
+        held_out: ``[m]`` bool: nothing is solved on the last m samples, 0 or more, on which the student is compared
+            with a cut one, and which of them the model wrote itself; None, on all processes alike: solve on all.
         dtype: what is stored; the student is carried on in weights rounded to it.
         group: the processes that share the samples.
         progress: told after each source layer, of L.
+
+    Returns:
+        What teacher, cut and re-solved student lose on the held-out samples of all processes; empty without any.
 
     Raises:
         MinitronError: a plan for another checkpoint (before anything is written); a NaN or infinity in the source,
@@ -78,14 +86,15 @@ def compensate(
     if plan.compensation is None:
         raise ValueError("the plan asks for no compensation")
     with tensor_cores(tokens.device):
-        frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group)
-        _Walk(frame).run(progress)
+        count = 0 if held_out is None else len(held_out)
+        frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group, count)
+        return _Walk(frame, held_out).run(progress)
 
 
 class _Walk:
     """Teacher's and student's streams, ``[n, s, H]`` and ``[n, s, k]`` float32, on their way through the layers."""
 
-    def __init__(self, frame: Frame) -> None:
+    def __init__(self, frame: Frame, held_out: Tensor | None) -> None:
         self.frame, self.plan, self.samples = frame, frame.plan, frame.samples
         self.changed = frame.narrower
         """Whether the student's stream differs from the teacher's so far."""
@@ -93,6 +102,7 @@ class _Walk:
         self.rotary = Rotary.of(self.plan.source, frame.tokens.shape[1], frame.device)
         table = frame.read(layout.EMBEDDING)
         self.teacher = self._embedded(table)
+        self.guard = None if held_out is None else Guard(frame, table, held_out)
         table = frame.cut(layout.EMBEDDING, None, table).to(frame.dtype)
         frame.write(layout.EMBEDDING, None, table)
         self.student = self._embedded(table)
@@ -104,7 +114,7 @@ class _Walk:
             stream[sample] = table[tokens].float()
         return stream
 
-    def run(self, progress: Callable[[int], None]) -> None:
+    def run(self, progress: Callable[[int], None]) -> dict[str, Measured]:
         """Re-solve and write everything, from the embedding to the output layer."""
         source, kept_layers = self.plan.source, self.plan.layers
         for number in range(kept_layers[0]):
@@ -114,7 +124,10 @@ class _Walk:
             following = kept_layers[position + 1] if position + 1 < len(kept_layers) else source.num_layers
             self._layer(number, range(number + 1, following))
             progress(following - number)
-        write_head(self.frame, self.student, self.teacher, self.changed)
+        gain, output = write_head(self.frame, self.student, self.teacher, self.changed)
+        if self.guard is None:
+            return {}
+        return self.guard.measure(self.teacher, self.student, *stored_head(self.frame, gain, output))
 
     def _pass_dropped(self, number: int) -> None:
         """The teacher goes through a layer that the student has not."""
@@ -128,6 +141,8 @@ class _Walk:
         teacher = self._teacher_layer(number)
         student = {key: self.frame.cut(parameter, number, teacher[parameter]) for key, parameter in self._rows()}
         layer = Layer(self.plan.target, student)
+        if self.guard is not None:
+            self.guard.follow(number, teacher, self.rotary)
 
         if self.frame.narrower:
             read = self._solve_reader(number, layout.QKV_WEIGHT, teacher, layer, self.teacher, 2 * number - 1)

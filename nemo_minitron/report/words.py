@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nemo_minitron.prune.measured import KINDS
 from nemo_minitron.prune.plan import Plan, format_ranges
 from nemo_minitron.report.measures import gap_closed, size
 from nemo_minitron.report.removal import Axis, dropped_layers
@@ -134,7 +135,9 @@ def compensation(plan: Plan | None) -> list[str]:
         return ["Without a plan this is not known."]
     solved = plan.compensation
     if solved is None:
-        return ["No: the weights that stay are the teacher's own, cut out as they are."]
+        cut = "No: the weights that stay are the teacher's own, cut out as they are."
+        tried = ["Adjusted ones were tried, and lost more on text that was held back from the adjusting."]
+        return [cut, *(tried if plan.measured else []), *_measured(plan)]
     sentences = [
         "Yes: the weights that stay were adjusted by a formula (ridge least squares on the calibration tokens) so that "
         "each layer's stream follows the teacher's. Its pull towards the cut weights was "
@@ -149,7 +152,16 @@ def compensation(plan: Plan | None) -> list[str]:
         sentences.append("The stream was not turned: each channel that stays is one of the teacher's.")
     if solved.rescale:
         sentences.append("The final norm was scaled as a whole, so that predictions are as sure as the text bears out.")
-    return sentences
+    return sentences + _measured(plan)
+
+
+def _measured(plan: Plan) -> list[str]:
+    """What ``minitron prune`` measured of cut and of adjusted weights."""
+    return [
+        f"On {found.tokens:,} tokens of {KINDS[kind]}, held back from the adjusting, the original lost "
+        f"{found.teacher:.4f} nats/token, cut weights {found.cut:.4f} and adjusted ones {found.resolved:.4f}."
+        for kind, found in plan.measured.items()
+    ]
 
 
 def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:

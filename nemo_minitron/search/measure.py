@@ -267,7 +267,13 @@ def fewer_tokens(scores: Scores, tokens: int) -> Scores:
     samples = max(1, tokens // scores.tokens.shape[1])
     if samples >= len(scores.tokens):
         return scores
-    return dataclasses.replace(scores, tokens=scores.tokens[:samples], sensitivity=scores.sensitivity[:, :samples])
+    own = {"own_samples": max(0, samples - (len(scores.tokens) - scores.own_samples))} if scores.own_samples else {}
+    return dataclasses.replace(
+        scores,
+        calibration={**scores.calibration, **own},
+        tokens=scores.tokens[:samples],
+        sensitivity=scores.sensitivity[:, :samples],
+    )
 
 
 def _prefixes(given: Any) -> list[str]:

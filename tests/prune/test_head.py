@@ -16,7 +16,7 @@ def frame() -> SimpleNamespace:
     """What the search asks of a frame: one sample, an untied output layer."""
     return SimpleNamespace(
         plan=SimpleNamespace(source=SHAPE), tokens=torch.zeros(1, 4, dtype=torch.int64), device=torch.device("cpu"),
-        samples=range(1), group=None, rounded=lambda tensor: tensor,
+        solved=range(1), group=None, rounded=lambda tensor: tensor,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.prune.measured import Measured
 from nemo_minitron.prune.plan import FORMAT, TARGETS, Compensation, Plan, format_ranges, parse_ranges
 from tests.prune.test_choose import SHAPE, A, plan_for
 
@@ -102,6 +103,21 @@ def test_a_plan_from_before_rescaling_is_not_rescaled(tmp_path):
     path.write_text(plan.to_yaml().replace("rescale: true", "rescale: 1"))
     with pytest.raises(MinitronError, match=r"compensation.rescale: expected true or false, found 1"):
         Plan.load(path)
+
+
+def test_samples_held_out_and_what_was_measured_on_them(tmp_path):
+    plan = Plan.identity(SHAPE, "f")
+    losses = {"own": Measured(511, 3.25, 4.5, 3.75)}
+    plan = dataclasses.replace(plan, compensation=Compensation("t" * 64, held_out=(18, 19, 35)), measured=losses)
+    plan.save(tmp_path / "p.yaml")
+    assert Plan.load(tmp_path / "p.yaml") == plan and "\n  held_out: 18-19 35\n" in plan.to_yaml()
+    document = yaml.safe_load(plan.to_yaml())
+    assert document["measured"] == {"own": {"tokens": 511, "teacher": 3.25, "cut": 4.5, "resolved": 3.75}}
+    (tmp_path / "p.yaml").write_text(plan.to_yaml().replace("18-19 35", "35 18-19"))
+    with pytest.raises(MinitronError, match=r"compensation\.held_out: expected ascending samples, found '35 18-19'"):
+        Plan.load(tmp_path / "p.yaml")
+    old = dataclasses.replace(plan, compensation=Compensation("t" * 64), measured={})
+    assert not any(word in old.to_yaml() for word in ("held_out", "measured")), "as before there were any"
 
 
 def test_a_plan_says_the_ranking_that_chose_something(tmp_path):
