@@ -48,8 +48,8 @@ class Calibration:
     seed: int = key(SEED, "seed of the drawing")
     reconstruction: bool = key(True, "also rank units by what is lost once the others are re-solved; for compensation")
     reconstruction_tokens: int = key(65536, "tokens that serve for that and are kept for compensation")
-    own_samples: int = key(
-        0, "blocks that the model writes itself, kept beside those; keeps text unlike the calibration's"
+    own_samples: int | None = key(
+        None, "blocks that the model writes itself, kept beside those, for text unlike them; as many again when null"
     )
 
 

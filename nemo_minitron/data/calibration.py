@@ -52,7 +52,7 @@ def draw_blocks(
         raise MinitronError(
             "calibration: expected one of calibration.data_prefix and calibration.path, found both or none"
         )
-    if calibration.own_samples < 0:
+    if calibration.own_samples is not None and calibration.own_samples < 0:
         raise MinitronError(f"calibration.own_samples: expected 0 or more, found {calibration.own_samples}")
     if calibration.num_samples < 1:
         raise MinitronError(f"calibration.num_samples: expected at least 1, found {calibration.num_samples}")

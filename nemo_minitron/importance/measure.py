@@ -18,7 +18,7 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Calibration
 from nemo_minitron.errors import check_choice
 from nemo_minitron.importance.metric import OBSERVES, Job, Metric
-from nemo_minitron.importance.own_text import write_samples
+from nemo_minitron.importance.own_text import steps, write_blocks
 from nemo_minitron.importance.reconstruction import Compensation, as_arrays, clipped, measure
 from nemo_minitron.importance.scores_format import Ranking
 from nemo_minitron.importance.stream import stream_collect
@@ -38,21 +38,24 @@ def collect_by_layer(reader: NemoReader, blocks: Tensor) -> tuple[dict[str, np.n
         return stream_collect(reader, share, group=world, progress=bar.update)
 
 
-def kept_tokens(reader: NemoReader, blocks: Tensor, calibration: Calibration) -> Tensor:
-    """Tokens ``[m, s]`` that ranks and compensation rest on: of ``blocks [n, s]`` as many as have
-    ``calibration.reconstruction_tokens``, at least one, and ``calibration.own_samples`` that the model writes itself;
-    the same on every rank."""
+def kept_tokens(reader: NemoReader, blocks: Tensor, calibration: Calibration) -> tuple[Tensor, int]:
+    """Tokens ``[m, s]`` that ranks and compensation rest on, and how many of the last of them the model wrote itself.
+
+    Of ``blocks [n, s]`` as many as have ``calibration.reconstruction_tokens``, at least one; beside them
+    ``calibration.own_samples`` blocks of the model's own, or as many again where it is null. The same on every rank.
+    """
     drawn = blocks[: max(1, calibration.reconstruction_tokens // blocks.shape[1])]
-    count, length, device = calibration.own_samples, blocks.shape[1], runtime.device()
+    length, device = blocks.shape[1], runtime.device()
+    count = len(drawn) if calibration.own_samples is None else calibration.own_samples
     if count == 0:
-        return drawn
+        return drawn, 0
     written = torch.zeros(count, length, dtype=torch.int64)
     if runtime.rank() == 0:
-        with _bar(length - 1, "own text", "token") as bar:
-            written = write_samples(
+        with _bar(steps(reader.shape, count, length, reader.dtype), "own text", "token") as bar:
+            written = write_blocks(
                 reader, count, length, seed=calibration.seed, device=device, dtype=reader.dtype, progress=bar.update
             )
-    return torch.cat([drawn, parallel.broadcast(written.to(device), 0, parallel.world()).to(drawn)])
+    return torch.cat([drawn, parallel.broadcast(written.to(device), 0, parallel.world()).to(drawn)]), count
 
 
 def chosen_metrics(names: Iterable[str]) -> dict[str, Metric]:

@@ -72,9 +72,9 @@ def measure_and_save(
                 _check_grid(calibration, blocks, Grid.of(model))
                 arrays, counts = collect_on_grid(source, blocks, calibration.micro_batch_size, model, trainer)
             rankings = rank_by_statistics(reader.shape, arrays, counts, chosen)
-            kept, compensation = None, None
+            kept, own, compensation = None, 0, None
             if len(rankings) < len(chosen):
-                kept = kept_tokens(reader, blocks, calibration)
+                kept, own = kept_tokens(reader, blocks, calibration)
                 by_walk, compensation = rank_by_walk(reader, kept, chosen)
                 rankings |= by_walk
             if not calibration.reconstruction:  # they were ranked on, and nothing is to be re-solved on them
@@ -83,7 +83,7 @@ def measure_and_save(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
                 data_fingerprint=data,
-                calibration={**_record(calibration, blocks, trainer, kept), **counts},
+                calibration={**_record(calibration, blocks, trainer, None if kept is None else own), **counts},
                 rankings=rankings,
                 stream_moment=None if compensation is None else compensation.stream_moment,
                 tokens=None if kept is None else kept.numpy(),
@@ -99,15 +99,15 @@ def measure_and_save(
     return scores
 
 
-def _record(calibration: Calibration, blocks: Tensor, trainer: Section, kept: Tensor | None) -> dict[str, str | int]:
-    """How scores were measured, as they record it; ``kept``: the tokens that they hold."""
+def _record(calibration: Calibration, blocks: Tensor, trainer: Section, own: int | None) -> dict[str, str | int]:
+    """How scores were measured, as they record it; ``own``: how many of their tokens' samples the model wrote."""
     return {
         "sequence": "mean",
         "batch": "l2",
         "seq_length": blocks.shape[1],
         "seed": calibration.seed,
         "precision": str(Machines.of(trainer).precision),
-        **({} if kept is None else {"own_samples": calibration.own_samples}),
+        **({} if own is None else {"own_samples": own}),
     }
 
 

@@ -26,6 +26,8 @@ from nemo_minitron.prune.measured import hold_out
 from nemo_minitron.prune.plan import TARGETS, Compensation, Indices, Plan
 
 TIE = 1e-6
+WEIGHTING = 0.5
+"""Of new plans that re-solve weights, see :class:`nemo_minitron.prune.plan.Compensation`."""
 
 
 class ScoreArrays(Protocol):
@@ -181,7 +183,7 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: 
     if scores is not None and scores.tokens is not None and tokens is not None and prune.compensate is not False:
         held_out = hold_out(len(scores.tokens), scores.own_samples)
         turned = turnable and narrower and prune.rotate is not False
-        compensation = Compensation(tokens, rotate=turned, rescale=True, held_out=held_out)
+        compensation = Compensation(tokens, rotate=turned, rescale=True, weighting=WEIGHTING, held_out=held_out)
     ranking = prune.ranking or ("reconstruction" if compensation and ranked else "minitron")
     target = targets_of(prune)
     axes = ranked_axes(shape, target_shape(shape, target, prune.drop_layers, prune.layer_selection))

@@ -58,7 +58,7 @@ class Frame:
         held_out: int = 0,
     ) -> None:
         self.reader, self.plan, self.writer = reader, plan, writer
-        self.tokens, self.sensitivity = tokens, sensitivity
+        self.tokens, self.sensitivity = tokens, sensitivity.pow(ridge.weighting)
         self.dtype, self.ridge, self.group = dtype, ridge, group
         self.device, self.samples = tokens.device, range(len(tokens))
         self.solved = range(len(tokens) - held_out)

@@ -65,9 +65,9 @@ def layers_by_loss(
     half: bool = False,
     section: str = "prune",
 ) -> tuple[float, list[Step]]:
-    """Loss of the whole model and without up to ``count`` layers, on the first ``tokens`` tokens of the scores.
+    """Loss of the whole model and without up to ``count`` layers, on about ``tokens`` tokens of the scores.
 
-    Stand-ins of removed layers are fitted on all of their tokens.
+    Half of them the model wrote itself, where scores have such; stand-ins of removed layers are fitted on all tokens.
 
     Every process of the job takes part, each with its share of the samples; progress is shown.
 
@@ -90,7 +90,8 @@ def layers_by_loss(
     samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
     everything = torch.from_numpy(scores.tokens.astype("int64"))
     mine = slice(runtime.rank(), None, parallel.size(world))
-    share, fitted = (part[mine].to(runtime.device()) for part in (everything[:samples], everything))
+    tried = _both_kinds(everything, scores.own_samples, samples)
+    share, fitted = (part[mine].to(runtime.device()) for part in (tried, everything))
     sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
     work = sets * reader.shape.num_layers
     with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
@@ -101,6 +102,13 @@ def layers_by_loss(
         steps = BY_LOSS[selection](losses, count, beam)
         bar.total = bar.n
     return whole, steps
+
+
+def _both_kinds(tokens: torch.Tensor, own: int, samples: int) -> torch.Tensor:
+    """``samples`` of ``tokens [n, s]``, or all: half of them from the last ``own``, which the model wrote itself."""
+    written = min(own, samples // 2)
+    drawn = min(len(tokens) - own, samples - written)
+    return torch.cat([tokens[:drawn], tokens[len(tokens) - own :][: samples - drawn]])
 
 
 def _sets(selection: str, layers: int, count: int, beam: int) -> int:
