@@ -55,6 +55,7 @@ def test_a_metric_of_ones_own_scores_and_prunes(mine, tmp_path, capsys):
     prefix, source = tmp_path / "tokens_text_document", f"model.restore_from_path={tmp_path}/teacher.nemo"
     keys = [source, mine, f"calibration.data_prefix={prefix}", f"output_path={tmp_path}/scores"]
     keys += ["calibration.num_samples=4", "calibration.seq_length=32", "calibration.seed=3", "importance.stream=true"]
+    keys += ["calibration.own_samples=0"]
     assert main(["importance", *keys, "importance.metrics=[written]"]) == 0
     scores = Scores.load(tmp_path / "scores")
     assert list(scores.rankings) == ["minitron", "reconstruction", "written"]

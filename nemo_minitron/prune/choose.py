@@ -27,7 +27,7 @@ from nemo_minitron.prune.plan import TARGETS, Compensation, Indices, Plan
 
 TIE = 1e-6
 WEIGHTING = 0.5
-"""Of new plans that re-solve weights, see :class:`nemo_minitron.prune.plan.Compensation`."""
+"""Exponent of the sensitivity in new plans, see :class:`nemo_minitron.prune.plan.Compensation`."""
 
 
 class ScoreArrays(Protocol):
