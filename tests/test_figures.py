@@ -85,10 +85,14 @@ def readme() -> Iterator[str]:
     yield f"the choice of calibration files by up to {max(most - least for least, most in spans):.1f}"
     by_row = [[one["above"][name] for one in layouts["plain"]] for name in reference]
     yield f"the layout of the text moves its rows by up to {max(max(row) - min(row) for row in by_row):.1f}"
-    own, known = (one["ffn 1536→1024"] for one in (load("zero_shot_own_text_smollm2_135m")["rows"], rows))
-    ours, plain, less = known["ours"]["above"], known["plain"]["above"], own["ours"]["above"]
-    yield f"from {ours['pydoc']:.2f} to {less['pydoc']:.2f}, below the cut student's {plain['pydoc']:.2f}"
-    yield f"for {less['brown']:.2f} instead of {ours['brown']:.2f} on Brown"
+    ours, plain = (
+        load("zero_shot_draws_smollm2_135m")["rows"]["ffn 1536→1024"][who]["above"] for who in ("ours", "plain")
+    )
+    texts = ("brown", "pydoc", "python", "chat")
+    found, cut = ([f"{one[text]:.2f}" for text in texts] for one in (ours, plain))
+    yield f"loses {found[0]} on Brown, {found[1]} on the documentation, {found[2]} on Python source"
+    yield f"on Python source and {found[3]} on dialogue"
+    yield f"cut to the same size it loses {cut[0]}, {cut[1]}, {cut[2]} and {cut[3]}"
     yield from recovery()
 
     yield from search()
