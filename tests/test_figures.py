@@ -91,7 +91,7 @@ def readme() -> Iterator[str]:
     texts = ("brown", "pydoc", "python", "chat")
     found, cut = ([f"{one[text]:.2f}" for text in texts] for one in (ours, plain))
     yield f"loses {found[0]} on Brown, {found[1]} on the documentation, {found[2]} on Python source"
-    yield f"on Python source and {found[3]} on dialogue"
+    yield f"and {found[3]} on dialogue"
     yield f"cut to the same size it loses {cut[0]}, {cut[1]}, {cut[2]} and {cut[3]}"
     yield from recovery()
 
