@@ -199,6 +199,9 @@ def test_old_scores_make_the_same_plan_and_cut_student_here_too(out, run, name, 
         scores = "scores"
     make.prune(run, [name], scores)
     test_old_scores_make_the_same_plan_and_cut_student(out, name, others)
+    if name not in REPLAYED:
+        make.prune(run, [name], scores, make.FIXTURE / "plans", "replayed")
+    test_an_old_plan_makes_the_same_student(out, name, others)
 
 
 @pytest.mark.slow
@@ -211,7 +214,7 @@ def test_a_training_logs_the_same_losses(out, run, name, others):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", make.EVALUATIONS)
 def test_an_evaluation_tells_the_same_loss(out, run, grid, others):
-    make.evaluate(run, [grid])
+    make.evaluate(run, [grid], "replayed/width_turned.nemo")
     same_texts(
         {grid: observe.evaluated(out / "evaluated" / f"{grid}.json")}, {grid: EXPECTED["evaluated"][grid]}, others
     )
