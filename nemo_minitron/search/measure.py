@@ -256,6 +256,8 @@ def write_plan(plan: Plan, path: Path) -> None:
 def fewer_tokens(scores: Scores, tokens: int) -> Scores:
     """The same scores with whole samples of calibration, as many as have ``tokens``; at least one.
 
+    The model's own samples keep their share of them.
+
     Raises:
         MinitronError: the scores hold none.
     """
@@ -267,12 +269,14 @@ def fewer_tokens(scores: Scores, tokens: int) -> Scores:
     samples = max(1, tokens // scores.tokens.shape[1])
     if samples >= len(scores.tokens):
         return scores
-    own = {"own_samples": max(0, samples - (len(scores.tokens) - scores.own_samples))} if scores.own_samples else {}
+    total, first_own = len(scores.tokens), len(scores.tokens) - scores.own_samples
+    own = samples * scores.own_samples // total
+    some = [*range(samples - own), *range(first_own, first_own + own)]
     return dataclasses.replace(
         scores,
-        calibration={**scores.calibration, **own},
-        tokens=scores.tokens[:samples],
-        sensitivity=scores.sensitivity[:, :samples],
+        calibration={**scores.calibration, **({"own_samples": own} if scores.own_samples else {})},
+        tokens=scores.tokens[some],
+        sensitivity=scores.sensitivity[:, some],
     )
 
 

@@ -295,6 +295,9 @@ def test_calibration_tokens_can_be_fewer():
     few = measure.fewer_tokens(scores, 7)
     assert few.tokens.tolist() == tokens[:2].tolist() and few.sensitivity.shape == (6, 2, 3)
     assert measure.fewer_tokens(scores, 100) is scores
+    half = replace(scores, calibration={**scores.calibration, "own_samples": 2})
+    assert measure.fewer_tokens(half, 7).tokens.tolist() == tokens[[0, 2]].tolist(), "one of each kind"
+    assert measure.fewer_tokens(half, 7).own_samples == 1
     with pytest.raises(MinitronError, match=r"search\.tokens: the scores hold no calibration tokens"):
         measure.fewer_tokens(make_scores(), 7)
 
