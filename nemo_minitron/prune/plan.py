@@ -64,9 +64,10 @@ class Compensation:
     held_out: Indices = ()
 
     def to_section(self) -> dict[str, str | float | bool]:
-        """The section of a plan file."""
+        """The section of a plan file; what earlier versions do not know is left out where it says what they do."""
         section = dataclasses.asdict(self) | {"held_out": format_ranges(self.held_out)}
-        return section if self.held_out else {name: section[name] for name in section if name != "held_out"}
+        neutral = {"held_out": "", "weighting": 1.0}
+        return {name: value for name, value in section.items() if value != neutral.get(name)}
 
 
 @dataclass(frozen=True)
