@@ -28,6 +28,8 @@ from tests.ranks import run_ranks
 SAMPLES, OWN, LENGTH = 36, 16, 24
 HELD_OUT = (18, 19, 35)
 NARROWER = Prune(hidden_size=40, ffn_hidden_size=64)
+HARDLY_CUT = Prune(hidden_size=60)
+"""Where cutting costs so little that weights solved on two tokens in turn are clearly worse."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,8 @@ def student(folder: Path, scores: str, out: Path, plan: Plan | None = None, **ch
     """Write a student and its plan to ``out``."""
     found = Scores.load(folder / scores)
     with NemoReader(folder / "teacher.nemo") as reader:
-        prune = dataclasses.replace(NARROWER, ranking="reconstruction", **changes)
+        sizes = HARDLY_CUT if scores == "in_turn" else NARROWER
+        prune = dataclasses.replace(sizes, ranking="reconstruction", **changes)
         plan = plan or plan_from_scores(GQA, reader.fingerprint(), prune, found)
         return write_student(reader, plan, out / "student.nemo", out / "student.plan.yaml", found, None)
 
