@@ -27,6 +27,7 @@ Told = Callable[[int], None]
 """Is told of every step that was done."""
 
 
+@torch.no_grad()
 def write_blocks(
     reader: LayerReader,
     count: int,
@@ -37,12 +38,23 @@ def write_blocks(
     dtype: torch.dtype = torch.float32,
     progress: Told = lambda steps: None,
 ) -> Tensor:
-    """``[count, length]`` int64: blocks of samples of at most :data:`LONGEST` tokens, one behind the other.
+    """``[count, length]`` int64 tokens of the true vocabulary, on the CPU: blocks of samples of at most
+    :data:`LONGEST` tokens, one behind the other.
 
-    Arguments as for :func:`write_samples`; ``progress`` is told of :func:`steps` in all.
+    The whole model is in memory in ``dtype``, on one process: no grid plays a part in what is written. As many samples
+    as :data:`CACHE_BYTES` has room for grow together, token by token, with their keys and values kept. ``progress`` is
+    told after each of their :func:`steps`.
+
+    Raises:
+        ValueError: no block or no token asked for.
     """
+    if count < 1 or length < 1:
+        raise ValueError(f"nothing to write: {count} blocks of {length} tokens")
     parts, each = _parts(length)
-    written = write_samples(reader, count * parts, each, seed=seed, device=device, dtype=dtype, progress=progress)
+    model, generator = _Model.read(reader, device, dtype), torch.Generator().manual_seed(seed)
+    written = torch.empty(count * parts, each, dtype=torch.int64)
+    for some in written.split(_together(reader.shape, each, dtype)):
+        model.write(some, generator, progress)
     return written.view(count, -1)[:, :length].contiguous()
 
 
@@ -64,41 +76,12 @@ def _together(shape: ModelShape, length: int, dtype: torch.dtype) -> int:
     return max(1, CACHE_BYTES // (numbers * dtype.itemsize))
 
 
-@torch.no_grad()
-def write_samples(
-    reader: LayerReader,
-    count: int,
-    length: int,
-    *,
-    seed: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    progress: Told = lambda steps: None,
-) -> Tensor:
-    """``[count, length]`` int64 tokens of the true vocabulary, on the CPU.
-
-    The whole model is in memory in ``dtype``, on one process: no grid plays a part in what is written. As many samples
-    as :data:`CACHE_BYTES` has room for grow together, token by token, with their keys and values kept. ``progress`` is
-    told after each step, of ``length - 1`` for all that grow together.
-
-    Raises:
-        ValueError: no sample or no token asked for.
-    """
-    if count < 1 or length < 1:
-        raise ValueError(f"nothing to write: {count} samples of {length} tokens")
-    model, generator = _Model.read(reader, device, dtype), torch.Generator().manual_seed(seed)
-    written = torch.empty(count, length, dtype=torch.int64)
-    for some in written.split(_together(reader.shape, length, dtype)):
-        model.write(some, generator, progress)
-    return written
-
-
 @dataclass(frozen=True)
 class _Model:
     """A whole model.
 
     Attributes:
-        table: ``[Vp, H]`` embedding. norm: ``[H]`` of the final norm. head: ``[V, H]`` output layer.
+        table: ``[V, H]`` embedding. norm: ``[H]`` of the final norm. head: ``[V, H]`` output layer; no padded rows.
     """
 
     shape: ModelShape

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoint import HfReader
 from nemo_minitron.importance import own_text
-from nemo_minitron.importance.own_text import LONGEST, _draw, steps, write_blocks, write_samples
+from nemo_minitron.importance.own_text import LONGEST, _draw, steps, write_blocks
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import SHAPES
 
@@ -18,7 +18,7 @@ def test_every_token_is_drawn_from_what_transformers_expects_there(name, tmp_pat
     folder = make_llama(tmp_path / "hf", SHAPES[name])
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
     with HfReader(folder) as reader:
-        found = write_samples(reader, 3, 24, seed=7)
+        found = write_blocks(reader, 3, 24, seed=7)
     generator = torch.Generator().manual_seed(7)
     expected = torch.randint(SHAPES[name].vocab_size, (3, 1), generator=generator)
     while expected.shape[1] < 24:
@@ -31,9 +31,9 @@ def test_every_token_is_drawn_from_what_transformers_expects_there(name, tmp_pat
 def test_another_seed_writes_another_text_and_half_precision_runs(tmp_path):
     shape = SHAPES[next(iter(SHAPES))]
     with HfReader(make_llama(tmp_path / "hf", shape)) as reader:
-        one, other = (write_samples(reader, 2, 12, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+        one, other = (write_blocks(reader, 2, 12, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
         with pytest.raises(ValueError, match="nothing to write"):
-            write_samples(reader, 0, 12, seed=0)
+            write_blocks(reader, 0, 12, seed=0)
     assert one.shape == (2, 12) and one.min() >= 0 and one.max() < shape.vocab_size
     assert not torch.equal(one, other)
 
@@ -53,7 +53,7 @@ def test_a_long_block_is_filled_with_several_samples(length, parts, each, tmp_pa
     told: list[int] = []
     with HfReader(make_llama(tmp_path / "hf", SHAPES["gqa"])) as reader:
         blocks = write_blocks(reader, 2, length, seed=3, progress=told.append)
-        samples = write_samples(reader, 2 * parts, each, seed=3)
+        samples = write_blocks(reader, 2 * parts, each, seed=3)
         total = steps(reader.shape, 2, length, torch.float32)
     assert blocks.shape == (2, length)
     assert torch.equal(blocks, samples.view(2, -1)[:, :length])
@@ -65,10 +65,10 @@ def test_samples_that_have_no_room_together_are_written_in_turns(tmp_path, monke
     told: list[int] = []
     with HfReader(make_llama(tmp_path / "hf", SHAPES["gqa"])) as reader:
         shape = reader.shape
-        two = write_samples(reader, 2, 8, seed=5)
+        two = write_blocks(reader, 2, 8, seed=5)
         monkeypatch.setattr(
             own_text, "CACHE_BYTES", 2 * 4 * 2 * shape.num_layers * shape.num_query_groups * 8 * shape.kv_channels
         )
-        three = write_samples(reader, 3, 8, seed=5, progress=told.append)
+        three = write_blocks(reader, 3, 8, seed=5, progress=told.append)
         assert len(told) == steps(shape, 3, 8, torch.float32) == 2 * 7
     assert torch.equal(three[:2], two) and not torch.equal(three[2], two[0])

@@ -12,7 +12,7 @@ from nemo_minitron.checkpoint import NemoReader, NemoWriter, each_tensor
 from nemo_minitron.config.sections import Prune
 from nemo_minitron.convert import convert
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.importance.own_text import write_samples
+from nemo_minitron.importance.own_text import write_blocks
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model import layout
 from nemo_minitron.prune.choose import plan_from_scores
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
         for parameter, layer in each_tensor(GQA):
             writer.write(parameter, model.tensors[parameter.key, layer].float(), layer)
     with NemoReader(folder / "teacher.nemo") as reader:
-        tokens = write_samples(reader, SAMPLES, LENGTH, seed=5)
+        tokens = write_blocks(reader, SAMPLES, LENGTH, seed=5)
         energy = stream(reader, tokens[:8]).flatten(0, 1).double()
         scores = made(
             GQA,
