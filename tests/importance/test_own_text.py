@@ -47,7 +47,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert (found - expected).abs().max() < 5 * (0.25 / len(drawn)) ** 0.5
 
 
-@pytest.mark.parametrize(("length", "parts", "each"), [(24, 1, 24), (LONGEST, 1, LONGEST), (2 * LONGEST + 3, 3, 172)])
+@pytest.mark.parametrize(("length", "parts", "each"), [(24, 1, 24), (LONGEST, 1, LONGEST), (2 * LONGEST + 3, 3, 87)])
 def test_a_long_block_is_filled_with_several_samples(length, parts, each, tmp_path):
     """Blocks hold the samples of one call, one behind the other, without what is too much."""
     told: list[int] = []
