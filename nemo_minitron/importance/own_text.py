@@ -18,9 +18,11 @@ from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, r
 from nemo_minitron.model.shape import ModelShape
 
 LONGEST = 128
-"""Tokens of a sample at most; a longer block is filled with several. Among 64, 128, 256 and 512 the same number of tokens
-left unlike text nearest to the teacher with 128 (SmolLM2-135M, its first 8 layers): the more samples, the more kinds of
-text, but for the shortest."""
+"""Tokens of a sample at most; a longer block is filled with several.
+
+Among 64, 128, 256 and 512 the same number of tokens left unlike text nearest to the teacher with 128 (SmolLM2-135M, its
+first 8 layers): more samples hold more kinds of text, too short ones little of any.
+"""
 CACHE_BYTES = 4 << 30
 """Bounds the keys and values of samples that are written together; the same on every machine, as is what is written."""
 

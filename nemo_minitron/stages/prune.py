@@ -41,6 +41,7 @@ def run(cfg: PruneConfig) -> Plan:
     """
     from nemo_minitron import runtime
 
+    runtime.keep_freed_memory()
     prune = cfg.prune
     source, save_path = Path(required(cfg, "model.restore_from_path")), Path(required(cfg, "export.save_path"))
     name = save_path.name.removesuffix(".nemo")
