@@ -261,7 +261,7 @@ class Bench:
         stage("prune", self.overrides["prune"], {"model": model, "prune": prune, "export": files})
 
     def _unscaled(self, prune: Mapping[str, Any]) -> str:
-        """The plan of a ``prune`` section, as YAML, under which the final norm is left as it is."""
+        """The plan of a ``prune`` section, as YAML, under which the final norm follows no loss."""
         from nemo_minitron.checkpoint import NemoReader
         from nemo_minitron.config.sections import Prune
         from nemo_minitron.importance.scores import Scores
@@ -269,7 +269,7 @@ class Bench:
 
         with NemoReader(self.teacher) as reader:
             plan = make_requested_plan(reader, Prune(**prune), Scores.load(self.scores), half=True)
-        compensation = dataclasses.replace(plan.compensation, rescale=False)
+        compensation = dataclasses.replace(plan.compensation, rescale=False, regain=False)
         return dataclasses.replace(plan, compensation=compensation).to_yaml()
 
     def _cut(self, method: str, target: Mapping[str, int], path: Path) -> None:

@@ -56,6 +56,21 @@ def loss_gradient(x: Tensor, labels: Tensor, norm: Tensor, head: Tensor, epsilon
     return gradient
 
 
+def norm_gradients(x: Tensor, labels: Tensor, norm: Tensor, head: Tensor, epsilon: float) -> Tensor:
+    """Gradient of each token's loss with respect to relative changes of ``norm``, ``[t, H]`` float32.
+
+    That is ``(sum_v p_v head_v - head_label) * h``, h the normed stream and p the chances; zeros for ``IGNORED``.
+    Arguments as for :func:`loss_sums`.
+    """
+    gradients = torch.empty_like(x)
+    for some in _chunks(len(x), len(head)):
+        normed, wanted = rms_norm(x[some], norm, epsilon), labels[some, None]
+        chances = torch.softmax(normed @ head.T, dim=-1)
+        chances.scatter_add_(1, wanted.clamp_min(0), torch.full_like(normed[:, :1], -1.0))
+        gradients[some] = (chances @ head) * normed * (wanted != IGNORED)
+    return gradients
+
+
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over the tokens, a float64 scalar."""
     return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED).double()

@@ -183,7 +183,9 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: 
     if scores is not None and scores.tokens is not None and tokens is not None and prune.compensate is not False:
         held_out = hold_out(len(scores.tokens), scores.own_samples)
         turned = turnable and narrower and prune.rotate is not False
-        compensation = Compensation(tokens, rotate=turned, rescale=True, weighting=WEIGHTING, held_out=held_out)
+        compensation = Compensation(
+            tokens, rotate=turned, rescale=True, weighting=WEIGHTING, held_out=held_out, regain=True
+        )
     ranking = prune.ranking or ("reconstruction" if compensation and ranked else "minitron")
     target = targets_of(prune)
     axes = ranked_axes(shape, target_shape(shape, target, prune.drop_layers, prune.layer_selection))

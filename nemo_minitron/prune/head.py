@@ -2,7 +2,8 @@
 
 Where hidden channels were pruned, the final norm is rescaled per channel and an untied output layer solved for the
 student's normed stream, as ``linear_qkv`` and ``linear_fc1`` are. Then the final norm is scaled by one number, under
-which the calibration tokens are most likely: what a student has lost shows as logits that are too confident.
+which the calibration tokens are most likely: what a student has lost shows as logits that are too confident. At last
+its channels are weighted anew (:mod:`nemo_minitron.prune.gain`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.next_token import loss_sums
 from nemo_minitron.prune.frame import ROWS_AT_ONCE, TINY, Frame, divisible
+from nemo_minitron.prune.gain import likelier
 
 SCALES = tuple(0.75 + step / 32 for step in range(13))
 """Scales of the final norm that are tried; the best is refined by the parabola through it and its neighbours."""
@@ -38,6 +40,8 @@ def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) ->
     gain, output = _solved(frame, student, teacher)
     if frame.ridge.rescale and changed:
         gain = gain * _scale(frame, student, gain, output)
+    if frame.ridge.regain and changed:
+        gain = likelier(frame, student, *stored_head(frame, gain, output))
     frame.write(layout.FINAL_NORM, None, gain)
     if output is not None:
         frame.write(layout.OUTPUT, None, output)

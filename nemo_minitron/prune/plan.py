@@ -48,6 +48,8 @@ class Compensation:
             scores' ``stream_moment``; the student's channels are then mixtures, and ``keep.hidden`` is what
             would be cut to.
         rescale: whether the final norm is scaled by the number under which the calibration tokens are likeliest.
+        regain: whether each channel's weight of the final norm is then moved to where calibration tokens are likelier
+            (:mod:`nemo_minitron.prune.gain`); false in plans of earlier versions, which say nothing.
         held_out: samples that nothing is solved on, ascending, 0-based, on which the student is compared with a cut one
             (:mod:`nemo_minitron.prune.guard`); none in plans of earlier versions.
         weighting: exponent of the sensitivity by which each token's error counts. Chosen on SmolLM2-135M among 0.25 to
@@ -62,11 +64,12 @@ class Compensation:
     rescale: bool = False
     weighting: float = 1.0
     held_out: Indices = ()
+    regain: bool = False
 
     def to_section(self) -> dict[str, str | float | bool]:
         """The section of a plan file; what earlier versions do not know is left out where it says what they do."""
         section = dataclasses.asdict(self) | {"held_out": format_ranges(self.held_out)}
-        neutral = {"held_out": "", "weighting": 1.0}
+        neutral = {"held_out": "", "weighting": 1.0, "regain": False}
         return {name: value for name, value in section.items() if value != neutral.get(name)}
 
 
@@ -254,19 +257,18 @@ def _compensation(section: object) -> Compensation | None:
         return None
     if not isinstance(section, dict):
         raise MinitronError(f"expected keys below 'compensation', found {section!r:.80}")
-    rotate, rescale = (section.get(name, False) for name in ("rotate", "rescale"))
-    for name, value in (("rotate", rotate), ("rescale", rescale)):
+    choices = {name: section.get(name, False) for name in ("rotate", "rescale", "regain")}
+    for name, value in choices.items():
         if not isinstance(value, bool):
             raise MinitronError(f"compensation.{name}: expected true or false, found {value!r:.80}")
-    named = ("tokens", "rotate", "rescale", "held_out")
-    numbers = {name: value for name, value in section.items() if name not in named}
+    numbers = {name: value for name, value in section.items() if name not in ("tokens", "held_out", *choices)}
     strengths = {name: float(value) for name, value in numbers.items()}
     if not all(0 < value < float("inf") for value in strengths.values()):
         raise MinitronError(f"compensation: expected positive numbers, found {strengths}")
     held_out = parse_ranges(section.get("held_out", ""), MOST_SAMPLES)
     if any(one >= other for one, other in itertools.pairwise(held_out)):
         raise MinitronError(f"compensation.held_out: expected ascending samples, found {section['held_out']!r:.80}")
-    return Compensation(str(section["tokens"]), rotate=rotate, rescale=rescale, held_out=held_out, **strengths)
+    return Compensation(str(section["tokens"]), held_out=held_out, **choices, **strengths)
 
 
 def format_ranges(indices: Iterable[int]) -> str:

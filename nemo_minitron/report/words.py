@@ -152,6 +152,8 @@ def compensation(plan: Plan | None) -> list[str]:
         sentences.append("The stream was not turned: each channel that stays is one of the teacher's.")
     if solved.rescale:
         sentences.append("The final norm was scaled as a whole, so that predictions are as sure as the text bears out.")
+    if solved.regain:
+        sentences.append("Then its channels were weighted anew, each so that the calibration tokens became likelier.")
     return sentences + _measured(plan)
 
 

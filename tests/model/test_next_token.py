@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_minitron.model import next_token
-from nemo_minitron.model.next_token import IGNORED, loss_gradient, loss_sums
+from nemo_minitron.model.next_token import IGNORED, loss_gradient, loss_sums, norm_gradients
 
 EPSILON = 1e-5
 SCALES = (0.5, 1.0, 1.25)
@@ -55,3 +55,17 @@ def test_no_token_costs_nothing(sample):
     x, labels, norm, head = sample
     assert loss_sums(x[:0], labels[:0], norm, head, EPSILON).tolist() == [0.0]
     assert loss_gradient(x[:0], labels[:0], norm, head, EPSILON).shape == (0, 16)
+
+
+@pytest.mark.parametrize("budget", [next_token.HEAD_BYTES, 4 * 23 * 5, 1], ids=["whole", "five tokens", "one token"])
+def test_gradients_of_the_norm_are_those_of_dense_float64(sample, budget, monkeypatch):
+    """Of each token alone, with respect to relative changes."""
+    monkeypatch.setattr(next_token, "HEAD_BYTES", budget)
+    x, labels, norm, head = sample
+    found = norm_gradients(x, labels, norm, head, EPSILON)
+    for token in range(len(x)):
+        change = torch.zeros(16, dtype=torch.float64, requires_grad=True)
+        loss = dense(x[token : token + 1].double(), labels[token : token + 1], norm * (1 + change), head)
+        (expected,) = torch.autograd.grad(loss, change)
+        torch.testing.assert_close(found[token].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not found[[0, 9, 36]].any()

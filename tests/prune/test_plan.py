@@ -93,15 +93,16 @@ def test_missing_plan_and_unwritable_output(tmp_path):
         Plan.identity(SHAPE, "f").save(tmp_path / "file" / "p.yaml")
 
 
-def test_a_plan_from_before_rescaling_is_not_rescaled(tmp_path):
-    plan = Plan(**{**vars(Plan.identity(SHAPE, "f")), "compensation": Compensation("t" * 64, rescale=True)})
+@pytest.mark.parametrize("key", ["rescale", "regain"])
+def test_a_plan_from_before_the_final_norm_followed_the_loss_leaves_it(key, tmp_path):
+    plan = Plan(**{**vars(Plan.identity(SHAPE, "f")), "compensation": Compensation("t" * 64, **{key: True})})
     path = tmp_path / "p.yaml"
     plan.save(path)
     assert Plan.load(path) == plan
-    path.write_text(plan.to_yaml().replace("  rescale: true\n", ""))
+    path.write_text(plan.to_yaml().replace(f"  {key}: true\n", ""))
     assert Plan.load(path).compensation == Compensation("t" * 64)
-    path.write_text(plan.to_yaml().replace("rescale: true", "rescale: 1"))
-    with pytest.raises(MinitronError, match=r"compensation.rescale: expected true or false, found 1"):
+    path.write_text(plan.to_yaml().replace(f"{key}: true", f"{key}: 1"))
+    with pytest.raises(MinitronError, match=rf"compensation.{key}: expected true or false, found 1"):
         Plan.load(path)
 
 
