@@ -49,9 +49,12 @@ def likelier(frame: Frame, student: Tensor, gain: Tensor, table: Tensor) -> Tens
         return float(parallel.all_reduce(total, frame.group)) + pull
 
     gradients = [norm_gradients(*seen(sample), frame.rounded(gain), table, epsilon) for sample in frame.solved]
-    ones = torch.ones(student.shape[1], 1, device=frame.device)
-    fisher, slope = frame.moments(lambda sample: (gradients[sample], ones[: len(gradients[sample])], None), len(gain), 1)
-    del gradients
+
+    def slopes(sample: int) -> tuple[Tensor, Tensor, None]:
+        each = gradients[sample]
+        return each, each.new_ones(len(each), 1), None
+
+    fisher, slope = frame.moments(slopes, len(gain), 1)
     fisher.diagonal().add_(GAIN_PULL)
     factor, failed = torch.linalg.cholesky_ex(fisher)
     if int(failed) or not int(count):
