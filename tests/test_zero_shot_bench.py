@@ -96,7 +96,7 @@ def test_a_student_of_every_method(bench, student, monkeypatch, method, target):
     assert losses.keys() == bench.texts.keys() and all(math.isfinite(loss) for loss in losses.values())
 
 
-def test_unscaled_differs_by_the_final_norms_scale_alone(bench, student, monkeypatch):
+def test_unscaled_differs_by_the_final_norm_alone(bench, student, monkeypatch):
     monkeypatch.setattr("nemo_minitron.prune.student.worse", lambda losses: False)  # a random teacher decides by chance
     found = []
     for method in ("ours", "ours_unscaled"):
@@ -105,7 +105,8 @@ def test_unscaled_differs_by_the_final_norms_scale_alone(bench, student, monkeyp
     (_, scaled, fc2), (_, unscaled, same) = found
     assert torch.equal(fc2, same)
     ratio = (scaled / unscaled).double()
-    assert ratio.std() < 1e-5 and abs(float(ratio.mean()) - 1) > 1e-3
+    assert abs(float(ratio.mean()) - 1) > 1e-3  # by one number, and then by one for each channel
+    assert 1e-5 < ratio.std() < 0.2
 
 
 def test_layers_of_a_smaller_count_come_of_the_same_search(bench):
