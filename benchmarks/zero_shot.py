@@ -14,8 +14,8 @@ teacher writes itself. ``--draws N``: further draws are other files, and other t
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
 ranked by reconstruction and re-solved, what ``minitron prune`` does by default; layers chosen one by one by the loss
-without them (``prune.layer_selection=greedy``). ``ours_unscaled``: the same with a final norm that follows no loss. ``oscar``,
-``replaceme``: :mod:`peers`; a target that they do not do stays blank.
+without them (``prune.layer_selection=greedy``). ``ours_unscaled``: the same with a final norm that follows no loss.
+``oscar``, ``replaceme``: :mod:`peers`; a target that they do not do stays blank.
 
 Every cell (a draw of a target by a method) is in ``--json`` as soon as it is measured, and what is there with the same
 settings is not measured again: a run that was stopped goes on, and several may fill one table, each with some
