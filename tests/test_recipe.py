@@ -310,7 +310,7 @@ def test_tiny_recipe_from_nothing_to_an_hf_folder(tmp_path):
         assert {"val_loss", *METRICS} <= set(values)
     losses = [metrics[role]["val_loss"] for role in ("teacher", "distilled", "pruned")]
     assert losses == sorted(losses)
-    assert metrics["pruned"]["hidden_size"] == 48 and metrics["teacher"]["hidden_size"] == 64
+    assert metrics["pruned"]["hidden_size"] == 32 and metrics["teacher"]["hidden_size"] == 64
 
     from transformers import AutoModelForCausalLM
 

@@ -268,7 +268,9 @@ def _compensation(section: object) -> Compensation | None:
     held_out = parse_ranges(section.get("held_out", ""), MOST_SAMPLES)
     if any(one >= other for one, other in itertools.pairwise(held_out)):
         raise MinitronError(f"compensation.held_out: expected ascending samples, found {section['held_out']!r:.80}")
-    return Compensation(str(section["tokens"]), held_out=held_out, **choices, **strengths)
+    rotate, rescale, regain = choices.values()
+    tokens = str(section["tokens"])
+    return Compensation(tokens, rotate=rotate, rescale=rescale, held_out=held_out, regain=regain, **strengths)
 
 
 def format_ranges(indices: Iterable[int]) -> str:
