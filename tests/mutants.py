@@ -480,8 +480,8 @@ MUTANTS = [
     ),
     Mutant(
         "prune/head.py",
-        "gain = gain * _scale(frame, student, gain, output)",
-        "gain = gain / _scale(frame, student, gain, output)",
+        "gain = gain * _scale(frame, student, frame.rounded(gain), table)",
+        "gain = gain / _scale(frame, student, frame.rounded(gain), table)",
         "prune/test_resolve.py::test_the_final_norm_is_scaled_to_the_least_cross_entropy",
     ),
     Mutant(

@@ -125,6 +125,20 @@ class Frame:
         """The teacher's stream ``[…, H]`` in the student's channels ``[…, k]``."""
         return self.basis.project(stream) if self.turned else stream[..., list(self.plan.hidden)]
 
+    def next_tokens(self, student: Tensor, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Choose positions whose next tokens are predicted, evenly spread over the job's solved samples.
+
+        Args:
+            student: ``[n, s, k]``, a stream of this process's samples.
+            most: about how many positions in all; every process must ask at the same place.
+
+        Returns:
+            By a sample's number: its stream there, ``[t, k]``, and the tokens that follow, ``[t]`` int64.
+        """
+        positions = torch.tensor([self.tokens[: len(self.solved), 1:].numel()], device=self.device)
+        every = max(1, int(parallel.all_reduce(positions, self.group)) // most)
+        return lambda sample: (student[sample, :-1:every], self.tokens[sample, 1::every])
+
     def moments(self, parts: Parts, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
         """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's solved samples."""
         return two_pass_moments(parts, len(self.solved), (inputs, outputs), self.device, self.group)

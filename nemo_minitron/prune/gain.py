@@ -34,21 +34,16 @@ def likelier(frame: Frame, student: Tensor, gain: Tensor, table: Tensor) -> Tens
     Returns:
         ``[k]``; ``gain`` itself where no part of the step lowers the loss and its pull, or where there is no token.
     """
-    tokens, epsilon = frame.tokens[: len(frame.solved)], frame.plan.source.layernorm_epsilon
-    count = parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=frame.device)[None], frame.group)
-    every = max(1, int(count) // GAIN_TOKENS)
-
-    def seen(sample: int) -> tuple[Tensor, Tensor]:
-        return student[sample, :-1:every], tokens[sample, 1::every]
+    epsilon, predicted = frame.plan.source.layernorm_epsilon, frame.next_tokens(student, GAIN_TOKENS)
 
     def loss(weights: Tensor, change: Tensor) -> float:
         total = torch.zeros(1, dtype=torch.float64, device=frame.device)
         for sample in frame.solved:
-            total += loss_sums(*seen(sample), frame.rounded(weights), table, epsilon)
+            total += loss_sums(*predicted(sample), frame.rounded(weights), table, epsilon)
         pull = GAIN_PULL / 2 * float(change.square().sum())
         return float(parallel.all_reduce(total, frame.group)) + pull
 
-    gradients = [norm_gradients(*seen(sample), frame.rounded(gain), table, epsilon) for sample in frame.solved]
+    gradients = [norm_gradients(*predicted(sample), frame.rounded(gain), table, epsilon) for sample in frame.solved]
 
     def slopes(sample: int) -> tuple[Tensor, Tensor, None]:
         each = gradients[sample]
@@ -57,7 +52,7 @@ def likelier(frame: Frame, student: Tensor, gain: Tensor, table: Tensor) -> Tens
     fisher, slope = frame.moments(slopes, len(gain), 1)
     fisher.diagonal().add_(GAIN_PULL)
     factor, failed = torch.linalg.cholesky_ex(fisher)
-    if int(failed) or not int(count):
+    if int(failed):
         return gain
     step = -torch.cholesky_solve(slope, factor)[:, 0]
     before = loss(gain, torch.zeros_like(step))

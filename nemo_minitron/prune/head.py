@@ -27,7 +27,7 @@ SCALE_PULL = 256.0
 """Towards a scale of 1, in nats per square of the distance: worth some 64 tokens, so that a handful decides nothing."""
 
 
-def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) -> tuple[Tensor, Tensor | None]:
+def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) -> tuple[Tensor, Tensor]:
     """Solve and write the final norm and, where it is untied, the output layer.
 
     Args:
@@ -35,23 +35,19 @@ def write_head(frame: Frame, student: Tensor, teacher: Tensor, changed: bool) ->
         changed: whether they differ.
 
     Returns:
-        The student's final norm ``[k]``, and its output layer ``[Vp, k]`` where that is untied, unrounded.
+        The student's final norm ``[k]`` and output layer ``[V, k]`` as they are stored, float32, without padded rows.
     """
     gain, output = _solved(frame, student, teacher)
+    table = frame.cut(layout.EMBEDDING, None, frame.read(layout.EMBEDDING)) if output is None else output
+    table = frame.rounded(table[: frame.plan.source.vocab_size])
     if frame.ridge.rescale and changed:
-        gain = gain * _scale(frame, student, gain, output)
+        gain = gain * _scale(frame, student, frame.rounded(gain), table)
     if frame.ridge.regain and changed:
-        gain = likelier(frame, student, *stored_head(frame, gain, output))
+        gain = likelier(frame, student, frame.rounded(gain), table)
     frame.write(layout.FINAL_NORM, None, gain)
     if output is not None:
         frame.write(layout.OUTPUT, None, output)
-    return gain, output
-
-
-def stored_head(frame: Frame, gain: Tensor, output: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The student's final norm ``[k]`` and output layer ``[V, k]`` as they are stored, float32, without padded rows."""
-    table = frame.cut(layout.EMBEDDING, None, frame.read(layout.EMBEDDING)) if output is None else output
-    return frame.rounded(gain), frame.rounded(table[: frame.plan.source.vocab_size])
+    return frame.rounded(gain), table
 
 
 def _solved(frame: Frame, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -76,25 +72,20 @@ def _solved(frame: Frame, student: Tensor, teacher: Tensor) -> tuple[Tensor, Ten
     return safe, torch.cat(parts)
 
 
-def _scale(frame: Frame, student: Tensor, gain: Tensor, output: Tensor | None) -> float:
+def _scale(frame: Frame, student: Tensor, gain: Tensor, table: Tensor) -> float:
     """Find the scale of the final norm ``gain [k]`` with the least cross entropy of the calibration tokens.
 
     The loss is convex in the scale, a log-sum of exponentials of linear functions: from 1 its slope leads down to the
     least of :data:`SCALES`, and the others need not be tried. The same bits on every grid, as :func:`loss_sums` are.
     """
-    source, tokens = frame.plan.source, frame.tokens
-    gain, table = stored_head(frame, gain, output)
-    tokens = tokens[: len(frame.solved)]
-    count = parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=frame.device)[None], frame.group)
-    every = max(1, int(count) // SCALE_TOKENS)
+    epsilon, predicted = frame.plan.source.layernorm_epsilon, frame.next_tokens(student, SCALE_TOKENS)
     known: dict[int, float] = {}
 
     def try_all(numbers: Sequence[int]) -> None:
         scales = torch.tensor([SCALES[number] for number in numbers], dtype=torch.float64, device=frame.device)
         losses = torch.zeros_like(scales)
         for sample in frame.solved:
-            x, labels = student[sample, :-1:every], tokens[sample, 1::every]
-            losses += loss_sums(x, labels, gain, table, source.layernorm_epsilon, scales.tolist())
+            losses += loss_sums(*predicted(sample), gain, table, epsilon, scales.tolist())
         losses = parallel.all_reduce(losses, frame.group) + SCALE_PULL * (scales - 1).square()
         known.update(zip(numbers, losses.tolist(), strict=True))
 

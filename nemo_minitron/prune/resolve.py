@@ -38,7 +38,7 @@ from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, tensor_cor
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, check_source, kept, refuse_non_finite
 from nemo_minitron.prune.frame import Frame, divisible
 from nemo_minitron.prune.guard import Guard
-from nemo_minitron.prune.head import stored_head, write_head
+from nemo_minitron.prune.head import write_head
 from nemo_minitron.prune.measured import Measured
 from nemo_minitron.prune.plan import Plan
 
@@ -124,10 +124,10 @@ class _Walk:
             following = kept_layers[position + 1] if position + 1 < len(kept_layers) else source.num_layers
             self._layer(number, range(number + 1, following))
             progress(following - number)
-        gain, output = write_head(self.frame, self.student, self.teacher, self.changed)
+        norm, table = write_head(self.frame, self.student, self.teacher, self.changed)
         if self.guard is None:
             return {}
-        return self.guard.measure(self.teacher, self.student, *stored_head(self.frame, gain, output))
+        return self.guard.measure(self.teacher, self.student, norm, table)
 
     def _pass_dropped(self, number: int) -> None:
         """The teacher goes through a layer that the student has not."""

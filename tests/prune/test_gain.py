@@ -24,11 +24,11 @@ NORM = (layout.FINAL_NORM.key, None)
 GIVEN = {"ffn": 0.3, "attention": 0.5, "read": 0.03, "rescale": True}
 
 
-def pair(shape, target, tokens, **given):
+def pair(shape, target, tokens, dtype=torch.float32):
     """A student before and after its final norm's channels are weighted anew."""
     model, weights = model_in_float32(shape), torch.ones(6, *tokens.shape)
-    plans = (plan_for(shape, TARGETS[target], regain=regain, **GIVEN, **given) for regain in (False, True))
-    return tuple(student_of(model, plan, tokens, weights) for plan in plans)
+    plans = (plan_for(shape, TARGETS[target], regain=regain, **GIVEN) for regain in (False, True))
+    return tuple(student_of(model, plan, tokens, weights, dtype=dtype) for plan in plans)
 
 
 def loss_of(student, tokens, norm):
@@ -105,7 +105,11 @@ def test_the_same_bits_whoever_sees_which_sample():
     assert torch.equal(reference.tensors[NORM], other.tensors[NORM])
 
 
-def test_bfloat16_weights_are_judged_as_they_are_stored():
-    model, plan = model_in_float32(SHAPE), plan_for(SHAPE, TARGETS["ffn"], regain=True, **GIVEN)
-    student = student_of(model, plan, dtype=torch.bfloat16)
-    assert student.tensors[NORM].dtype == torch.bfloat16
+def test_bfloat16_weights_are_judged_as_they_are_stored(monkeypatch):
+    judged = []
+    real = gain.loss_sums
+    monkeypatch.setattr(gain, "loss_sums", lambda *given: judged.extend(given[2:4]) or real(*given))
+    plain, found = pair(SHAPE, "ffn", TOKENS, torch.bfloat16)
+    assert found.tensors[NORM].dtype == torch.bfloat16 and not torch.equal(plain.tensors[NORM], found.tensors[NORM])
+    assert judged and all(torch.equal(weight, weight.bfloat16().float()) for weight in judged)
+    assert any(torch.equal(weight, found.tensors[NORM].float()) for weight in judged)

@@ -13,10 +13,10 @@ from tests.importance.test_collect import SHAPE
 
 
 def frame() -> SimpleNamespace:
-    """What the search asks of a frame: one sample, an untied output layer."""
+    """What the search asks of a frame: one sample."""
     return SimpleNamespace(
-        plan=SimpleNamespace(source=SHAPE), tokens=torch.zeros(1, 4, dtype=torch.int64), device=torch.device("cpu"),
-        solved=range(1), group=None, rounded=lambda tensor: tensor,
+        plan=SimpleNamespace(source=SHAPE), device=torch.device("cpu"), solved=range(1), group=None,
+        next_tokens=lambda stream, most: lambda sample: (stream[sample], None),
     )  # fmt: skip
 
 
