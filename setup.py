@@ -97,7 +97,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["nemo_minitron", "nemo_minitron.*"]),
-    package_data={"nemo_minitron": ["conf/*.yaml", "conf/**/*.yaml", "report/*.j2"]},
+    package_data={"nemo_minitron": ["*.pyi", "py.typed", "conf/*.yaml", "conf/**/*.yaml", "report/*.j2"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["minitron = nemo_minitron.cli:console"]},

@@ -1,0 +1,184 @@
+"""The stages as functions: each key that they set is one of their command, and what they return is what was written."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import nemo_minitron as nm
+from nemo_minitron import api
+from nemo_minitron.api.process import nested
+from nemo_minitron.config.compose import compose
+from nemo_minitron.synthetic import make_llama
+from tests.llamas import GQA
+
+ROOT = Path(__file__).parents[2]
+CALLS = [name for name in api.__all__ if inspect.isfunction(getattr(api, name))]
+
+
+@pytest.fixture
+def composed(monkeypatch):
+    """Commands with their composed configs, instead of running them."""
+    found = []
+
+    def call(command, config, settings=None, words=(), *, verbose=False):
+        values = {key: value for key, value in config.items() if value is not None} | dict(settings or {})
+        plain = json.loads(json.dumps(nested(values), default=os.fspath))
+        found.append((command, compose(command, words, config=plain)))
+        return ""
+
+    monkeypatch.setattr(api, "call", call)
+    return found
+
+
+def test_convert(composed):
+    found = api.convert("hf", Path("a") / "teacher.nemo", precision="bf16", verify=True, settings={"untie": True})
+    [(command, cfg)] = composed
+    assert (command, cfg.input_name_or_path, cfg.output_path) == ("convert", "hf", "a/teacher.nemo")
+    assert (cfg.precision, cfg.verify, cfg.untie, cfg.format) == ("bf16", True, True, None)
+    assert os.fspath(found) == "a/teacher.nemo" and repr(found) == "Checkpoint('a/teacher.nemo')"
+
+
+def test_preprocess(composed):
+    found = api.preprocess("x.jsonl", "data/x", tokenizer=api.Checkpoint(Path("t.nemo")), json_key="body", workers=3)
+    [(command, cfg)] = composed
+    assert (command, cfg.tokenizer.type, list(cfg.json_keys), cfg.workers) == ("preprocess", "t.nemo", ["body"], 3)
+    assert os.fspath(found) == "data/x_body_document"
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_training(command, composed, tmp_path):
+    given = {"seq_length": 64, "max_steps": 7, "micro_batch_size": 2, "global_batch_size": 4, "lr": 3e-4, "devices": 2}
+    text = api.Tokens(Path("data/x"))
+    if command == "finetune":
+        found = api.finetune(tmp_path / "m.nemo", text, **given)
+    else:
+        found = api.distill(tmp_path / "m.nemo", "t.nemo", text, validation=[0.5, "v", 0.5, text], **given)
+    [(ran, cfg)] = composed
+    assert ran == command and found.path == tmp_path / f"m.{command}{'d' if command == 'finetune' else 'ed'}.nemo"
+    assert cfg.model.nemo_path == str(found.path) and cfg.model.restore_from_path == str(tmp_path / "m.nemo")
+    validation = [1.0, "data/x"] if command == "finetune" else [0.5, "v", 0.5, "data/x"]
+    assert cfg.model.data.data_prefix == {"train": [1.0, "data/x"], "validation": validation}
+    assert (cfg.model.data.seq_length, cfg.model.micro_batch_size, cfg.model.global_batch_size) == (64, 2, 4)
+    assert (cfg.trainer.max_steps, cfg.trainer.val_check_interval, cfg.trainer.devices) == (7, 7, 2)
+    assert cfg.model.optim.lr == 3e-4 and cfg.exp_manager.exp_dir == str(found.path.with_suffix(".logs"))
+    if command == "distill":
+        assert cfg.model.kd_teacher_restore_from_path == "t.nemo"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_logs_of_an_earlier_call_go_unless_it_is_resumed(resume, composed, tmp_path):
+    logs = tmp_path / "m.finetuned.logs"
+    logs.mkdir()
+    (logs / "checkpoint").touch()
+    api.finetune(tmp_path / "m.nemo", "x", resume=resume)
+    assert logs.exists() == resume
+    assert composed[0][1].exp_manager.resume_if_exists is True
+
+
+def test_importance(composed):
+    found = api.importance("a/m.nemo", [1, "x", 2.5, "y"], num_samples=8, seq_length=32)
+    [(command, cfg)] = composed
+    assert command == "importance" and list(cfg.calibration.data_prefix) == [1, "x", 2.5, "y"]
+    assert (cfg.calibration.num_samples, cfg.calibration.seq_length, cfg.output_path) == (8, 32, "a/m.scores")
+    assert os.fspath(found) == "a/m.scores"
+
+
+def test_prune(composed):
+    sizes = {"hidden_size": 1, "ffn_hidden_size": 2, "num_attention_heads": 3, "num_query_groups": 4, "num_layers": 5}
+    found = api.prune("a/m.nemo", scores=api.Scores(Path("s")), drop_layers=(2, 3), **sizes)
+    [(command, cfg)] = composed
+    assert command == "prune" and {name: cfg.prune[name] for name in sizes} == sizes
+    assert (list(cfg.prune.drop_layers), cfg.prune.scores) == ([2, 3], "s")
+    assert (cfg.export.save_path, cfg.export.plan_path) == ("a/m.pruned.nemo", "a/m.pruned.plan.yaml")
+    assert (os.fspath(found), found.plan_path) == ("a/m.pruned.nemo", Path("a/m.pruned.plan.yaml"))
+
+
+def test_evaluate(composed, tmp_path):
+    kept = tmp_path / "m.json"
+    kept.write_text('{"val_loss": 2.0, "perplexity": 7.4, "num_parameters": 3}')  # the command that does not run
+    found = api.evaluate("m.nemo", "x", kept, seq_length=16, tasks=["arc_easy"])
+    [(command, cfg)] = composed
+    assert command == "evaluate" and (cfg.evaluate.data_prefix, cfg.evaluate.seq_length) == ("x", 16)
+    assert (cfg.evaluate.perplexity, list(cfg.evaluate.lm_eval.tasks)) == (True, ["arc_easy"])
+    assert (found.loss, found.perplexity, found.values["num_parameters"]) == (2.0, 7.4, 3)
+
+
+@pytest.mark.parametrize(
+    "path", ["/models/ü", "a=b", "a(1), [2]", "it's", r"back\slash", r"both\' of", "", "null", "1"]
+)
+def test_run_takes_any_text(path, composed, tmp_path):
+    given = {"source": path, "lr": 1e-5, "drop_layers": [1, 2], "keep_checkpoints": False, "hidden_size": None}
+    found = api.run("tiny", tmp_path / path, settings=given | {"recipe.description": "mine"}, stages=["convert"])
+    [(command, cfg)] = composed
+    assert command == "run" and {name: cfg.recipe.settings[name] for name in given} == given
+    assert cfg.recipe.description == "mine" and list(cfg.stages) == ["convert"]
+    assert cfg.run_dir == str(tmp_path / path) and found.evaluations == {}
+
+
+def test_what_a_run_measured(composed, tmp_path):
+    (tmp_path / "metrics.json").write_text('{"teacher": {"val_loss": 1.5}}')
+    found = api.run("tiny", tmp_path)
+    assert found.evaluations["teacher"].loss == 1.5 and found.report == tmp_path / "report.html"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_argument_is_explained(name):
+    """By its own name, or as those of finetune."""
+    text = inspect.getdoc(getattr(api, name)) + inspect.getdoc(api.finetune) + inspect.getdoc(api)
+    shared = {"micro_batch_size", "global_batch_size", "workers", "num_attention_heads"}
+    for argument in inspect.signature(getattr(api, name)).parameters:
+        assert argument in text or argument in shared, argument
+
+
+def test_a_teacher_becomes_a_student(tmp_path):
+    """From an HF folder to a student without a layer, without a setting but the sizes."""
+    make_llama(tmp_path / "hf", GQA)
+    teacher = nm.convert(tmp_path / "hf", tmp_path / "teacher.nemo")
+    assert teacher.shape.replace(padded_vocab_size=320) == GQA
+    student = nm.prune(teacher, drop_layers=[2])
+    assert student.shape.num_layers == 2 and student.plan.layers == (0, 2)
+    assert student.num_parameters < teacher.num_parameters
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "hf", "teacher.nemo", "teacher.pruned.nemo", "teacher.pruned.plan.yaml",
+    ]  # fmt: skip
+
+
+def test_the_package_imports_nothing_until_it_is_asked():
+    code = (
+        "import sys, nemo_minitron as nm; assert {'prune', 'run'} <= set(dir(nm)); nm.convert, nm.MinitronError; "
+        "sys.exit(' '.join({'torch', 'numpy', 'hydra', 'nemo', 'transformers'} & set(sys.modules)) or 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_name_is_callable_before_and_after_its_package_is_imported(name, monkeypatch):
+    """``nm.prune`` is the function, ``nemo_minitron.prune`` the package; whichever is there can be called."""
+    monkeypatch.setattr(api, name, lambda *args, **given: (name, args, given))
+    assert getattr(nm, name)(1, verbose=True) == (name, (1,), {"verbose": True})
+    if (ROOT / "nemo_minitron" / name).is_dir():
+        __import__(f"nemo_minitron.{name}")
+        module = sys.modules[f"nemo_minitron.{name}"]
+        assert isinstance(module, types.ModuleType) and getattr(nm, name) is module
+        assert module(1, verbose=True) == (name, (1,), {"verbose": True})
+
+
+def test_type_checkers_know_every_call():
+    stub = (ROOT / "nemo_minitron" / "__init__.pyi").read_text()
+    assert sorted(re.findall(r"^from nemo_minitron\.api import (\w+) as \1$", stub, re.M)) == sorted(CALLS)
+    assert sorted(nm._CALLS) == sorted(CALLS)
+
+
+def test_other_names_are_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'pruned'"):
+        _ = nm.pruned
