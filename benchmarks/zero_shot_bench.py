@@ -211,9 +211,7 @@ class Bench:
 
         def measure(path: Path) -> None:
             with NemoReader(self.teacher) as reader:
-                _, steps = layers_by_loss(
-                    reader, "greedy", most, Scores.load(scores), tokens=Prune.layer_tokens, half=True
-                )
+                _, steps = layers_by_loss(reader, "greedy", most, Scores.load(scores), tokens=Prune.layer_tokens)
             path.write_text(json.dumps([[layer + 1 for layer in step.removed] for step in steps]))
 
         if file.is_file() and len(json.loads(file.read_text())) < count:
