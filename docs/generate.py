@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
 from nemo_minitron.config.keys import REQUIRED, choices_of, keys  # noqa: E402
-from nemo_minitron.config.schema import COMMANDS, description, summary  # noqa: E402
+from nemo_minitron.config.schema import COMMANDS, GROUPS, description, summary  # noqa: E402
 from nemo_minitron.config.sections import Cluster  # noqa: E402
 from nemo_minitron.values.check import rules  # noqa: E402
 from nemo_minitron.values.rules import shown  # noqa: E402
@@ -64,10 +64,9 @@ def command_page(command: str) -> str:
 
 def options(command: str) -> list[str]:
     """Files of config groups that the command takes by name, with the first line of what they say of themselves."""
-    groups = {"synthesize": "model", "prune": "prune", "run": "recipe"}
-    if command not in groups:
+    if command not in GROUPS:
         return []
-    group = groups[command]
+    group = GROUPS[command]
     lines = ["", f"## {group}=NAME", "", "| name | |", "|---|---|"]
     for file in sorted((CONF / group).glob("[!_]*.yaml")):
         said = yaml.safe_load(file.read_text()).get("description") or first_comment(file)

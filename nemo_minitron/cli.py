@@ -6,6 +6,7 @@ Help answers from the schema alone; Hydra, torch and NeMo are imported only once
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import time
@@ -33,22 +34,6 @@ _FLAGS = {
     "-c": "cfg",
 }
 
-_USAGE = """\
-usage: minitron COMMAND [KEY=VALUE ...]
-       minitron COMMAND --help
-"""
-
-_OPTIONS = """\
-options:
-  -h, --help           this text; after a command, its keys
-  --version            the version
-  --cfg job            print the composed config and stop
-  --config-path DIR    take the config file from DIR instead, as NeMo's scripts do
-  --config-dir DIR     add DIR to the places where configs are found
-  --config-name NAME   name of the config file
-  +cluster=slurm       submit the command to Slurm instead of running it here; cluster.dry_run=true shows the script
-"""
-
 
 @dataclass
 class Arguments:
@@ -56,6 +41,7 @@ class Arguments:
 
     command: str | None = None
     help: bool = False
+    help_cluster: bool = False
     version: bool = False
     config_path: str | None = None
     config_dir: str | None = None
@@ -71,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 2 for a user's error (one message on stderr); 130 when interrupted; 1 when another rank of the job failed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--complete"]:  # the shell adds what it completes
+        from nemo_minitron.config.completion import completions
+
+        print("\n".join(completions(os.environ)))
+        return 0
     try:
         with orderly_end():
             return _main(arguments)
@@ -120,11 +111,14 @@ def console() -> int:
 def parse(argv: Sequence[str]) -> Arguments:
     """Split flags from command and overrides; flags may stand anywhere, as ``--flag VALUE`` or ``--flag=VALUE``."""
     found = Arguments()
-    rest = iter(argv)
+    rest = iter(argv[1:] if argv[:1] == ["help"] else argv)
+    found.help = argv[:1] == ["help"]
     for word in rest:
         flag, equals, value = word.partition("=")
         if word in ("-h", "--help"):
             found.help = True
+        elif word == "--help-cluster":
+            found.help = found.help_cluster = True
         elif word == "--version":
             found.version = True
         elif flag in _FLAGS:
@@ -132,7 +126,7 @@ def parse(argv: Sequence[str]) -> Arguments:
                 raise MinitronError(f"{flag} needs a value")
             setattr(found, _FLAGS[flag], value)
         elif word.startswith("-"):
-            raise MinitronError(f"unknown option '{flag}'." + did_you_mean(flag, [*_FLAGS, "--help", "--version"]))
+            raise MinitronError(f"unknown option '{flag}'.{_instead_of(flag, value or next(rest, ''), found.command)}")
         elif found.command is None:
             found.command = word
         else:
@@ -142,13 +136,25 @@ def parse(argv: Sequence[str]) -> Arguments:
     return found
 
 
+def _instead_of(flag: str, value: str, command: str | None) -> str:
+    """Hint at what was meant by an option that there is not: a key of the command, or another option."""
+    from nemo_minitron.config.help_text import key_called
+
+    name = flag.lstrip("-").replace("-", "_")
+    if key := key_called(name, command):
+        return f" Keys are given without dashes: {key}={value if value and not value.startswith('-') else '…'}"
+    return did_you_mean(flag, [*_FLAGS, "--help", "--help-cluster", "--version"])
+
+
 def _main(argv: list[str]) -> int:
     arguments = parse(argv)
     if arguments.version:
         print(f"minitron {__version__}")
         return 0
     if arguments.command is None:
-        print(help_text(), end="", file=sys.stdout if arguments.help else sys.stderr)
+        from nemo_minitron.config.help_text import overview
+
+        print(overview(), end="", file=sys.stdout if arguments.help else sys.stderr)
         return 0 if arguments.help else 2
     from nemo_minitron.config.schema import COMMANDS, COMPOSITE
 
@@ -158,7 +164,9 @@ def _main(argv: list[str]) -> int:
             + did_you_mean(arguments.command, COMMANDS)
         )
     if arguments.help:
-        print(command_help(arguments.command), end="")
+        from nemo_minitron.config.help_text import command_help
+
+        print(command_help(arguments.command, cluster=arguments.help_cluster), end="")
         return 0
 
     from nemo_minitron.config.compose import Source, compose
@@ -175,6 +183,9 @@ def _main(argv: list[str]) -> int:
 
         slurm.submit(arguments.command, cfg, arguments.overrides)
         return 0
+    from nemo_minitron.config.inputs import refuse_absent
+
+    refuse_absent(arguments.command, cfg)
     started = time.time()
     try:
         if arguments.command not in COMPOSITE and (processes := processes_to_launch(cfg)):
@@ -242,43 +253,3 @@ def _as_launched(key: str, asked: int, started: int, what: str) -> int:
     if asked not in (1, started):
         raise MinitronError(f"{key}={asked}, but the launcher started {started} {what}")
     return started
-
-
-def help_text() -> str:
-    """What ``minitron --help`` prints."""
-    from nemo_minitron.config.schema import COMMANDS, summary
-
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{summary(name)}" for name in COMMANDS]
-    return "\n".join([_USAGE, "commands:", *lines, "", _OPTIONS])
-
-
-def command_help(command: str) -> str:
-    """What ``minitron COMMAND --help`` prints: every key of ours with its default, then ``conf/COMMAND.yaml``."""
-    from pathlib import Path
-
-    from nemo_minitron.config.keys import REQUIRED, choices_of, keys
-    from nemo_minitron.config.schema import COMMANDS, COMPOSITE, description
-    from nemo_minitron.config.sections import Cluster
-
-    ours, foreign = [], []
-    for name, kind, default, metadata in keys(COMMANDS[command]):
-        if metadata.get("foreign"):
-            foreign.append((f"{name}.*", metadata["help"]))
-            continue
-        shown = "required" if default == REQUIRED else "null" if default is None else str(default)
-        choices = choices_of(metadata)
-        what = " | ".join(choices) if choices else kind.replace(" | None", "").replace("Any", "value")
-        ours.append((name, f"{metadata['help']}  [{what}; {shown}]"))
-    width = max(len(name) for name, _ in ours + foreign + [("cluster.container_mounts", "")]) + 2
-    lines = [f"usage: minitron {command} [KEY=VALUE ...]", "", description(command), "", "keys:"]
-    lines += [f"  {name:<{width}}{text}" for name, text in ours]
-    if foreign:
-        lines += ["", "sections of NeMo and Lightning:"]
-        lines += [f"  {name:<{width}}{text}" for name, text in foreign]
-        text = (Path(__file__).parent / "conf" / f"{command}.yaml").read_text()
-        lines += ["", *(f"  {line}".rstrip() for line in text.splitlines() if not line.startswith("#"))]
-    if command not in COMPOSITE:
-        rows = [(name, metadata["help"]) for name, _, _, metadata in keys(Cluster, "cluster.")]
-        lines += ["", "with +cluster=slurm:", *(f"  {name:<{width}}{text}" for name, text in rows)]
-    return "\n".join([*lines, "", _OPTIONS])

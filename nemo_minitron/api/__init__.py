@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from typing import Any
 
 from nemo_minitron.api.process import Settings, call
 from nemo_minitron.api.results import Checkpoint, Evaluation, PathLike, Run, Scores, Student, Tokens
+from nemo_minitron.config.words import word
 
 __all__ = [
     "Checkpoint",
@@ -88,7 +88,7 @@ def preprocess(
     tokenizer: PathLike,
     json_key: str = "text",
     heldout_every: int | None = None,
-    heldout_part: str = "train",
+    heldout_part: str | None = None,
     workers: int | None = None,
     settings: Settings | None = None,
     verbose: bool = False,
@@ -100,8 +100,8 @@ def preprocess(
         output_prefix: of the files; the name of the record's field is added to it.
         tokenizer: ``.nemo`` that holds one, an HF folder, or a name on the hub.
         json_key: field of a record that holds text.
-        heldout_every: hold every n-th document out; ``heldout_part`` says which side is written, ``train`` or
-            ``heldout``.
+        heldout_every: hold every n-th document out; ``heldout_part`` says which side is written, ``heldout`` or, when
+            None, the rest.
     """
     config = {
         "input": source,
@@ -321,7 +321,7 @@ def run(
     name = str(recipe)
     folder = Path("runs", Path(name).stem) if folder is None else Path(folder)
     chosen = {key if "." in key else f"recipe.settings.{key}": value for key, value in (settings or {}).items()}
-    words = [f"recipe={_quoted(name)}", *(f"{key}={_quoted(value)}" for key, value in chosen.items())]
+    words = [word("recipe", name), *(word(key, value) for key, value in chosen.items())]
     stages = None if stages is None else list(stages)
     call("run", {"run_dir": folder, "stages": stages, "force": force}, words=words, verbose=verbose)
     metrics = folder / "metrics.json"
@@ -371,13 +371,3 @@ def _batches(seq_length: int | None, micro_batch_size: int | None, global_batch_
 
 def _machine(devices: int | str | None, precision: int | str | None) -> Config:
     return {"trainer.devices": devices, "trainer.precision": precision}
-
-
-def _quoted(value: Any) -> str:
-    """A value in the grammar of the command line."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(_quoted, value))}]"
-    text = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), os.fspath(value))
-    return f"'{text}'"  # backslashes count where a quote follows them, and nowhere else

@@ -39,28 +39,38 @@ def recipe_tree(recipe: DictConfig) -> Tree:
     return tree
 
 
-def refuse_unknown(cfg: Any, tree: Tree | None, prefix: str = "", where: str = "") -> None:
-    """Raise for the first key of ``cfg`` that ``tree`` does not know, naming it in full and the nearest known."""
+FOREIGN = ("model", "trainer", "exp_manager", "inference", *STRAY)
+"""Sections of NeMo and Lightning; a hint names a key of ours before one of theirs."""
+
+
+def refuse_unknown(
+    cfg: Any, tree: Tree | None, prefix: str = "", where: str = "", command_tree: Tree | None = None
+) -> None:
+    """Raise for the first key of ``cfg`` that ``tree`` does not know, naming it in full and the nearest known.
+
+    Args:
+        command_tree: of all keys of the command, of which ``tree`` are those below ``prefix``; ``tree`` when None.
+    """
     if tree is None or not isinstance(cfg, DictConfig) or not _has_keys(cfg):
         return
+    command_tree = tree if command_tree is None else command_tree
     for name in map(str, cfg):
         if name not in tree:
-            raise MinitronError(
-                f"unknown key '{prefix}{name}'{f' in {where}' if where else ''}.{_suggest(name, tree, prefix)}"
-            )
-        refuse_unknown(cfg._get_node(name), tree[name], f"{prefix}{name}.", where)
+            hint = _suggest(name, tree, prefix, command_tree)
+            raise MinitronError(f"unknown key '{prefix}{name}'{f' in {where}' if where else ''}.{hint}")
+        refuse_unknown(cfg._get_node(name), tree[name], f"{prefix}{name}.", where, command_tree)
 
 
 def refuse_unknown_path(key: str, tree: Tree | None, cfg: DictConfig) -> None:
     """The same for one dotted key; ``cfg`` is asked whether a plain value stands where keys are put."""
-    prefix = ""
+    prefix, command_tree = "", tree
     for name in key.split("."):
         if prefix:
             value = OmegaConf.select(cfg, prefix.rstrip("."), throw_on_resolution_failure=False)
             if isinstance(value, bool | int | float | str):
                 raise MinitronError(f"unknown key '{key}': {prefix.rstrip('.')} is a single value ({value})")
         if tree is not None:
-            refuse_unknown(OmegaConf.create({name: None}), tree, prefix)
+            refuse_unknown(OmegaConf.create({name: None}), tree, prefix, command_tree=command_tree)
             tree = tree[name]
         prefix += f"{name}."
 
@@ -138,13 +148,14 @@ def _has_keys(cfg: DictConfig) -> bool:
     return not (cfg._is_none() or cfg._is_interpolation() or cfg._is_missing())
 
 
-def _suggest(name: str, tree: Tree, prefix: str) -> str:
+def _suggest(name: str, tree: Tree, prefix: str, command_tree: Tree) -> str:
     if hint := did_you_mean(name, tree):
         return hint.replace("'", f"'{prefix}", 1)
-    for command in COMMANDS:  # the right name in the wrong section
-        for full in _paths(known_keys(command)):
-            if full.rpartition(".")[2] == name:
-                return f" Did you mean '{full}'?"
+    # the right name in the wrong section: of this command first, and there of a section of ours
+    for known in (command_tree, *map(known_keys, COMMANDS)):
+        found = [full for full in _paths(known) if full.rpartition(".")[2] == name]
+        if found:
+            return f" Did you mean '{min(found, key=lambda full: full.partition('.')[0] in FOREIGN)}'?"
     return ""
 
 

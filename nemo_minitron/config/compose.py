@@ -21,8 +21,9 @@ from yaml import YAMLError
 
 from nemo_minitron.config import check
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, STRAY
 from nemo_minitron.config.sections import WithCluster
+from nemo_minitron.config.words import how_to_quote
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.files.text import check_aliases
 from nemo_minitron.registry import load_extensions
@@ -90,7 +91,7 @@ def compose(
     source = source or Source()
     _register_resolvers()
     tree = check.known_keys(command)
-    groups, values = _parse(overrides, source)
+    groups, values = _parse(command, overrides, source)
     if command in COMPOSITE and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
         raise MinitronError(
             f"cluster: `minitron {command}` is not submitted itself, as its stages need different machines; submit the "
@@ -164,7 +165,7 @@ def group_options(group: str, source: Source | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in (folder / group).glob("[!_]*.yaml")})
 
 
-def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:
+def _parse(command: str, overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:
     """Return (choices of config groups, values). ``hydra.*`` is about Hydra's launcher, which is not used."""
     parser = OverridesParser.create()
     groups: list[Override] = []
@@ -174,7 +175,10 @@ def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], li
             override = parser.parse_override(text)
         except HydraException as error:
             found = check.first_lines(error).replace("missing EQUAL", "no '='").replace("'<EOF>'", "its end")
-            raise MinitronError(f"override '{text}': expected KEY=VALUE in Hydra's grammar, found {found}") from None
+            hint = how_to_quote(text) or _named_alone(text, command)
+            raise MinitronError(
+                f"override '{text}': expected KEY=VALUE in Hydra's grammar, found {found}{hint}"
+            ) from None
         if override.is_hydra_override():
             continue
         if override.is_sweep_override():
@@ -182,6 +186,12 @@ def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], li
         is_name = isinstance(override.value(), str) and not override.is_delete()
         (groups if is_name and group_options(override.key_or_group, source) else values).append(override)
     return groups, values
+
+
+def _named_alone(text: str, command: str) -> str:
+    """Hint at the group of a file that is named without it, ``run tiny``."""
+    group = GROUPS.get(command, "")
+    return f". Did you mean '{group}={text}'?" if group and text in group_options(group) else ""
 
 
 def _load(name: str, source: Source) -> DictConfig:

@@ -253,6 +253,10 @@ COMPOSITE = ("search", "run")
 """Commands that run others: in one process themselves, the stages in as many as their configuration says."""
 
 
+GROUPS = {"synthesize": "model", "prune": "prune", "run": "recipe"}
+"""Command → the config group from which it takes a file by name: ``conf/GROUP/NAME.yaml``."""
+
+
 STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": S3_CHECKPOINTING}
 """Top-level names of NeMo's and the NeMo launcher's files that every command but ``run`` accepts and ignores."""
 

@@ -28,7 +28,9 @@ def test_a_key_below_a_value_is_refused():
 
 
 def test_what_a_user_can_mend_is_raised_as_such(tmp_path):
-    with pytest.raises(MinitronError, match=rf"^{tmp_path}/ü 'x'\.nemo: expected a \.nemo file or folder, found none$"):
+    with pytest.raises(
+        MinitronError, match=r"^model\.restore_from_path: expected .*, found nothing at .*/ü 'x'\.nemo$"
+    ):
         call("prune", {"model.restore_from_path": tmp_path / "ü 'x'.nemo", "export.save_path": tmp_path / "s.nemo"})
     assert list(tmp_path.iterdir()) == []
 
