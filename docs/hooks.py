@@ -26,6 +26,15 @@ LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#:\s]+)(#[^)]*)?\)")
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>(.*?)</code>")
 
 
+def on_config(config: Any) -> Any:
+    """Put the pages of commands into the navigation, in the order of their index."""
+    index = (ROOT / "docs" / "commands" / "README.md").read_text(encoding="utf-8")
+    for section in config.nav:
+        if pages := section.get("Commands"):
+            pages[1:1] = [f"commands/{name}" for name in re.findall(r"\]\((\w+\.md)\)", index)]
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add what lies outside of ``docs/``."""
     from nbconvert import MarkdownExporter
