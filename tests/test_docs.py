@@ -1,13 +1,14 @@
 """What the documents show is there and runs: every command of a ``console`` block, on a tiny model; every path and key.
 
-The blocks of all files run in order in one folder, as a reader would type them. A command is first composed as it
-stands, so that no key or value is out of date; then each of its words that is too large for a test is replaced by what
-``WORDS`` says, and it runs. What cannot run here (other programs, other machines) is named in ``ELSEWHERE`` with
-the file that it is about. A command of which neither is known fails.
+The blocks of all files run in order in one folder, as a reader would type them, those of ``FIRST_FILES`` first. A
+command is first composed as it stands, so that no key or value is out of date; then each of its words that is too large
+for a test is replaced by what ``WORDS`` says, and it runs. What cannot run here (other programs, other machines) is
+named in ``ELSEWHERE`` with the file that it is about. A command of which neither is known fails.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -36,7 +37,9 @@ from tests.llamas import GQA
 from tests.zygote import Zygote, end_children
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+FIRST_FILES = [ROOT / "README.md", ROOT / "docs" / "llama_8b.md"]
+"""Their commands make what those of the other pages read."""
+FILES = [*dict.fromkeys([*FIRST_FILES, *sorted((ROOT / "docs").glob("*.md"))]), ROOT / "CONTRIBUTING.md"]
 
 # -------------------------------------------------------------------------------------------- from 8B to a tiny model
 
@@ -338,7 +341,7 @@ def test_every_substitution_is_used():
 
 # ------------------------------------------------------------------------------------------------------ keys and paths
 
-DOCUMENTS = [*FILES, *sorted((ROOT / "docs" / "commands").glob("*.md")), ROOT / "CHANGELOG.md"]
+DOCUMENTS = [*FILES, *sorted((ROOT / "docs").glob("*/*.md")), ROOT / "CHANGELOG.md"]
 READERS_OWN = {"conf/cluster/mine.yaml"}
 """Files that a document tells its reader to write."""
 
@@ -347,12 +350,20 @@ def prose(file: Path) -> str:
     return re.sub(r"```.*?```", "", file.read_text(), flags=re.S)
 
 
+def anchors(file: Path) -> set[str]:
+    """Where a link into a page can lead, by GitHub's rule: its headings in lower case, spaces as hyphens."""
+    headings = re.findall(r"^#+ (.+)$", prose(file), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
 def test_linked_and_named_files_exist(file):
     text = prose(file)
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
         if "://" not in target:
-            assert (file.parent / target).exists(), f"{file.name} links to {target}"
+            there = file.parent / target if target else file
+            assert there.exists(), f"{file.name} links to {target}"
+            assert not anchor or anchor in anchors(there), f"{file.name} links to {target}#{anchor}"
     for name in re.findall(r"`([\w.][\w./-]*/[\w./-]*)`", text):
         is_placeholder = re.search(r"\b[A-Z]{2,}\b", name) or name in READERS_OWN
         homes = [home for home in (ROOT, ROOT / "nemo_minitron") if (home / name.split("/")[0]).exists()]
@@ -378,6 +389,32 @@ def _knows(tree: dict | None, names: list[str]) -> bool:
             return False
         tree = tree[name]
     return True
+
+
+def test_messages_that_are_explained_are_ours():
+    """Each message on the page of errors is one in the code, `…` standing for what is filled in."""
+    page = (ROOT / "docs" / "faq.md").read_text()
+    explained = [message.strip() for message in re.findall(r"^```text\n(.*?)^```", page, flags=re.M | re.S)]
+    known = [re.sub("…+", "…", message) for message in messages()]
+    assert len(explained) >= 10
+    assert [message for message in explained if not any(one.startswith(message) for one in known)] == []
+
+
+def messages() -> Iterator[str]:
+    """What every ``MinitronError`` of the package says."""
+    for file in (ROOT / "nemo_minitron").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MinitronError" and node.args:
+                yield text_of(node.args[0])
+
+
+def text_of(node: ast.expr) -> str:
+    """An expression's text, with ``…`` for what is not known before it runs."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return text_of(node.left) + text_of(node.right)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
 
 
 def test_the_cluster_file_that_is_shown_is_one():

@@ -54,16 +54,27 @@ def flat(text: str) -> str:
 # --------------------------------------------------------------------------------- what the documents say of the files
 
 
-def readme() -> Iterator[str]:
+def quickstart() -> Iterator[str]:
+    """What README.md and docs/quickstart.md both say."""
     quick = load("quickstart_smollm2_135m")
     models = {role: quick[role] for role in ("teacher", "pruned", "distilled")}
     yield quickstart_table(models)
     yield f"closed {gap_closed(models):.1%} of the loss that pruning cost"
 
+
+def readme() -> Iterator[str]:
+    rows = load("zero_shot_draws_smollm2_135m")["rows"]
+    shown = ("ffn 1536→1024", "hidden 576→512", "groups 3→2")
+    yield from zero_shot_rows({name: rows[name] for name in shown}, TEXTS[:2])
+
+
+def coder() -> Iterator[str]:
     coder = load("qwen2_5_coder_0_5b")
     losses = [f"{coder[role]['val_loss']:.3f}" for role in ("teacher", "pruned", "distilled")]
     yield f"validation losses of {losses[0]}, {losses[1]} pruned and {losses[2]} distilled for 30 steps"
 
+
+def claims() -> Iterator[str]:
     claims = load("claims_smollm2_135m")
     init, ce, corrected_ce, width, correction, *_ = (claim["difference"] for claim in claims["claims"])
     yield f"random weights (by {init:.2f} nats after {claims['tokens'] // 1000},000 tokens)"
@@ -71,6 +82,8 @@ def readme() -> Iterator[str]:
     yield f"a corrected teacher better than cross entropy ({corrected_ce:.2f})"
     yield f"An uncorrected teacher is worse than cross entropy ({-ce:.2f})"
 
+
+def pruning() -> Iterator[str]:
     rows = load("zero_shot_lines_smollm2_135m")["rows"]
     drawn = load("zero_shot_draws_smollm2_135m")["rows"]
     yield from zero_shot_rows(drawn)
@@ -96,12 +109,17 @@ def readme() -> Iterator[str]:
     yield f"the layout of the text moves its rows by up to {max(max(row) - min(row) for row in by_row):.1f}"
     yield from recovery()
 
-    yield from search()
+
+def paper_search() -> Iterator[str]:
     paper = load("search_smollm2_135m")["paper"]
     counts = [f"{paper[name] / 1e6:.1f} million" for name in ("considered", "feasible")]
     yield f"Of Llama-3.1-8B's {counts[0]} shapes, {counts[1]} have"
     yield f"among them, in {paper['seconds']:.0f} seconds"
 
+
+def peers() -> Iterator[str]:
+    rows = load("zero_shot_lines_smollm2_135m")["rows"]
+    drawn = load("zero_shot_draws_smollm2_135m")["rows"]
     peer = load("model_optimizer_smollm2_135m")
     theirs = {name: row["model_optimizer"]["above"]["brown"] for name, row in peer["rows"].items()}
     plain = {name: rows[name]["plain"]["above"]["brown"] for name in theirs}
@@ -113,23 +131,32 @@ def readme() -> Iterator[str]:
     losses = [peer["rows"][hidden][method]["loss"]["brown"] for method in ("model_optimizer", "plain")]
     assert f"{losses[0]:.5g}" == f"{losses[1]:.5g}", "the same loss to five digits"
 
+    gpu = load("kd_loss_h200")
+    fused, liger = gpu["fused_seconds"], gpu["liger_seconds"]
+    yield f"{1e3 * liger:.1f} ms | {1e3 * fused:.1f} ms in {gpu['fused_bytes'] / 1e9:.1f} GB"
+
+
+def distillation_costs() -> Iterator[str]:
     gpu, cpu, step = load("kd_loss_h200"), load("kd_loss_cpu"), load("kd_step_smollm2_cpu")
     assert gpu["tokens"] == 8192 and gpu["student"] == 3072 and cpu["tokens"] == 2048
     fused, liger = gpu["fused_seconds"], gpu["liger_seconds"]
-    yield f"{1e3 * liger:.1f} ms | {1e3 * fused:.1f} ms in {gpu['fused_bytes'] / 1e9:.1f} GB"
     memory, time = (cpu[f"fused_{what}"] / cpu[f"dense_{what}"] for what in ("bytes", "seconds"))
     yield f"it takes {memory:.2f} of the memory and {time:.2f} of the time of dense"
     yield f"takes {step['ratio']:.2f} times the teacher's forward pass"
     yield f"take {gpu['fused_bytes'] / 1e9:.1f} GB beside gradients and {fused / liger:.2f} of the time of"
     yield f"with more memory, {gpu['roomy_seconds'] / liger:.2f}"
+
+
+def llama_8b() -> Iterator[str]:
+    yield from one_gpu_in_short()
     yield f"the latter in {load('quickstart_lr_h100')['recipe']['seconds'] / 60:.0f} minutes"
 
 
-def zero_shot_rows(rows: dict[str, Any]) -> Iterator[str]:
+def zero_shot_rows(rows: dict[str, Any], texts: tuple[str, ...] = TEXTS) -> Iterator[str]:
     for name, row in rows.items():
         if "ours" not in row:
             continue
-        cells = [f"{row[how]['above'][text]:.2f}" for text in TEXTS for how in ("plain", "ours")]
+        cells = [f"{row[how]['above'][text]:.2f}" for text in texts for how in ("plain", "ours")]
         yield f"| {name} | {' | '.join(cells)} |"
 
 
@@ -151,7 +178,6 @@ def recovery() -> Iterator[str]:
 
 
 def search() -> Iterator[str]:
-    """What README.md and docs/search.md both say."""
     found = load("search_smollm2_135m")
     yield f"in {found['first']['minutes']:.0f} minutes"
     names = {"winner": "the search's", "uniform": "uniform shrink", "parameters": "most parameters"}
@@ -163,16 +189,14 @@ def search() -> Iterator[str]:
         yield f"| {' | '.join(cells)} | {fmean(losses):.3f} ± {stdev(losses):.3f} |"
 
 
-def readme_search() -> Iterator[str]:
+def search_page() -> Iterator[str]:
+    yield from paper_search()
+    yield from search()
     first = load("search_smollm2_135m")["first"]
     yield f"of {first['feasible']:,} shapes that fit, {first['zero_shot']} were measured"
     yield f"and {first['distilled']} distilled"
     yield f"have a rank correlation of {first['rank_correlation']:.2f}"
 
-
-def search_page() -> Iterator[str]:
-    yield from search()
-    first = load("search_smollm2_135m")["first"]
     yield f"heads in 3 groups: loss {load('search_smollm2_135m')['teacher']['val_loss']:.4f}"
     yield f"{first['considered']:,} shapes, {first['feasible']:,} within the budget"
     yield f"measured over {first['zero_shot']} shapes: {first['rank_correlation']:.3f}"
@@ -251,7 +275,7 @@ def both_devices() -> Iterator[str]:
     yield f"students lose {found['gpu']['val_loss']:.4f} and {found['cpu']['val_loss']:.4f}"
 
 
-def readme_one_gpu() -> Iterator[str]:
+def one_gpu_in_short() -> Iterator[str]:
     one = load("gpu_distill_step_h100")["steps"]["1x8+swiglu"]
     yield f"{load('gpu_scoring_h100')['resolve']['seconds_of_32_layers']:.0f} s for 32 layers"
     yield f"{one['tokens_per_s']:,.0f} tokens/s in {one['peak_allocated_gib']:.1f} GiB"
@@ -271,11 +295,14 @@ def checkpoints() -> Iterator[str]:
 
 
 CLAIMS = {
+    "README.md": [quickstart, readme],
     "docs/checkpoints.md": [checkpoints],
-    "README.md": [readme, readme_search, readme_one_gpu],
-    "docs/running.md": [running, one_gpu, both_devices],
+    "docs/evidence.md": [claims, evidence],
+    "docs/llama_8b.md": [llama_8b],
+    "docs/pruning.md": [pruning, peers],
+    "docs/quickstart.md": [quickstart, coder],
+    "docs/running.md": [running, one_gpu, both_devices, distillation_costs],
     "docs/search.md": [search_page],
-    "docs/evidence.md": [evidence],
 }
 OTHER = {
     r"arXiv \d{4}\.\d{5}|\b2408\.11796\b": "papers",

@@ -1,4 +1,4 @@
-"""Every output is flushed, file and folder, before and after it is renamed to its place: what the README says of it."""
+"""Every output is flushed, file and folder, before and after it is renamed to its place: what docs/safety.md says."""
 
 import ast
 import os

@@ -117,6 +117,10 @@ def test_words_are_those_of_today(place):
     assert [f"{file.name}: {found[0]}" for file in files if (found := ARCHAIC.search(file.read_text()))] == []
 
 
+def test_readme_is_read_in_a_minute_or_little_more():
+    assert len((PACKAGE.parent / "README.md").read_text().split()) <= 900
+
+
 def test_where_things_are_is_true():
     """Each answer of CONTRIBUTING's table names a file and what it defines."""
     table = (PACKAGE.parent / "CONTRIBUTING.md").read_text().partition("## Where is")[2].partition("\n## ")[0]

@@ -30,10 +30,10 @@ def test_the_command_line_pulls_in_no_stage():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_readme_lists_the_floors_that_the_contracts_check():
+def test_the_page_on_architecture_lists_the_floors_that_the_contracts_check():
     contract = re.search(r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
     floors = [set(re.findall(r"\w+", line)) for line in re.findall(r'"(.+)"', contract[1])]
-    table = (ROOT / "README.md").read_text().partition("## Layout")[2]
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("## Layout")[2]
     rows = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| (`[^|]+) \|", table, re.M)]
     assert [set(row) for row in rows] == floors
     package = {path.stem for path in (ROOT / "nemo_minitron").iterdir() if path.suffix == ".py" or path.is_dir()}

@@ -140,7 +140,7 @@ print("; ".join([f"teacher {teacher:.3f}", *changes]))
 # have the same size and run equally fast. The right shows that they keep partly different neurons: activation size says
 # which neuron is large, the other ranking which one the rest cannot stand in for. Calibration and validation text are
 # of the same kind here; on text that nothing was calibrated on, re-solved students can be the worse ones (see the
-# README).
+# [page on pruning](../docs/pruning.md#calibration)).
 #
 # ## The same with Llama-3.1-8B on eight GPUs
 #
