@@ -13,6 +13,7 @@ nothing unless ``verbose=True``, and returns what it wrote. Any other key of the
     student = nm.prune(teacher, scores=scores, ffn_hidden_size=6144)
     better = nm.distill(student, teacher, text, seq_length=512, max_steps=100)
     print(nm.evaluate(better, text, seq_length=512).loss)
+    print(nm.generate(better, "The capital of France is"))
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ __all__ = [
     "distill",
     "evaluate",
     "finetune",
+    "generate",
     "importance",
     "preprocess",
     "prune",
@@ -299,6 +301,50 @@ def evaluate(
         path = Path(folder) / "evaluation.json" if output is None else Path(output)
         call("evaluate", config | {"output_path": path}, settings, verbose=verbose)
         return Evaluation.read(path)
+
+
+def generate(
+    model: PathLike,
+    prompt: str,
+    *,
+    tokens_to_generate: int | None = None,
+    greedy: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    precision: int | str | None = None,
+    seed: int | None = None,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> str:
+    """Go on with a prompt.
+
+    Args:
+        model: ``.nemo`` file, HF folder or GGUF.
+        tokens_to_generate: most tokens of the answer.
+        greedy: take the likeliest token each time; else tokens are drawn: from the softmax at ``temperature``, of the
+            ``top_k`` likeliest tokens, and of those that together have the probability ``top_p``.
+        precision: what is computed in, 32 or ``bf16``. seed: of the drawing.
+        verbose: show the text as it is made.
+
+    Returns:
+        The answer, without the prompt.
+    """
+    config = {
+        "model.restore_from_path": model,
+        "prompt": prompt,
+        "inference.tokens_to_generate": tokens_to_generate,
+        "inference.greedy": greedy,
+        "inference.temperature": temperature,
+        "inference.top_p": top_p,
+        "inference.top_k": top_k,
+        "precision": None if precision is None else str(precision),
+        "seed": seed,
+    }
+    with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
+        path = Path(folder) / "answers.jsonl"
+        call("generate", config | {"output_path": path}, settings, verbose=verbose)
+        return str(json.loads(path.read_text())["answer"])
 
 
 def run(

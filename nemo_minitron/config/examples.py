@@ -42,6 +42,13 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "minitron evaluate model.restore_from_path=distilled.nemo evaluate.perplexity=false "
         "'evaluate.lm_eval.tasks=[arc_easy,hellaswag]' output_path=tasks.json",
     ),
+    "generate": (
+        "minitron generate model.restore_from_path=distilled.nemo 'prompt=The capital of France is' "
+        "inference.tokens_to_generate=64",
+        "minitron generate model.restore_from_path=distilled.nemo chat=true",
+        "minitron generate model.restore_from_path=distilled_hf prompts=prompts.txt inference.greedy=true "
+        "output_path=answers.jsonl",
+    ),
     "report": ("minitron report run_dir=runs/smollm2_135m",),
     "run": (
         "minitron run recipe=smollm2_135m",
