@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_minitron.config import check
+from nemo_minitron.config.keys import keys
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY
 from nemo_minitron.config.sections import WithCluster
@@ -90,7 +92,7 @@ def compose(
     source = source or Source()
     _register_resolvers()
     tree = check.known_keys(command)
-    groups, values = _parse(overrides, source)
+    groups, values = _parse(overrides, source, _prose(command))
     if command in COMPOSITE and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
         raise MinitronError(
             f"cluster: `minitron {command}` is not submitted itself, as its stages need different machines; submit the "
@@ -164,12 +166,34 @@ def group_options(group: str, source: Source | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in (folder / group).glob("[!_]*.yaml")})
 
 
-def _parse(overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:
-    """Return (choices of config groups, values). ``hydra.*`` is about Hydra's launcher, which is not used."""
+def _prose(command: str) -> set[str]:
+    """Keys of ``command`` whose values are text for people."""
+    return {name for name, _, _, metadata in keys(COMMANDS[command]) if metadata.get("prose")}
+
+
+def _typed_text(parser: OverridesParser, text: str) -> Override:
+    """``KEY=TEXT`` with all that follows the first ``=`` as its value; as ever null is no value, and quotes around the
+    whole are taken off."""
+    name, _, value = text.lstrip("+").partition("=")
+    if value == "null" or value[:1] in ("'", '"'):
+        with suppress(HydraException):
+            return parser.parse_override(text)
+    return Override(OverrideType.CHANGE, name, ValueType.ELEMENT, value)
+
+
+def _parse(overrides: Sequence[str], source: Source, prose: Collection[str]) -> tuple[list[Override], list[Override]]:
+    """Return (choices of config groups, values). ``hydra.*`` is about Hydra's launcher, which is not used.
+
+    Args:
+        prose: keys whose values are taken as they are typed.
+    """
     parser = OverridesParser.create()
     groups: list[Override] = []
     values: list[Override] = []
     for text in overrides:
+        if "=" in text and text.lstrip("+").partition("=")[0] in prose:
+            values.append(_typed_text(parser, text))
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as error:
