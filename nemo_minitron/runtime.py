@@ -63,8 +63,7 @@ def prepare() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron-Core asks for it under TP and SP
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # checkpoint saving forks after tokenizing
     os.environ.setdefault("NEMO_TESTING", "True")  # NeMo's logger: no per-rank log files in the working directory
-    for logger in ("torchao", "torch.utils._pytree"):  # kernels for other GPUs, and how torchao registers its classes
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    quiet()
     if place() is None:
         os.environ.pop("SLURM_NTASKS", None)  # else Lightning takes the shell of an allocation for one of its tasks
     if not has_cuda():
@@ -73,6 +72,13 @@ def prepare() -> None:
     _queue_server_holds_on()
     if int(version("transformers").partition(".")[0]) >= 5:
         _name_what_transformers_5_dropped()
+
+
+def quiet() -> None:
+    """Silence what torchao says of its kernels for other GPUs and of how it registers its classes; before its import,
+    which is NeMo's and transformers'."""
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _name_what_transformers_5_dropped() -> None:

@@ -38,6 +38,7 @@ _TENSOR_PARALLEL = _FUSED + "test_tensor_parallel_equals_dense"
 _DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transformers"
 _BIASES = "prune/test_resolve_biases.py::"
 _LEAN = "nemo/test_lean.py::"
+_GENERATE = "test_generate.py::"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
@@ -641,6 +642,37 @@ MUTANTS = [
         "        os.register_at_fork(after_in_child=_hold_fork)\n",
         "        pass\n",
         "jobs/test_lifeline.py::test_a_family_ends_with_its_head",
+    ),
+    # talking to a model
+    Mutant(
+        "generate/talker.py",
+        "min(self._words.room, self._words.positions - len(ids))",
+        "self._words.room",
+        _GENERATE + "test_an_answer_ends_where_the_positions_do",
+    ),
+    Mutant(
+        "generate/talker.py",
+        "ends = [*(theirs if isinstance(theirs, list) else [theirs]), ",
+        "ends = [",
+        _GENERATE + "test_any_end_that_the_model_names_ends_a_text",
+    ),
+    Mutant(
+        "generate/talker.py",
+        "older_reads(reader.hf_config, rope)",
+        "True",
+        _GENERATE + "test_a_rope_that_transformers_4_does_not_find_is_followed",
+    ),
+    Mutant(
+        "generate/talker.py",
+        "print(plain(text),",
+        "print(text,",
+        _GENERATE + "test_what_a_model_says_does_nothing_to_the_terminal",
+    ),
+    Mutant(
+        "generate/chat.py",
+        "history = history[2:]",
+        "history = history[-1:]",
+        _GENERATE + "test_a_chat_forgets_what_no_longer_fits",
     ),
 ]
 

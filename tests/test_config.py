@@ -142,6 +142,29 @@ def test_delete_removes_a_key_and_ignores_an_absent_one():
     assert "sched" not in cfg.model.optim
 
 
+@pytest.mark.parametrize(
+    ("typed", "text"),
+    [
+        ("Hello, you: what's 2+2 (in words)?", "Hello, you: what's 2+2 (in words)?"),
+        ("a=b {c", "a=b {c"),
+        ("def f(x):\n    return 'x'\n", "def f(x):\n    return 'x'\n"),
+        ('"so" she said', '"so" she said'),
+        ("'Hello, you'", "Hello, you"),
+        ("true", "true"),
+        ("007", "007"),
+        ("", ""),
+        (" a ", " a "),
+        ("null", None),
+    ],
+)
+def test_text_for_people_is_taken_as_it_is_typed(typed, text):
+    base = ["model.restore_from_path=a", "seed=7"]
+    for plus in ("", "+", "++"):
+        cfg = compose("generate", [*base, f"{plus}prompt={typed}", "inference.top_k=3"])
+        assert (cfg.prompt, cfg.seed, cfg.inference.top_k) == (text, 7, 3)
+    assert "found a sweep" in message("generate", [*base, "output_path=a,b"]), "other keys have Hydra's grammar"
+
+
 def test_hydra_own_overrides_are_left_to_hydra():
     assert "hydra" not in compose("distill", [*DISTILL, "hydra.run.dir=x", "hydra/job_logging=none"])
 

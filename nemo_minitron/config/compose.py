@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +14,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nemo_minitron.config import check
+from nemo_minitron.config.keys import keys
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, STRAY
 from nemo_minitron.config.sections import WithCluster
@@ -165,12 +167,30 @@ def group_options(group: str, source: Source | None = None) -> list[str]:
     return sorted({file.stem for folder in folders for file in (folder / group).glob("[!_]*.yaml")})
 
 
+def _prose(command: str) -> set[str]:
+    """Keys of ``command`` whose values are text for people."""
+    return {name for name, _, _, metadata in keys(COMMANDS[command]) if metadata.get("prose")}
+
+
+def _typed_text(parser: OverridesParser, text: str) -> Override:
+    """``KEY=TEXT`` with all that follows the first ``=`` as its value; as ever null is no value, and quotes around the
+    whole are taken off."""
+    name, _, value = text.lstrip("+").partition("=")
+    if value == "null" or value[:1] in ("'", '"'):
+        with suppress(HydraException):
+            return parser.parse_override(text)
+    return Override(OverrideType.CHANGE, name, ValueType.ELEMENT, value)
+
+
 def _parse(command: str, overrides: Sequence[str], source: Source) -> tuple[list[Override], list[Override]]:
     """Return (choices of config groups, values). ``hydra.*`` is about Hydra's launcher, which is not used."""
-    parser = OverridesParser.create()
+    parser, prose = OverridesParser.create(), _prose(command)
     groups: list[Override] = []
     values: list[Override] = []
     for text in overrides:
+        if "=" in text and text.lstrip("+").partition("=")[0] in prose:
+            values.append(_typed_text(parser, text))
+            continue
         try:
             override = parser.parse_override(text)
         except HydraException as error:

@@ -18,13 +18,14 @@ SEED = 1234
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]
 
 
-def key(default: Any, help: str, choices: Choices | None = None) -> Any:
+def key(default: Any, help: str, choices: Choices | None = None, prose: bool = False) -> Any:
     """A documented key; a mutable default is copied for every instance.
 
     Args:
         choices: the values that it may have; a function where extensions can add some.
+        prose: text for people, taken as it is typed: Hydra's grammar would refuse its first comma.
     """
-    metadata = {"help": help, "choices": choices}
+    metadata = {"help": help, "choices": choices, "prose": prose}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -25,6 +25,7 @@ from nemo_minitron.config.sections import (
     EvaluateData,
     Export,
     Importance,
+    Inference,
     Prune,
     Search,
     Tokenizer,
@@ -209,6 +210,34 @@ class EvaluateConfig:
     extensions: list[str] = _extensions()
 
 
+ACCELERATORS = ("auto", "gpu", "cpu")
+COMPUTED_IN = ("32", "bf16")
+
+
+@dataclass
+class GenerateConfig:
+    """Talk to a model: it goes on with a prompt, answers a file of them, or chats in the terminal.
+
+    One of prompt, prompts and chat is to be given. Text appears on stdout as it is made, by transformers' own model
+    with its key-value cache, in one process. A .nemo is first exported as `minitron convert` would, to a folder below
+    TMPDIR that is removed again; an HF folder is read as it is. A chat takes a line of stdin at a time, up to the end
+    or a line that says /quit, in the form of the tokenizer's chat template.
+    """
+
+    model: dict[str, Any] = known({"restore_from_path": None}, "the model to talk to")
+    prompt: str | None = key(None, "text to go on with; taken as it is typed, commas and all", prose=True)
+    prompts: Any = key(None, "file with a prompt per line, or .jsonl with text or messages; or a list of prompts")
+    chat: bool = key(False, "talk with the model, a line each")
+    system: str | None = key(None, "of chat: what the model is told first; the template's own when null", prose=True)
+    output_path: str | None = key(None, "jsonl file to write prompts and answers to, at the end")
+    inference: Inference = section(Inference, "how tokens are chosen, with NeMo's names")
+    tokenizer: Tokenizer = section(Tokenizer, "tokenizer for a model that carries none of its own")
+    precision: str | None = key(None, "what is computed in; bf16 on a GPU and 32 on a CPU when null", COMPUTED_IN)
+    accelerator: str = key("auto", "where; auto is a GPU where there is one", ACCELERATORS)
+    seed: int = key(SEED, "seed of the drawing")
+    extensions: list[str] = _extensions()
+
+
 @dataclass
 class ReportConfig:
     """One page on a run, for people: what was made smaller, by how much, what it cost; HTML and Markdown."""
@@ -243,6 +272,7 @@ COMMANDS: dict[str, type] = {
     "prune": PruneConfig,
     "distill": DistillConfig,
     "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
     "report": ReportConfig,
     "run": RunConfig,
 }

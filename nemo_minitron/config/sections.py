@@ -156,6 +156,17 @@ class EvaluateData(Evaluate):
 
 
 @dataclass
+class Inference:
+    greedy: bool = key(False, "take the likeliest token each time instead of drawing one")
+    temperature: float = key(0.7, "of the softmax that tokens are drawn from; 0 is greedy as well")
+    top_k: int = key(0, "draw from this many of the likeliest tokens; from all when 0")
+    top_p: float = key(0.9, "draw from the likeliest tokens that together have this probability; from all when 1")
+    repetition_penalty: float = key(1.0, "above 1 makes tokens less likely that are there already")
+    add_BOS: bool | None = key(None, "begin a prompt with the BOS token; as the tokenizer does when null")
+    tokens_to_generate: int = key(256, "most tokens of an answer; fewer where the model has no more positions")
+
+
+@dataclass
 class Budget:
     num_parameters: float | None = key(None, "most parameters, a nominal size: 4.5e9, 100e6")
     memory_gib: float | None = key(None, "most memory of weights and KV cache")

@@ -38,7 +38,18 @@ def fitting(folder: Path, rows: int, where: Path) -> tuple[int, Ids]:
 
 
 def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack) -> tuple[Path | None, Ids, str]:
-    """Tokenizer for an export, its ids (null where they are not known), and why there is none.
+    """:func:`tokenizer_for` an export, with a line about what is left out; the reason is why the export has none."""
+    for key in not_taken_over(reader.config) if isinstance(reader, NemoReader) else ():
+        notice(f"{reader.path}: {key} has no place in the export and is left out")
+    folder, ids, reason = tokenizer_for(reader, asked, stack)
+    if folder is None:
+        reason = f"{reason}; the export has none. tokenizer.type=... gives one"
+        notice(reason)
+    return folder, ids, reason
+
+
+def tokenizer_for(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack) -> tuple[Path | None, Ids, str]:
+    """Tokenizer of a checkpoint, its ids (null where they are not known), and why there is none.
 
     What the checkpoint carries comes first, then what the user asks for. A folder of this machine that a ``.nemo``
     merely names, as NeMo's do, or the copy in the hub's cache of a name, is the last resort: it is said, files with a
@@ -46,8 +57,6 @@ def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack
     """
     unknown: Ids = {"bos_token_id": None, "eos_token_id": None}
     rows = reader.shape.vocab_size
-    for key in not_taken_over(reader.config) if isinstance(reader, NemoReader) else ():
-        notice(f"{reader.path}: {key} has no place in the export and is left out")
     folder = choose(reader, asked, "tokenizer")
     packed = folder is not None and folder == reader.tokenizer_folder()
     if packed and reader.hf_config is not None:
@@ -78,9 +87,7 @@ def for_export(reader: Reader, asked: Mapping[str, Any] | None, stack: ExitStack
             said += f", {absent}" if of_hub else f", and {named}, which it names, holds none here"
         except MinitronError as error:
             said += f", and the folder that it names cannot be used: {error}"
-    said = f"{reader.path} {said}; the export has none. tokenizer.type=... gives one"
-    notice(said)
-    return None, unknown, said
+    return None, unknown, f"{reader.path} {said}"
 
 
 def loadable(folder: Path | None) -> Path | None:

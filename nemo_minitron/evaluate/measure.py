@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint.hf_rope import older_reads
 from nemo_minitron.config.grid import Grid, Machines
 from nemo_minitron.config.schema import EvaluateConfig
 from nemo_minitron.config.sections import Evaluate
-from nemo_minitron.convert import convert
+from nemo_minitron.convert.temporary import exported
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.evaluate.energy import Meter
@@ -155,9 +155,7 @@ def _harness(cfg: EvaluateConfig, source: Path, tasks: Tasks) -> Metrics:
     with ExitStack() as stack:
         folder = source
         if not (source / "config.json").is_file():
-            exported = Staging(output.with_name(f"{output.name}.hf"), folder=True)
-            stack.callback(exported.abort)
-            folder = convert(source, exported.path / "hf")
+            folder = stack.enter_context(exported(source, output))
         summary, items = run_tasks(folder, tasks, options, Machines.of(cfg.trainer).precision, cfg.seed)
     if options.log_samples:
         lines = "".join(json.dumps(item) + "\n" for item in items)

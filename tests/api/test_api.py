@@ -15,6 +15,7 @@ import pytest
 
 import nemo_minitron as nm
 from nemo_minitron import api
+from nemo_minitron.api import stages, training
 from nemo_minitron.api.process import nested
 from nemo_minitron.config.compose import compose
 from nemo_minitron.synthetic import make_llama
@@ -35,7 +36,8 @@ def composed(monkeypatch):
         found.append((command, compose(command, words, config=plain)))
         return ""
 
-    monkeypatch.setattr(api, "call", call)
+    for module in (stages, training):
+        monkeypatch.setattr(module, "call", call)
     return found
 
 

@@ -1,0 +1,114 @@
+"""Calls that train: teacher correction and distillation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nemo_minitron.api.arguments import Config, Text, beside, data, machine
+from nemo_minitron.api.process import Settings, call
+from nemo_minitron.api.results import Checkpoint, PathLike
+
+VALIDATE_EVERY = 100
+"""Steps between two looks at the validation data, where there are as many."""
+
+
+def finetune(
+    model: PathLike,
+    train: Text,
+    output: PathLike | None = None,
+    *,
+    validation: Text | None = None,
+    seq_length: int | None = None,
+    max_steps: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    lr: float | None = None,
+    devices: int | str | None = None,
+    precision: int | str | None = None,
+    resume: bool = False,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> Checkpoint:
+    """Train a model on text by next-token prediction: teacher correction.
+
+    Args:
+        model: ``.nemo`` file.
+        train: token files to train on. validation: those that decide which model is best; ``train`` when None.
+        output: the best model by validation loss, ``NAME.finetuned.nemo`` when None; checkpoints and logs go to a
+            folder ``OUTPUT.logs`` beside it.
+        seq_length: tokens of a sequence. max_steps: optimizer steps of ``global_batch_size`` sequences each.
+        lr: learning rate at its highest.
+        devices: processes on this machine. precision: 32, ``bf16`` or 16.
+        resume: go on from the last checkpoint in the folder of logs.
+    """
+    output = beside(model, "finetuned") if output is None else Path(output)
+    config = {"model.restore_from_path": model, "model.nemo_path": output}
+    config |= _training(output, train, validation, max_steps, resume)
+    config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
+    call("finetune", config | {"model.optim.lr": lr}, settings, verbose=verbose)
+    return Checkpoint(output)
+
+
+def distill(
+    student: PathLike,
+    teacher: PathLike,
+    train: Text,
+    output: PathLike | None = None,
+    *,
+    validation: Text | None = None,
+    seq_length: int | None = None,
+    max_steps: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    lr: float | None = None,
+    devices: int | str | None = None,
+    precision: int | str | None = None,
+    resume: bool = False,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> Checkpoint:
+    """Train a student to follow a teacher's predictions.
+
+    Args:
+        student, teacher: ``.nemo`` files of one vocabulary. output: ``NAME.distilled.nemo`` when None. The others are
+            as for :func:`finetune`.
+    """
+    output = beside(student, "distilled") if output is None else Path(output)
+    config = {
+        "model.restore_from_path": student,
+        "model.kd_teacher_restore_from_path": teacher,
+        "model.nemo_path": output,
+    }
+    config |= _training(output, train, validation, max_steps, resume)
+    config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
+    call("distill", config | {"model.optim.lr": lr}, settings, verbose=verbose)
+    return Checkpoint(output)
+
+
+def _training(output: Path, train: Text, validation: Text | None, max_steps: int | None, resume: bool) -> Config:
+    """Keys of data, steps and logs; the logs of an earlier call go where this one does not resume it."""
+    logs = output.with_name(f"{output.name.removesuffix('.nemo')}.logs")
+    if not resume:
+        shutil.rmtree(logs, ignore_errors=True)
+    parts = {"train": data(train), "validation": data(train if validation is None else validation)}
+    return {
+        "model.data.data_prefix": {
+            name: [1.0, part] if isinstance(part, str) else part for name, part in parts.items()
+        },
+        "model.data.index_mapping_dir": logs / "index",
+        "trainer.max_steps": max_steps,
+        "trainer.val_check_interval": None if max_steps is None else min(max_steps, VALIDATE_EVERY),
+        "exp_manager.exp_dir": logs,
+        "exp_manager.use_datetime_version": False,
+        "exp_manager.resume_if_exists": True,  # of a folder that is new, nothing
+    }
+
+
+def _batches(seq_length: int | None, micro_batch_size: int | None, global_batch_size: int | None) -> Config:
+    """Keys of the sizes of a step."""
+    return {
+        "model.data.seq_length": seq_length,
+        "model.micro_batch_size": micro_batch_size,
+        "model.global_batch_size": global_batch_size,
+    }
