@@ -337,7 +337,6 @@ def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
         "heads/groups": lambda m: f"{m['num_attention_heads']}/{m['num_query_groups']}",
         "val_loss": lambda m: f"{m['val_loss']:.4f}",
         "perplexity": lambda m: f"{m['perplexity']:,.2f}",
-        "tokens/s": lambda m: f"{m['tokens_per_second']:,.0f}",
         "peak memory": lambda m: f"{m['peak_memory_bytes'] / 2**30:.2f} GiB",
     }
     rows = [["", *columns]]

@@ -66,6 +66,8 @@ def readme() -> Iterator[str]:
     rows = load("zero_shot_draws_smollm2_135m")["rows"]
     shown = ("ffn 1536→1024", "hidden 576→512", "groups 3→2")
     yield from zero_shot_rows({name: rows[name] for name in shown}, TEXTS[:2])
+    losses = rows["ffn 1536→1024"]["oscar"]["above"]
+    yield f"OSSCAR, which re-solves too, loses {losses['brown']:.2f} and {losses['pydoc']:.2f} in the first row"
 
 
 def coder() -> Iterator[str]:
@@ -118,6 +120,7 @@ def paper_search() -> Iterator[str]:
 
 
 def peers() -> Iterator[str]:
+    yield from zero_shot_rows(load("zero_shot_draws_smollm2_135m")["rows"], methods=("oscar", "ours"))
     rows = load("zero_shot_lines_smollm2_135m")["rows"]
     drawn = load("zero_shot_draws_smollm2_135m")["rows"]
     peer = load("model_optimizer_smollm2_135m")
@@ -152,11 +155,13 @@ def llama_8b() -> Iterator[str]:
     yield f"the latter in {load('quickstart_lr_h100')['recipe']['seconds'] / 60:.0f} minutes"
 
 
-def zero_shot_rows(rows: dict[str, Any], texts: tuple[str, ...] = TEXTS) -> Iterator[str]:
+def zero_shot_rows(
+    rows: dict[str, Any], texts: tuple[str, ...] = TEXTS, methods: tuple[str, ...] = ("plain", "ours")
+) -> Iterator[str]:
     for name, row in rows.items():
-        if "ours" not in row:
+        if not set(methods) <= set(row):
             continue
-        cells = [f"{row[how]['above'][text]:.2f}" for text in texts for how in ("plain", "ours")]
+        cells = [f"{row[how]['above'][text]:.2f}" for text in texts for how in methods]
         yield f"| {name} | {' | '.join(cells)} |"
 
 

@@ -98,7 +98,7 @@ def write_records(out, source):
 
 def write_metrics(out, source):
     sizes = ("num_parameters", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-    values = ("num_query_groups", "val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
+    values = ("num_query_groups", "val_loss", "perplexity", "peak_memory_bytes")
     metrics = dict.fromkeys((*sizes, *values), 1)
     evaluate.write_json(out / "teacher.json", metrics)
     recipe.report({"teacher": str(out / "teacher.json")}, {}, out)

@@ -94,7 +94,7 @@ class Evaluation:
     """What was measured of a model.
 
     Attributes:
-        values: all of it, as ``minitron evaluate`` writes it: ``num_parameters``, ``tokens_per_second``,
+        values: all of it, as ``minitron evaluate`` writes it: ``num_parameters``,
             ``peak_memory_bytes``, and sections such as ``lm_eval``.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +34,11 @@ def facts(shape: ModelShape) -> dict[str, int]:
 def evaluate(
     model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = Evaluate.micro_batch_size
 ) -> dict[str, Any]:
-    """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's cost.
+    """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's size.
 
     Blocks are unpadded, so every token counts alike. Runs at any TP and PP, data-parallel ranks take every n-th
-    micro-batch. ``tokens_per_second`` is prefill over the whole job, ``peak_memory_bytes`` this rank's.
+    micro-batch. ``peak_memory_bytes`` is this rank's. How long it took is not kept: a pass that nothing warmed or
+    repeated says little of speed, which :mod:`nemo_minitron.evaluate.throughput` measures.
 
     Returns the keys of a ``metrics.json`` entry.
 
@@ -50,7 +50,6 @@ def evaluate(
     (stage,) = model.get_model_module_list()
     stage.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    start = time.perf_counter()
     for block in micro_batches(blocks, micro_batch_size, "evaluate"):
         tokens, labels = block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
@@ -63,7 +62,6 @@ def evaluate(
     total = total.to(runtime.device())
     total[0] = parallel.all_reduce(total[0], parallel_state.get_pipeline_model_parallel_group())
     total = parallel.all_reduce(total, parallel_state.get_data_parallel_group()).cpu()
-    seconds = time.perf_counter() - start
     loss = float(total[0] / total[1])
     if not math.isfinite(loss):
         raise MinitronError(f"val_loss is {loss}: the model's weights or its data are broken")
@@ -72,6 +70,5 @@ def evaluate(
         "perplexity": math.exp(loss),
         **facts(model.shape),
         "tokens": int(total[1]),
-        "tokens_per_second": float(total[1]) / seconds,
         "peak_memory_bytes": runtime.peak_memory_bytes(),
     }

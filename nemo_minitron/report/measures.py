@@ -15,7 +15,7 @@ COUNTS = (
     "num_attention_heads",
     "num_query_groups",
 )
-MEASURED = ("val_loss", "perplexity", "tokens_per_second", "peak_memory_bytes")
+MEASURED = ("val_loss", "perplexity", "peak_memory_bytes")
 SMALLEST, LARGEST = 1e-9, 1e18
 """Bounds of the numbers that a page takes from a file; a quotient of two of them fits a float."""
 

@@ -84,13 +84,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("loss", f"{change:+.3f}", f"{teacher['val_loss']:.3f} → {student['val_loss']:.3f} nats/token"))
         for key, what, scale, unit in (
             ("perplexity", "perplexity", 1, ""),
-            ("tokens_per_second", "speed", 1, " tokens/s"),
             ("peak_memory_bytes", "memory", 2**30, " GiB"),
         ):
             if key in teacher and key in student:
                 old, new = teacher[key] / scale, student[key] / scale
-                digits = 0 if key == "tokens_per_second" else 2
-                tiles.append((what, f"{new / old - 1:+.1%}", f"{old:,.{digits}f} → {new:,.{digits}f}{unit}"))
+                tiles.append((what, f"{new / old - 1:+.1%}", f"{old:,.2f} → {new:,.2f}{unit}"))
     closed = gap_closed(run.metrics)
     if closed is not None:
         tiles.append(("won back", f"{closed:.1%}", "of the loss that pruning cost, by training"))
@@ -128,7 +126,6 @@ def _results(run: Run) -> list[tuple[str, ...]]:
         ("val_loss", lambda value: f"{value:.4f}"),
         ("perplexity", lambda value: f"{value:,.2f}"),
         ("num_parameters", lambda value: f"{value:,.0f}"),
-        ("tokens_per_second", lambda value: f"{value:,.0f}"),
         ("peak_memory_bytes", lambda value: f"{value / 2**30:.2f} GiB"),
     )
     return [

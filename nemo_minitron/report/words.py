@@ -90,15 +90,11 @@ def headline(run: Run) -> list[str]:
 
 
 def _costs(teacher: dict[str, float] | None, student: dict[str, float] | None) -> list[str]:
-    """Speed and memory, of the machine that the models were evaluated on."""
-    parts = []
-    if teacher and student and "tokens_per_second" in teacher and "tokens_per_second" in student:
-        ratio = student["tokens_per_second"] / teacher["tokens_per_second"]
-        parts.append(f"the smaller model read text {ratio:.2f} times as fast as the original")
-    if teacher and student and "peak_memory_bytes" in teacher and "peak_memory_bytes" in student:
-        old, new = (model["peak_memory_bytes"] / 2**30 for model in (teacher, student))
-        parts.append(f"its process took {new:.2f} GiB of memory at most, the original's {old:.2f}")
-    return [f"When measured, {' and '.join(parts)}."] if parts else []
+    """Memory, of the machine that the models were evaluated on."""
+    if not (teacher and student and "peak_memory_bytes" in teacher and "peak_memory_bytes" in student):
+        return []
+    old, new = (model["peak_memory_bytes"] / 2**30 for model in (teacher, student))
+    return [f"When measured, its process took {new:.2f} GiB of memory at most, the original's {old:.2f}."]
 
 
 def parameters(run: Run) -> tuple[float | None, float | None]:

@@ -102,17 +102,18 @@ def test_only_a_rank_whose_agent_reports_hands_its_error_over(tmp_path, monkeypa
 
 
 def test_a_users_error_on_all_ranks_is_one_line(tmp_path):
-    absent = tmp_path / "absent.nemo"
-    arguments = ["importance", f"model.restore_from_path={absent}", f"output_path={tmp_path}/scores"]
+    broken = tmp_path / "broken.nemo"
+    broken.write_bytes(b"no tar" * 100)  # only the ranks see it
+    arguments = ["importance", f"model.restore_from_path={broken}", f"output_path={tmp_path}/scores"]
     done = subprocess.run(
         [*MINITRON, *arguments, "calibration.data_prefix=x", "trainer.devices=2"],
         env=environment(), capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     ours = [line for line in done.stderr.splitlines() if line.startswith("minitron:")]
-    assert len(ours) == 1 and str(absent) in ours[0]
+    assert len(ours) == 1 and str(broken) in ours[0]
     assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [broken]
 
 
 def at_work(tiny: list[str], folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:

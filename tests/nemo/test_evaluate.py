@@ -12,7 +12,10 @@ from tests.llamas import GQA
 from tests.nemo.conftest import hf_logits
 
 CASES = {
-    "missing checkpoint": (["model.restore_from_path=DIR/absent.nemo"], "absent.nemo: expected a .nemo"),
+    "missing checkpoint": (
+        ["model.restore_from_path=DIR/absent.nemo"],
+        "restore_from_path: expected a .nemo file or folder, found nothing at",
+    ),
     "no model_weights": (["model.restore_from_path=DIR/bare"], "expected the member model_weights/"),
     "missing tokens": (["evaluate.data_prefix=DIR/absent"], "absent"),
     "tokens of another vocabulary": (["evaluate.data_prefix=DIR/permuted_text_document"], "another vocabulary"),

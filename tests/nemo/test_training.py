@@ -55,7 +55,10 @@ def test_best_and_last_are_kept_and_losses_logged_by_name(models, zygote, tmp_pa
 
 
 CASES = {
-    "missing checkpoint": (["model.restore_from_path=DIR/absent.nemo"], "absent.nemo: expected a .nemo"),
+    "missing checkpoint": (
+        ["model.restore_from_path=DIR/absent.nemo"],
+        "restore_from_path: expected a .nemo file or folder, found nothing at",
+    ),
     "no model_weights": (["model.restore_from_path=DIR/bare"], "expected the member model_weights/"),
     "truncated": (["model.restore_from_path=DIR/cut.nemo"], "unexpected end of data"),
     "missing tokens": (["PREFIX=DIR/absent"], "absent"),
@@ -76,7 +79,7 @@ CASES = {
     "output is the input": (["model.nemo_path=DIR/model.nemo"], "choose another name"),
 }
 TEACHERS = {
-    "missing teacher": ("absent.nemo", "absent.nemo: expected a .nemo"),
+    "missing teacher": ("absent.nemo", "restore_from_path: expected a .nemo file or folder, found nothing at"),
     "teacher without model_weights": ("bare", "expected the member model_weights/"),
     "teacher of another vocabulary": ("larger.nemo", "the teacher's vocabulary has 400 tokens, the student's 320"),
     "teacher of a permuted vocabulary": ("permuted.nemo", "teacher and student tokenizers differ: token 'a'"),
