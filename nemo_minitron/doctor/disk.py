@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemo_minitron.doctor.line import GIB, Line, gib
@@ -21,7 +21,7 @@ def disk() -> Iterator[Line]:
     yield _folder("/dev/shm", lambda: SHARED, "workers of data loaders and NCCL use it; in Docker set --shm-size")
 
 
-def _folder(name: str, find, advice: str) -> Line:
+def _folder(name: str, find: Callable[[], Path], advice: str) -> Line:
     try:
         folder = find()
         free = shutil.disk_usage(folder).free

@@ -43,7 +43,9 @@ def gpus(torch: Probed, there: bool) -> Iterator[Line]:
     if torch.facts.get("nccl"):
         yield Line("ok", "NCCL", torch.facts["nccl"])
     else:
-        yield Line("note", "NCCL", "none in this torch: one GPU a command (trainer.devices=1)")
+        yield Line(
+            "note", "NCCL", "none in this torch: commands that train or score fail; CUDA_VISIBLE_DEVICES= takes the CPU"
+        )
 
 
 def _none(cuda: str | None, driver: str | None) -> Line:

@@ -19,7 +19,7 @@ from nemo_minitron.files.plain import short
 
 Page = dict[str, list[Line]]
 """Section → its lines."""
-_PATH = re.compile(r"(?<![\w.:/])~?(?:/[^\s/'\"():,;]+)+/(?=[^\s/'\"():,;])")
+_PATH = re.compile(r"(?<![\w.])~?(?:/[^\s/'\"():,;]+)+/?")
 
 
 def examine() -> Page:
@@ -62,7 +62,7 @@ def as_json(page: Page) -> str:
 
 def anonymous(said: str) -> str:
     """Text without the folders of its paths, the user's name and the machine's."""
-    said = _PATH.sub("…/", said)
+    said = _PATH.sub(_file, said)
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run as nobody that it knows
@@ -71,6 +71,12 @@ def anonymous(said: str) -> str:
         if len(name) > 2:
             said = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", said)
     return said
+
+
+def _file(path: re.Match[str]) -> str:
+    """The name of a file; nothing of a folder, which may be a user's."""
+    name = path[0].rstrip("/").rpartition("/")[2]
+    return f"…/{name}" if "." in name[1:] else "…"
 
 
 def _said(text: str) -> str:

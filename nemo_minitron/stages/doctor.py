@@ -8,6 +8,7 @@ from nemo_minitron.config.schema import DoctorConfig
 from nemo_minitron.doctor.page import as_json, examine, problems, text
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
+from nemo_minitron.jobs.processes import place
 
 
 def run(cfg: DoctorConfig) -> None:
@@ -16,8 +17,6 @@ def run(cfg: DoctorConfig) -> None:
     Raises:
         MinitronError: what stops every command, after the page; a destination that cannot be written.
     """
-    from nemo_minitron.jobs.processes import place
-
     try:
         where = place()
     except (ValueError, KeyError):  # the page says so
@@ -29,6 +28,5 @@ def run(cfg: DoctorConfig) -> None:
     if cfg.output_path:
         write_file(Path(cfg.output_path), as_json(page))
     if found := problems(page):
-        raise MinitronError(
-            f"doctor: {'1 problem stops' if len(found) == 1 else f'{len(found)} problems stop'} every command: {'; '.join(found)}"
-        )
+        stop = "1 problem stops" if len(found) == 1 else f"{len(found)} problems stop"
+        raise MinitronError(f"doctor: {stop} every command: {'; '.join(found)}")
