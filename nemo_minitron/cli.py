@@ -169,8 +169,12 @@ def _main(argv: list[str]) -> int:
         print(command_help(arguments.command, cluster=arguments.help_cluster), end="")
         return 0
 
-    from nemo_minitron.config.compose import Source, compose
-
+    try:
+        from nemo_minitron.config.compose import Source, compose
+    except ImportError as error:
+        if arguments.command == "doctor":
+            _doctor_alone(arguments.overrides, error)
+        raise
     source = Source(arguments.config_path, arguments.config_dir, arguments.config_name)
     cfg = compose(arguments.command, arguments.overrides, source, complete=arguments.cfg is None)
     if arguments.cfg:
@@ -196,6 +200,19 @@ def _main(argv: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         return _interrupted(f"; {how_to_go_on(arguments.command, cfg, started)}")
     return 0
+
+
+def _doctor_alone(overrides: Sequence[str], error: ImportError) -> None:
+    """Run ``minitron doctor`` where packages that read a configuration are missing or broken.
+
+    Raises:
+        MinitronError: always, after the page.
+    """
+    from nemo_minitron.config.schema import DoctorConfig
+
+    given = dict(word.partition("=")[::2] for word in overrides)
+    importlib.import_module("nemo_minitron.stages.doctor").run(DoctorConfig(given.get("output_path")))
+    raise MinitronError(f"doctor: 1 problem stops every command: configurations cannot be read: {error}")
 
 
 def dispatch(command: str, cfg: DictConfig) -> None:

@@ -39,6 +39,7 @@ _DECODER = "model/test_decoder.py::test_streams_and_logits_are_those_of_transfor
 _BIASES = "prune/test_resolve_biases.py::"
 _LEAN = "nemo/test_lean.py::"
 _GENERATE = "test_generate.py::"
+_DOCTOR = "test_doctor.py::"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
@@ -673,6 +674,37 @@ MUTANTS = [
         "history = history[2:]",
         "history = history[-1:]",
         _GENERATE + "test_a_chat_forgets_what_no_longer_fits",
+    ),
+    # the page on the machine
+    Mutant(
+        "doctor/page.py",
+        "    said = _PATH.sub(_file, said)\n",
+        "",
+        _DOCTOR + "test_the_json_says_the_same_without_paths_and_names",
+    ),
+    Mutant(
+        "doctor/page.py",
+        'f"…/{name}" if "." in name[1:] else "…"',
+        'f"…/{name}"',
+        _DOCTOR + "test_the_json_says_the_same_without_paths_and_names",
+    ),
+    Mutant(
+        "doctor/probe.py",
+        "except BaseException as error:",
+        "except Exception as error:",
+        _DOCTOR + "test_what_an_import_does_stays_in_its_process",
+    ),
+    Mutant(
+        "doctor/versions.py",
+        "contains(version, prereleases=True)",
+        "contains(version)",
+        _DOCTOR + "test_local_and_early_versions_are_compared",
+    ),
+    Mutant(
+        "files/staging.py",
+        "return _is_free(held, unknown=False) and not _is_free(other, unknown=True)",
+        "return _is_free(held, unknown=False)",
+        _DOCTOR + "test_locks",
     ),
 ]
 

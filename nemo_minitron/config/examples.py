@@ -55,5 +55,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "minitron run recipe=smollm2_135m recipe.settings.max_steps=1000 recipe.settings.ffn_hidden_size=768",
         "minitron run recipe=llama3_1_8b_width recipe.settings.source=/models/Meta-Llama-3.1-8B",
     ),
+    "doctor": ("minitron doctor", "minitron doctor output_path=doctor.json"),
 }
 """Command → whole lines as one would type them; ``help_text`` folds them."""

@@ -262,6 +262,19 @@ class RunConfig:
     extensions: list[str] = _extensions()
 
 
+@dataclass
+class DoctorConfig:
+    """Say whether the commands work on this machine, and what each absence costs.
+
+    Each line begins with ok, note or problem. A note costs something; a problem stops every command, and the exit
+    status is then 2. Nothing is sent anywhere.
+    """
+
+    output_path: str | None = key(
+        None, "JSON file to write the same to, for a bug report; it has no paths or user names"
+    )
+
+
 COMMANDS: dict[str, type] = {
     "convert": ConvertConfig,
     "preprocess": PreprocessConfig,
@@ -275,8 +288,9 @@ COMMANDS: dict[str, type] = {
     "generate": GenerateConfig,
     "report": ReportConfig,
     "run": RunConfig,
+    "doctor": DoctorConfig,
 }
-"""Commands with their schemas, in the order of the journey."""
+"""Commands with their schemas, in the order of the journey; last the one that looks at the machine."""
 
 
 COMPOSITE = ("search", "run")

@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -225,6 +226,21 @@ def remove_leftovers(destination: Path) -> None:
                     _remove(path)
         finally:
             os.close(lock)
+
+
+def has_locks(folder: str | Path) -> bool:
+    """Whether a file that one process holds in ``folder`` is seen as held by another.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".minitron-lock-") as file:
+        held, other = _open(Path(file.name)), _open(Path(file.name))
+        try:
+            return _is_free(held, unknown=False) and not _is_free(other, unknown=True)
+        finally:
+            os.close(held)
+            os.close(other)
 
 
 @functools.cache
