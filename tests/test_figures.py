@@ -89,10 +89,6 @@ def pruning() -> Iterator[str]:
     rows = load("zero_shot_lines_smollm2_135m")["rows"]
     drawn = load("zero_shot_draws_smollm2_135m")["rows"]
     yield from zero_shot_rows(drawn)
-    less, few = (
-        [rows[f"layers 30→{layers}"][how]["above"]["brown"] for layers in (24, 20)] for how in ("ours", "plain")
-    )
-    yield f"loses {less[0]:.2f} and {less[1]:.2f} on Brown re-solved, {few[0]:.2f} and {few[1]:.2f} cut"
     worse = sum(row["ours"]["above"]["pydoc"] > row["plain"]["above"]["pydoc"] for row in rows.values())
     alone = rows["ffn 1536→1024"]["ours"]["above"]
     yield f"lost {alone['brown']:.2f} on Brown with ffn 1024, but {alone['pydoc']:.2f} on the documentation"

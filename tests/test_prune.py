@@ -172,9 +172,9 @@ BAD = {
         "model.pipeline_model_parallel_size (3) must be at most num_layers (2)",
     ),
     "no scores": (["prune.hidden_size=40"], "prune.calib_dataset"),
-    "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "'/nowhere' is not a scores folder"),
+    "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "prune.scores: expected a scores folder, found nothing at /nowhere"),
     "missing data": (["prune.hidden_size=40", "prune.calib_dataset=/nowhere"], "neither '/nowhere.idx' nor"),
-    "missing plan": (["prune.plan=/nowhere"], "prune.plan: /nowhere: expected a readable file"),
+    "missing plan": (["prune.plan=/nowhere"], "prune.plan: expected a plan file, found nothing at /nowhere"),
     "unknown ranking": (["prune.ffn_hidden_size=9", "prune.ranking=magic"], "prune.ranking"),
     "missing checkpoint": (["prune.drop_layers=[1]", "model.restore_from_path=/nowhere.nemo"], "/nowhere.nemo"),
 }

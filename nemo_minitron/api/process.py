@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.files.staging import write_file
 from nemo_minitron.jobs import lifeline
 
 _LAST_LINES = 15
@@ -52,7 +53,7 @@ def call(
     """
     values = {key: value for key, value in config.items() if value is not None} | dict(settings or {})
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
-        (Path(folder) / "call.yaml").write_text(json.dumps(nested(values), default=os.fspath, ensure_ascii=False))
+        write_file(Path(folder) / "call.yaml", json.dumps(nested(values), default=os.fspath, ensure_ascii=False))
         argv = [command, *words, "--config-path", folder, "--config-name", "call.yaml"]
         code, printed = _run(argv, verbose)
     if code == 0:

@@ -11,6 +11,7 @@ from nemo_minitron.api.arguments import Text, beside, data, machine
 from nemo_minitron.api.process import Settings, call
 from nemo_minitron.api.results import Checkpoint, Evaluation, PathLike, Run, Scores, Student, Tokens
 from nemo_minitron.config.words import word
+from nemo_minitron.files.staging import write_file
 
 
 def convert(
@@ -226,7 +227,7 @@ def generate(
     }
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         asked, path = Path(folder) / "prompts.jsonl", Path(folder) / "answers.jsonl"
-        asked.write_text(json.dumps({"text": prompt}))  # any text, which as a key's value ``${…}`` is not
+        write_file(asked, json.dumps({"text": prompt}))  # any text, which as a key's value ``${…}`` is not
         call("generate", config | {"prompts": asked, "output_path": path}, settings, verbose=verbose)
         return str(json.loads(path.read_text())["answer"])
 
