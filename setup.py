@@ -100,13 +100,32 @@ EXTRAS = {
     "dev": ["ruff", "mypy", "import-linter", "pre-commit", "types-PyYAML", "build"],
 }
 
+CLASSIFIERS = [
+    "Development Status :: 4 - Beta",
+    "Environment :: Console",
+    "Environment :: GPU :: NVIDIA CUDA",
+    "Intended Audience :: Developers",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.10",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
+
 setup(
     name="nemo_minitron",
     version=VERSION,
     description="Minitron pruning and distillation of Llama-type models on NVIDIA NeMo",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="nemo_minitron developers",
+    license_expression="Apache-2.0",  # a classifier of the licence beside it is refused
+    license_files=["LICENSE"],
+    classifiers=CLASSIFIERS,
+    keywords=["pruning", "knowledge distillation", "compression", "LLM", "Llama", "Minitron", "NeMo", "Megatron"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["nemo_minitron", "nemo_minitron.*"]),
     package_data={"nemo_minitron": ["*.pyi", "py.typed", "conf/*.yaml", "conf/**/*.yaml", "report/*.j2"]},

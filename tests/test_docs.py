@@ -279,6 +279,8 @@ def test_command_runs(shown, home, zygote):
         assert (ROOT / ELSEWHERE[shown.text]).exists()
         return
     words = words_of(shown)
+    if words[0] in ("docker", "apptainer", "conda"):
+        return  # read in tests/test_places.py
     if words[0] == "make":
         dry = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
         assert dry.returncode == 0 and dry.stdout, dry.stderr

@@ -172,7 +172,10 @@ BAD = {
         "model.pipeline_model_parallel_size (3) must be at most num_layers (2)",
     ),
     "no scores": (["prune.hidden_size=40"], "prune.calib_dataset"),
-    "missing scores": (["prune.hidden_size=40", "prune.scores=/nowhere"], "prune.scores: expected a scores folder, found nothing at /nowhere"),
+    "missing scores": (
+        ["prune.hidden_size=40", "prune.scores=/nowhere"],
+        "prune.scores: expected a scores folder, found nothing at /nowhere",
+    ),
     "missing data": (["prune.hidden_size=40", "prune.calib_dataset=/nowhere"], "neither '/nowhere.idx' nor"),
     "missing plan": (["prune.plan=/nowhere"], "prune.plan: expected a plan file, found nothing at /nowhere"),
     "unknown ranking": (["prune.ffn_hidden_size=9", "prune.ranking=magic"], "prune.ranking"),
