@@ -39,4 +39,4 @@ def refuse_absent(command: str, cfg: DictConfig) -> None:
             raise MinitronError(f"{key}: expected {what}, found nothing at {value}")
     source = cfg.get("input_name_or_path")
     if command == "convert" and isinstance(source, str) and Path(source).is_absolute() and not Path(source).exists():
-        raise MinitronError(f"input_name_or_path: expected an HF folder, a .gguf or a .nemo, found nothing at {source}")
+        raise MinitronError(f"input_name_or_path: expected a HF folder, a .gguf or a .nemo, found nothing at {source}")

@@ -43,7 +43,7 @@ def test_what_a_command_makes_itself_need_not_be_there(tmp_path):
 def test_names_on_the_hub_are_not_paths(tmp_path):
     refuse_absent("convert", compose("convert", ["input_name_or_path=meta-llama/Llama-3.2-1B", "output_path=x.nemo"]))
     absent = compose("convert", [f"input_name_or_path={tmp_path}/Llama", "output_path=x.nemo"])
-    with pytest.raises(MinitronError, match="input_name_or_path: expected an HF folder"):
+    with pytest.raises(MinitronError, match="input_name_or_path: expected a HF folder"):
         refuse_absent("convert", absent)
 
 
