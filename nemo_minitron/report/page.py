@@ -19,6 +19,7 @@ from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
 from nemo_minitron.report.run_folder import Run
 from nemo_minitron.report.svg import numbered
+from nemo_minitron.report.use import use
 
 
 def render(run: Run) -> tuple[str, str]:
@@ -45,15 +46,19 @@ def contents(run: Run) -> dict[str, Any]:
     parts = axes(run)
     shown = [axis for axis in parts if axis.worth is not None or axis.is_cut]
     dropped = dropped_layers(run.plan)
+    student, ways = use(run)
     return {
         "name": run.recipe or run.name,
         "description": run.description,
         "version": __version__,
         "headline": words.headline(run),
         "tiles": _tiles(run),
+        "student": student,
+        "ways": ways,
         "glossary": words.GLOSSARY,
         "shapes": _shapes(run),
         "results": _results(run),
+        "answers": _answers(run),
         "removal": words.removal(run, parts),
         "compensation": words.compensation(run.plan),
         "layers": _layers(run, parts),
@@ -133,6 +138,11 @@ def _results(run: Run) -> list[tuple[str, ...]]:
         for role in ROLES
         if role in run.metrics
     ]
+
+
+def _answers(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, what each model wrote) in the order of the models."""
+    return [(prompt, list(answers.items())) for prompt, answers in run.answers.items()]
 
 
 def _layers(run: Run, parts: list[Axis]) -> tuple[list[str], list[list[str]]]:

@@ -18,13 +18,17 @@ from nemo_minitron.files.text import YAML_LIMIT, one_line, parse_json, parse_yam
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import Plan
+from nemo_minitron.report.answers import Answers, read_answers
 from nemo_minitron.report.curves import Training, is_log, read_log
 from nemo_minitron.report.inventory import Inventory
 from nemo_minitron.report.measures import LARGEST, ROLES, number, numbers
 
 T = TypeVar("T")
 
-_COMMANDS = ("convert", "preprocess", "synthesize", "finetune", "importance", "prune", "distill", "evaluate", "report")
+_COMMANDS = (
+    *("convert", "preprocess", "synthesize", "finetune", "importance", "prune"),
+    *("distill", "evaluate", "generate", "report"),
+)
 _LONGEST_CONFIG, _LONGEST_JSON = 1 << 16, 4 << 20
 _MOST_STAGES, _MOST_TRAININGS, _MOST_VERSIONS = 100, 16, 50
 _MOST_LAYERS, _MOST_UNITS = 1_000, 1 << 24
@@ -58,6 +62,7 @@ class Run:
     recipe: str | None = None
     description: str | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
     plan: Plan | None = None
     scores: Scores | None = None
     trainings: list[Training] = field(default_factory=list)
@@ -84,6 +89,7 @@ def read_run(folder: Path) -> Run:
     recipe = _part(run, lambda: _recipe(run)) or {}
     run.recipe, run.description = short(recipe.get("name")), short(recipe.get("description"), 2000)
     run.metrics = _metrics(run)
+    run.answers = read_answers(run.files, run.absent)
     run.plan = _part(run, lambda: _plan(run))
     run.scores = _part(run, lambda: _scores(run))
     run.trainings = _trainings(run)
