@@ -298,9 +298,9 @@ def checkpoints() -> Iterator[str]:
 CLAIMS = {
     "README.md": [quickstart, readme],
     "docs/checkpoints.md": [checkpoints],
-    "docs/evidence.md": [claims, evidence],
+    "docs/evidence.md": [evidence],
     "docs/llama_8b.md": [llama_8b],
-    "docs/pruning.md": [pruning, peers],
+    "docs/pruning.md": [pruning, peers, claims],
     "docs/quickstart.md": [quickstart, coder],
     "docs/running.md": [running, one_gpu, both_devices, distillation_costs],
     "docs/search.md": [search_page],
