@@ -317,7 +317,7 @@ def test_tiny_recipe_from_nothing_to_an_hf_folder(tmp_path):
     assert student.num_parameters() == metrics["distilled"]["num_parameters"]
 
     second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 0 and second.stdout.count("up to date, skipped") == 13
+    assert second.returncode == 0 and second.stdout.count("up to date, skipped") == 16
 
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"{metrics['distilled']['val_loss']:.4f}" in page and "What is not here" not in page

@@ -60,7 +60,10 @@ def test_an_interrupt_ends_the_command_before_the_call(tmp_path):
     """SIGINT reaches the caller alone; the child is told to end and is waited for."""
     started, extension = tmp_path / "started", tmp_path / "slow.py"
     extension.write_text(f"import os, time\nopen({str(started)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)\n")
-    code = f"from nemo_minitron.api.process import call; call('importance', {{'extensions': [{str(extension)!r}]}})"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell's background ignores it
+        f"from nemo_minitron.api.process import call; call('importance', {{'extensions': [{str(extension)!r}]}})"
+    )
     caller = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

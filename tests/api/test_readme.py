@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
@@ -22,6 +24,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow  # seven processes, of which four import NeMo
 def test_the_lines_of_python_run(tmp_path):
     [code] = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     for words, tiny in SMALLER.items():
