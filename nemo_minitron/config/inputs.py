@@ -19,8 +19,8 @@ INPUTS = {
     "run_dir": "the folder of a run",
 }
 """Key → what it names."""
-WRITTEN = {"run": ("run_dir",)}
-"""Command → keys of the above that it makes itself."""
+ELSEWHERE = {"run": ("run_dir",), "generate": ("model.restore_from_path",)}
+"""Command → keys of the above that it makes itself, or that may name something else and that it checks as early."""
 
 
 def refuse_absent(command: str, cfg: DictConfig) -> None:
@@ -35,7 +35,7 @@ def refuse_absent(command: str, cfg: DictConfig) -> None:
     """
     for key, what in INPUTS.items():
         value: Any = OmegaConf.select(cfg, key)
-        if isinstance(value, str) and key not in WRITTEN.get(command, ()) and not Path(value).exists():
+        if isinstance(value, str) and key not in ELSEWHERE.get(command, ()) and not Path(value).exists():
             raise MinitronError(f"{key}: expected {what}, found nothing at {value}")
     source = cfg.get("input_name_or_path")
     if command == "convert" and isinstance(source, str) and Path(source).is_absolute() and not Path(source).exists():

@@ -8,6 +8,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_minitron.cli import main
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.inputs import INPUTS, refuse_absent
 from nemo_minitron.config.schema import COMMANDS
@@ -38,6 +39,12 @@ def test_each_key_is_checked(key, tmp_path):
 
 def test_what_a_command_makes_itself_need_not_be_there(tmp_path):
     refuse_absent("run", compose("run", ["recipe=tiny", f"run_dir={tmp_path}/new"]))
+
+
+def test_generate_says_itself_what_it_reads(tmp_path, capsys):
+    assert main(["generate", f"model.restore_from_path={tmp_path}/no", "prompt=a"]) == 2
+    said = capsys.readouterr().err
+    assert f"expected a .nemo, an HF folder or a GGUF, found nothing at {tmp_path}/no" in said
 
 
 def test_names_on_the_hub_are_not_paths(tmp_path):
