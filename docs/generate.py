@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nemo_minitron.config import nemo_keys  # noqa: E402
+from nemo_minitron.config.help_text import named  # noqa: E402
 from nemo_minitron.config.keys import REQUIRED, choices_of, keys  # noqa: E402
 from nemo_minitron.config.schema import COMMANDS, GROUPS, description, summary  # noqa: E402
 from nemo_minitron.config.sections import Cluster  # noqa: E402
@@ -68,9 +69,7 @@ def options(command: str) -> list[str]:
         return []
     group = GROUPS[command]
     lines = ["", f"## {group}=NAME", "", "| name | |", "|---|---|"]
-    for file in sorted((CONF / group).glob("[!_]*.yaml")):
-        said = yaml.safe_load(file.read_text()).get("description") or first_comment(file)
-        lines.append(f"| `{file.stem}` | {cell(said)} |")
+    lines += [f"| `{name}` | {cell(said)} |" for name, said in named(group)]
     if command == "run":
         journey = yaml_rows(CONF / "recipe" / "_journey.yaml")
         lines += [
@@ -197,16 +196,6 @@ def names_below(prefix: str, tree: nemo_keys.Tree) -> Iterator[tuple[str, list[s
     for name, below in tree.items():
         if below is not None:
             yield from names_below(f"{prefix}.{name}", below)
-
-
-def first_comment(file: Path) -> str:
-    """The comment that a YAML file begins with, as one line."""
-    lines = []
-    for line in file.read_text().splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# "))
-    return " ".join(lines)
 
 
 def page(lines: list[str]) -> str:

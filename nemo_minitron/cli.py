@@ -138,10 +138,12 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def _instead_of(flag: str, value: str, command: str | None) -> str:
     """Hint at what was meant by an option that there is not: a key of the command, or another option."""
-    from nemo_minitron.config.help_text import key_called
+    from nemo_minitron.config.keys import tree_of
+    from nemo_minitron.config.schema import COMMANDS, key_called
 
     name = flag.lstrip("-").replace("-", "_")
-    if key := key_called(name, command):
+    candidates = [COMMANDS[command]] if command in COMMANDS else COMMANDS.values()
+    if key := next(filter(None, (key_called(name, tree_of(schema)) for schema in candidates)), None):
         return f" Keys are given without dashes: {key}={value if value and not value.startswith('-') else '…'}"
     return did_you_mean(flag, [*_FLAGS, "--help", "--help-cluster", "--version"])
 

@@ -191,7 +191,7 @@ def test_the_citation_is_of_this_version_and_of_the_papers(said):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel of the checkout, as pip without build isolation makes it."""
-    pytest.importorskip("setuptools", minversion="77")
+    pytest.importorskip("setuptools", minversion="77", reason="older ones refuse the licence in pyproject.toml's form")
     folder = tmp_path_factory.mktemp("wheel")
     for name in SETUP_READS:
         if (ROOT / name).is_dir():

@@ -135,7 +135,7 @@ def prune(
         plan: apply this plan instead of making one.
     """
     output = beside(model, "pruned") if output is None else Path(output)
-    plan_path = output.with_name(f"{output.name.removesuffix('.nemo')}.plan.yaml")
+    plan_path = beside(output, "plan", ".yaml")
     config = {
         "model.restore_from_path": model,
         "export.save_path": output,

@@ -88,7 +88,7 @@ def distill(
 
 def _training(output: Path, train: Text, validation: Text | None, max_steps: int | None, resume: bool) -> Config:
     """Keys of data, steps and logs; the logs of an earlier call go where this one does not resume it."""
-    logs = output.with_name(f"{output.name.removesuffix('.nemo')}.logs")
+    logs = beside(output, "logs", "")
     if not resume:
         shutil.rmtree(logs, ignore_errors=True)
     parts = {"train": data(train), "validation": data(train if validation is None else validation)}

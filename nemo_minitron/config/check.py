@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.keys import choices_of, keys, tree_of
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY, key_called
 from nemo_minitron.config.sections import Recipe, Stage, WithCluster
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 
@@ -37,10 +37,6 @@ def recipe_tree(recipe: DictConfig) -> Tree:
                 raise MinitronError(f"recipe.stages.{name}.command: no command '{command}'.{hint}")
             tree["stages"][name] = tree_of(Stage) | {"config": known_keys(command)}
     return tree
-
-
-FOREIGN = ("model", "trainer", "exp_manager", "inference", *STRAY)
-"""Sections of NeMo and Lightning; a hint names a key of ours before one of theirs."""
 
 
 def refuse_unknown(
@@ -151,21 +147,11 @@ def _has_keys(cfg: DictConfig) -> bool:
 def _suggest(name: str, tree: Tree, prefix: str, command_tree: Tree) -> str:
     if hint := did_you_mean(name, tree):
         return hint.replace("'", f"'{prefix}", 1)
-    # the right name in the wrong section: of this command first, and there of a section of ours
+    # the right name in the wrong section: of this command first
     for known in (command_tree, *map(known_keys, COMMANDS)):
-        found = [full for full in _paths(known) if full.rpartition(".")[2] == name]
-        if found:
-            return f" Did you mean '{min(found, key=lambda full: full.partition('.')[0] in FOREIGN)}'?"
+        if full := key_called(name, known):
+            return f" Did you mean '{full}'?"
     return ""
-
-
-def _paths(tree: Tree, prefix: str = "") -> list[str]:
-    found = []
-    for name, below in tree.items():
-        found.append(prefix + name)
-        if below:
-            found += _paths(below, f"{prefix}{name}.")
-    return found
 
 
 def _type_message(schema: type, cfg: DictConfig, error: ValidationError) -> str:

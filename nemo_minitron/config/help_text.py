@@ -3,6 +3,7 @@ library alone."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 
 from nemo_minitron.config.examples import EXAMPLES
 from nemo_minitron.config.keys import REQUIRED, choices_of, keys
-from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, description, summary
 from nemo_minitron.config.sections import Cluster
 
@@ -76,36 +76,20 @@ def named(group: str) -> Iterator[tuple[str, str]]:
     """Files of a config group, each with what it says of itself."""
     for file in sorted((CONF / group).glob("[!_]*.yaml")):
         text = file.read_text()
-        said = re.search(r"^description: (.+)$", text, re.M) or re.search(r"^# (.+)$", text, re.M)
-        yield file.stem, said[1] if said else ""
+        said = re.search(r"^description: (.+)$", text, re.M)
+        yield file.stem, said[1] if said else _first_comment(text)
+
+
+def _first_comment(text: str) -> str:
+    """The comment that a YAML file begins with, as one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
 
 
 def settings() -> list[str]:
     """Lines of the recipes' common settings, with their comments."""
     block = re.search(r"^settings:\n(.*?)^(?=\w)", (CONF / "recipe" / "_journey.yaml").read_text(), re.M | re.S)
     return [line for line in (block[1] if block else "").splitlines() if line.strip()]
-
-
-def key_called(name: str, command: str | None) -> str | None:
-    """The key of a command whose last part is ``name``, one of ours before one of NeMo's; None where there is none."""
-    for candidate in (command,) if command in COMMANDS else COMMANDS:
-        ours = [full for full, _, _, metadata in keys(COMMANDS[str(candidate)]) if not metadata.get("foreign")]
-        for full in [*ours, *_foreign(str(candidate))]:
-            if full == name or full.rpartition(".")[2] == name:
-                return full
-    return None
-
-
-def _foreign(command: str) -> Iterator[str]:
-    for name, _, _, metadata in keys(COMMANDS[command]):
-        if metadata.get("foreign"):
-            yield from _paths(metadata["tree"], name)
-
-
-def _paths(tree: Tree | None, prefix: str) -> Iterator[str]:
-    for name, below in (tree or {}).items():
-        yield f"{prefix}.{name}"
-        yield from _paths(below, f"{prefix}.{name}")
 
 
 def _options() -> list[str]:

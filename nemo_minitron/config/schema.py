@@ -8,6 +8,7 @@ are dataclasses too (``sections``); ``model``, ``trainer`` and ``exp_manager`` a
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -303,6 +304,22 @@ GROUPS = {"synthesize": "model", "prune": "prune", "run": "recipe"}
 
 STRAY: dict[str, Tree | None] = {"name": None, "run": None, "s3_checkpointing": S3_CHECKPOINTING}
 """Top-level names of NeMo's and the NeMo launcher's files that every command but ``run`` accepts and ignores."""
+
+
+FOREIGN = ("model", "trainer", "exp_manager", "inference", *STRAY)
+"""Sections of NeMo and Lightning; a hint names a key of ours before one of theirs."""
+
+
+def key_called(name: str, tree: Tree) -> str | None:
+    """The key of a command's ``tree`` that is ``name`` or ends in it, one of ours first; None where there is none."""
+    found = [full for full in _paths(tree) if name in (full, full.rpartition(".")[2])]
+    return min(found, key=lambda full: full.partition(".")[0] in FOREIGN, default=None)
+
+
+def _paths(tree: Tree, prefix: str = "") -> Iterator[str]:
+    for name, below in tree.items():
+        yield prefix + name
+        yield from _paths(below or {}, f"{prefix}{name}.")
 
 
 def summary(command: str) -> str:

@@ -9,8 +9,9 @@ import pytest
 from nemo_minitron import cli
 from nemo_minitron.config.compose import compose
 from nemo_minitron.config.examples import EXAMPLES
-from nemo_minitron.config.help_text import command_help, key_called, named, overview, settings
-from nemo_minitron.config.schema import COMMANDS, COMPOSITE
+from nemo_minitron.config.help_text import command_help, named, overview, settings
+from nemo_minitron.config.keys import tree_of
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, key_called
 
 COMMAND_NAMES = list(COMMANDS)
 
@@ -64,13 +65,13 @@ def test_run_lists_recipes_and_their_settings():
     [
         ("ffn_hidden_size", "prune", "prune.ffn_hidden_size"),
         ("ffn_hidden_size", "finetune", "model.ffn_hidden_size"),
-        ("num_samples", None, "calibration.num_samples"),
+        ("num_samples", "importance", "calibration.num_samples"),
         ("lr", "distill", "model.optim.lr"),
         ("nothing_like_it", "prune", None),
     ],
 )
 def test_a_key_by_its_last_name(name, command, key):
-    assert key_called(name, command) == key
+    assert key_called(name, tree_of(COMMANDS[command])) == key
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,7 @@ def test_a_key_by_its_last_name(name, command, key):
     [
         (["prune", "--ffn_hidden_size", "9216"], "without dashes: prune.ffn_hidden_size=9216"),
         (["prune", "--ffn-hidden-size=9216"], "without dashes: prune.ffn_hidden_size=9216"),
+        (["--num_samples", "3"], "without dashes: calibration.num_samples=3"),
         (["prune", "--hlep"], "Did you mean '--help'?"),
         (["run", "tiny"], "Did you mean 'recipe=tiny'?"),
         (["prune", "minitron_4b_width"], "Did you mean 'prune=minitron_4b_width'?"),
