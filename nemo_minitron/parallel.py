@@ -22,6 +22,11 @@ def size(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def rank(group: Group) -> int:
+    """Number of this process in ``group``; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 def world() -> Group:
     """All processes of the job; None where there is no job."""
     return dist.group.WORLD if dist.is_initialized() else None

@@ -263,6 +263,18 @@ MUTANTS = [
         _FUSED + "test_one_rank_equals_dense",
     ),
     Mutant(
+        "distill/losses/sampled_kl.py",
+        "column, ours, -weights)",
+        "column, ours, -teacher.log_probs.exp())",
+        "distill/test_sampled.py::test_what_is_learnt_from_a_draw_equals_dense",
+    ),
+    Mutant(
+        "distill/sampled.py",
+        "drawn = likely * left <= tail",
+        "drawn = likely * k <= tail",
+        "distill/test_sampled.py::test_weights_are_unbiased_and_sum_to_1",
+    ),
+    Mutant(
         "distill/memory.py",
         "moment = 4 * values",
         "moment = run.weight * values",

@@ -306,7 +306,7 @@ CLAIMS = {
     "docs/search.md": [search_page],
 }
 OTHER = {
-    r"arXiv \d{4}\.\d{5}|\b2408\.11796\b": "papers",
+    r"arXiv \d{4}\.\d{4,5}|\b2408\.11796\b": "papers",
     r"Llama-3\.[12]\S*|Python 3\.1\d \(3\.10 and 3\.12 do as well\)|NeMo 2\.4|Liger-Kernel 0\.8\.5": "versions",
     r"fmchisel 0\.1\.2|That is Python 3\.11,": "versions",
     r"transformers 4\.5\d\.\d, 4\.5\d\.\d and 5\.\d+\.\d|Megatron-Core (0\.1\d\.\d and )?0\.1\d\.\d": "versions",

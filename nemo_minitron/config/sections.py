@@ -116,10 +116,13 @@ class Distill:
     loss: str = key("forward_kl", "distillation term", LOSSES.names)
     jsd_beta: float = key(0.5, "of distill.loss=jsd: the teacher's share of the mixture; near 0 it is forward_kl")
     top_k: int = key(64, "of distill.loss=topk: the teacher's likeliest tokens; all others share one bucket")
+    teacher_samples: int = key(12, "of distill.loss=sampled_kl: tokens drawn from the teacher's distribution")
     hidden_pairs: list[Any] = key([], "[student layer, teacher layer] pairs whose outputs are to agree, 1-indexed")
     hidden_loss: str = key("cosine", "distance of distill.hidden_pairs", HIDDEN_LOSSES)
     hidden_weight: float = key(1.0, "weight of the sum over distill.hidden_pairs")
-    teacher_cache: str | None = key(None, "folder of the teacher's top-k answers (distill.loss=topk): written once")
+    teacher_cache: str | None = key(
+        None, "folder of a teacher's answers (distill.loss=sampled_kl or topk), written once"
+    )
     loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 896 on GPU, else 384")
     monitor: str = key("val_loss", "logged value by which the best student is kept")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_minitron import parallel
 from nemo_minitron.distill.loss import Divergence, Mix, Reduction
+from nemo_minitron.distill.sampled import Sampled
 from nemo_minitron.distill.shard import Shard, gather, scatter_add, top
 from nemo_minitron.distill.top_k import TopK
 
@@ -50,7 +51,7 @@ class _Labels:
 
 def block_losses(
     z: Tensor,
-    teacher: Tensor | TopK | None,
+    teacher: Tensor | TopK | Sampled | None,
     labels: Tensor,
     weights: Tensor,
     mix: Mix,
@@ -64,7 +65,8 @@ def block_losses(
 
     Args:
         z: ``[r, v]`` the student's logits, float32 or float64, without padded columns; v may be 0 on some ranks.
-        teacher: ``[r, v]`` logits of the same columns, overwritten; a :class:`TopK`; or None for cross entropy alone.
+        teacher: ``[r, v]`` logits of the same columns, overwritten; a :class:`TopK` or
+            :class:`Sampled`; or None for cross entropy alone.
         labels: ``[r]`` global token ids.
         weights: ``[r]`` weight of each token in the total.
     """
@@ -92,8 +94,8 @@ def block_losses(
         if logits is not None:
             logits.div_(tau)
     reduction = Reduction(shard, waiting)
-    if isinstance(teacher, TopK):
-        found = mix.divergence.of_top_k(z, teacher, mix, reduction)
+    if isinstance(teacher, (TopK, Sampled)):
+        found = mix.divergence.of_answers(z, teacher, mix, reduction)
     else:
         found = mix.divergence.of_logits(z, teacher, mix, reduction)
     at_label, agree, *plain_total = reduction.rest()
@@ -105,9 +107,16 @@ def block_losses(
     return BlockLosses(tau**2 * found.distance, total.log() - at_label, (agree > 0).double())
 
 
-def _same_top(z: Tensor, teacher: Tensor | TopK, shard: Shard) -> Tensor:
-    """``[r]``, above 0 where a column of this rank is the likeliest on both sides; logits have a maximum of 0."""
+def _same_top(z: Tensor, teacher: Tensor | TopK | Sampled, shard: Shard) -> Tensor:
+    """``[r]``, above 0 where a column of this rank is the likeliest on both sides; logits have a maximum of 0.
+
+    Of tokens that were drawn, the likeliest is among them where its probability is at least 1/K; elsewhere another one
+    may stand for it, which hardly ever agrees.
+    """
     width = z.shape[1]
+    if isinstance(teacher, Sampled):
+        first = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True))
+        teacher = TopK(teacher.log_probs, first, teacher.log_weights)
     if isinstance(teacher, TopK):
         best, here = shard.columns(teacher.tokens[:, :1], width)
         return (gather(z, best, here).eq(0) & here).squeeze(-1).to(z.dtype)

@@ -1,9 +1,10 @@
-"""A teacher's answers on disk: the likeliest tokens of every position, written once, so that training needs no teacher.
+"""A teacher's answers on disk: some tokens of every position, written once, so that training needs no teacher.
 
 A folder holds ``cache.json``, what the answers are of (:class:`Identity`), and per split ``SPLIT/NUMBER.npy``: a shard
 of consecutive samples, one record each. A record is ``key`` (8 bytes of a hash of the sample's tokens), ``tokens
-[s, K]`` (the likeliest first), ``log_probs [s, K]`` (float16) and ``log_tail [s]`` (float32), the log-probability of
-all other tokens together.
+[s, K]`` and ``log_probs [s, K]`` (float16); and, for the likeliest tokens (:class:`TopK`), ``log_tail [s]`` (float32),
+the log-probability of all others together, or, for tokens that were drawn (:class:`Sampled`), ``log_each [s]``
+(float16): the weight of those that are not always drawn. Ids of drawn tokens take 2, 3 or 4 bytes.
 
 Samples are keyed by their index in the data set, whatever batch size, grid or order they are read in; the hash in each
 record is compared with the tokens at hand, so that another order of the data cannot go unnoticed.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_minitron.distill.sampled import Sampled
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.arrays import ArrayFile
@@ -48,7 +50,14 @@ class Identity:
     seq_length: int
     vocab_size: int
     top_k: int
+    """Likeliest tokens of each position; 0 where tokens are drawn."""
     temperature: float
+    samples: int = 0
+    """Tokens drawn at each position; 0 where the likeliest are kept."""
+
+    def facts(self) -> dict[str, str | int | float | None]:
+        """What ``cache.json`` says; of the two numbers the one that holds."""
+        return {name: value for name, value in asdict(self).items() if name not in ("top_k", "samples") or value}
 
     @property
     def bytes_per_token(self) -> int:
@@ -57,10 +66,14 @@ class Identity:
 
     def record(self) -> np.dtype:
         """Layout of one sample; token ids take two bytes where the vocabulary allows."""
-        shape = (self.seq_length, min(self.top_k, self.vocab_size))
-        token = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        fields: list[Any] = [("key", np.uint64), ("tokens", token, shape), ("log_probs", np.float16, shape)]
-        return np.dtype([*fields, ("log_tail", np.float32, (self.seq_length,))])
+        s, k = self.seq_length, min(self.samples or self.top_k, self.vocab_size)
+        tokens: tuple[Any, ...] = (np.uint16 if self.vocab_size <= 1 << 16 else np.uint32, (s, k))
+        last: tuple[Any, ...] = ("log_tail", np.float32, (s,))
+        if self.samples:
+            last = ("log_each", np.float16, (s,))
+            if 1 << 16 < self.vocab_size <= 1 << 24:
+                tokens = (np.uint8, (s, k, 3))
+        return np.dtype([("key", np.uint64), ("tokens", *tokens), ("log_probs", np.float16, (s, k)), last])
 
 
 class TeacherCache:
@@ -85,7 +98,9 @@ class TeacherCache:
             )
 
     def _check(self, found: Mapping[str, object]) -> None:
-        for name, expected in asdict(self.identity).items():
+        ours = self.identity.facts()
+        for name in dict.fromkeys([*ours, "top_k", "samples"]):
+            expected = ours.get(name)
             if found.get(name) != expected and not (name == "teacher" and expected is None):
                 raise MinitronError(
                     f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)!s:.80}, this "
@@ -95,32 +110,38 @@ class TeacherCache:
     def create(self) -> None:
         """Write ``cache.json`` if it is not there; one process only."""
         if not (self.folder / "cache.json").is_file():
-            write_file(self.folder / "cache.json", json.dumps(asdict(self.identity), indent=2).encode() + b"\n")
+            write_file(self.folder / "cache.json", json.dumps(self.identity.facts(), indent=2).encode() + b"\n")
 
     def missing(self, split: str, samples: int) -> list[int]:
         """Numbers of the shards that are still to be written for the first ``samples`` samples."""
         return [n for n in range(-(-samples // SHARD)) if not self._path(split, n).is_file()]
 
-    def write(self, split: str, number: int, batches: list[tuple[Tensor, TopK]]) -> None:
+    def write(self, split: str, number: int, batches: Sequence[tuple[Tensor, TopK | Sampled]]) -> None:
         """Write shard ``number`` from micro-batches of its samples in order: tokens ``[b, s+1 or s]`` and answers."""
         records = np.zeros(sum(len(tokens) for tokens, _ in batches), self.identity.record())
         start = 0
         for tokens, known in batches:
             rows = records[start : start + len(tokens)]
             rows["key"] = keys_of(tokens)
-            for name in ("tokens", "log_probs", "log_tail"):
-                rows[name] = getattr(known, name).cpu().numpy()
+            rows["log_probs"] = known.log_probs.cpu().numpy()
+            if isinstance(known, TopK):
+                rows["tokens"], rows["log_tail"] = known.tokens.cpu().numpy(), known.log_tail.cpu().numpy()
+            else:
+                rows["tokens"] = _packed(known.tokens.cpu().numpy(), rows["tokens"])
+                # the last one is certain only where all are, and then its own probability does as well
+                rows["log_each"] = known.log_weights[..., -1].cpu().numpy()
             start += len(tokens)
         stream = io.BytesIO()
         np.save(stream, records)
         write_file(self._path(split, number), stream.getvalue())
 
-    def read(self, split: str, samples: Tensor, tokens: Tensor) -> TopK:
-        """Answers ``[b, s, K]`` and ``[b, s]`` for samples ``[b]`` whose tokens are ``[b, s]``; probabilities sum to 1.
+    def read(self, split: str, samples: Tensor, tokens: Tensor) -> TopK | Sampled:
+        """Answers ``[b, s, K]`` and ``[b, s]`` for samples ``[b]`` whose tokens are ``[b, s]``; their mass
+        is 1.
 
         Raises:
             MinitronError: a sample is not in the cache, was of other tokens, or has answers that are none: ids beyond
-                the vocabulary, or probabilities that do not sum to 1.
+                the vocabulary, or probabilities or weights that do not sum to 1.
         """
         found = np.stack([self._record(split, int(n)) for n in samples])
         keys = keys_of(tokens)
@@ -132,6 +153,13 @@ class TeacherCache:
                     "are not those that it was written for"
                 )
         log_probs = torch.from_numpy(found["log_probs"].astype(np.float64))
+        if self.identity.samples:
+            index = _unpacked(found["tokens"], log_probs.dim())
+            each = torch.from_numpy(found["log_each"].astype(np.float64)).unsqueeze(-1)
+            weights = torch.maximum(log_probs, each)  # certain tokens are those whose probability is above 1/c
+            mass = weights.logsumexp(-1)
+            self._check_answers(split, samples, index, mass)
+            return Sampled(log_probs, index, weights - mass.unsqueeze(-1))
         log_tail = torch.from_numpy(found["log_tail"].astype(np.float64))
         # float16 rounds: give both together a mass of 1 again
         mass = torch.logaddexp(log_probs.logsumexp(-1), log_tail)
@@ -188,3 +216,16 @@ def keys_of(tokens: Tensor) -> np.ndarray:
     return np.array(
         [int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows], np.uint64
     )
+
+
+def _packed(ids: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Ids ``[b, s, K]`` as a record has them: numbers of its size, or three bytes each, the lowest first."""
+    if like.ndim == ids.ndim:
+        return ids
+    return np.ascontiguousarray(ids.astype("<u4")).view(np.uint8).reshape(*ids.shape, 4)[..., :3]
+
+
+def _unpacked(stored: np.ndarray, dims: int) -> Tensor:
+    """What :func:`_packed` made, int64 ``[b, s, K]`` of ``dims`` dimensions."""
+    ids = torch.from_numpy(stored.astype(np.int64))
+    return ids if ids.dim() == dims else ids[..., 0] + (ids[..., 1] << 8) + (ids[..., 2] << 16)

@@ -17,6 +17,7 @@ vocabulary, tp ranks of the tensor-parallel group, c tokens of a chunk.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from nemo_minitron import parallel
 from nemo_minitron.distill import rows
 from nemo_minitron.distill.block import CROSS_ENTROPY, block_losses
 from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.sampled import Sampled, teacher_samples
 from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.sizes import Sizes, compute_dtype
 from nemo_minitron.distill.top_k import TopK, teacher_top_k
@@ -59,7 +61,7 @@ def head_losses(
     weights: Tensor,
     *,
     vocab_size: int,
-    teacher: Head | TopK | None = None,
+    teacher: Head | TopK | Sampled | None = None,
     mix: Mix = CROSS_ENTROPY,
     vocab_start: int = 0,
     group: parallel.Group = None,
@@ -74,7 +76,7 @@ def head_losses(
         weights: ``[b, s]`` weight of each token's loss, 0 where it is masked; no gradient.
         vocab_size: true vocabulary V; rows of the head from V on take no part and receive a gradient of 0.
         teacher: hidden states ``[s, b, H_t]`` (or scattered) and head of the same columns; or the head of its
-            distribution, ``[b, s, K]`` and ``[b, s]``, on every rank alike; None for cross entropy.
+            distribution or tokens drawn from it, ``[b, s, …]``, on every rank alike; None for cross entropy.
         vocab_start: global id of the first row of ``student.weight``.
         group: tensor-parallel group, None for one process.
         memory_bytes: bound of the temporaries beside gradients; None for
@@ -85,14 +87,13 @@ def head_losses(
     in float32 (float64 for float64 weights). Gradients come in the dtypes of their inputs.
 
     Raises:
-        MinitronError: a top-k teacher for a loss that does not learn from one.
+        MinitronError: a teacher's answers for a loss that does not learn from such.
     """
-    if isinstance(teacher, TopK):
-        mix.check_learns_from_top_k()
     tensors = (teacher.hidden, teacher.weight) if isinstance(teacher, Head) else (None, None)
     known = None
-    if isinstance(teacher, TopK):  # [b, s, …] -> [n, …] in the order of hidden states
-        known = TopK(*(x.transpose(0, 1).flatten(0, 1) for x in teacher))
+    if isinstance(teacher, (TopK, Sampled)):  # [b, s, …] -> [n, …] in the order of hidden states
+        mix.check_learns_from(type(teacher))
+        known = type(teacher)(*(x.transpose(0, 1).flatten(0, 1) for x in teacher))
     shard = Shard(vocab_size, vocab_start, group)
     loss, kd, lm, agree = _HeadLosses.apply(
         student.hidden, student.weight, *tensors, known, labels, weights, mix, shard, memory_bytes
@@ -103,7 +104,6 @@ def head_losses(
     return TokenLosses(loss, terms)
 
 
-@torch.no_grad()
 def head_top_k(
     teacher: Head, k: int, temperature: float, *, vocab_size: int, vocab_start: int = 0, group: parallel.Group = None
 ) -> TopK:
@@ -112,17 +112,42 @@ def head_top_k(
     K is smaller than k where the whole vocabulary is. Args as for :func:`head_losses`; hidden states not scattered.
     """
     shard = Shard(vocab_size, vocab_start, group)
+    return TopK(*_of_head(teacher, shard, lambda z, rows: teacher_top_k(z, k, temperature, shard)))
+
+
+def head_samples(
+    teacher: Head,
+    k: int,
+    temperature: float,
+    uniform: Tensor,
+    *,
+    vocab_size: int,
+    vocab_start: int = 0,
+    group: parallel.Group = None,
+) -> Sampled:
+    """k tokens of each position, drawn at ``temperature``: ``[b, s, K]``, on every rank alike; as :func:`head_top_k`.
+
+    Args:
+        uniform: ``[b, s]`` float64 random numbers from 0 to below 1, the same on every rank.
+    """
+    shard, drawn = Shard(vocab_size, vocab_start, group), uniform.t().flatten().to(teacher.hidden.device)
+    return Sampled(*_of_head(teacher, shard, lambda z, rows: teacher_samples(z, k, temperature, drawn[rows], shard)))
+
+
+@torch.no_grad()
+def _of_head(teacher: Head, shard: Shard, answer: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """What ``answer`` makes of some rows of logits ``[r, v]``, of all rows: ``[b, s, …]`` each."""
     dtype = _product_dtype(teacher.weight)
     with torch.autocast(teacher.hidden.device.type, enabled=False):
         weight = teacher.weight[: shard.width(teacher.weight.shape[0])].to(dtype)
         flat = teacher.hidden.flatten(0, 1).to(dtype)
-        sizes = Sizes.fit(len(flat), vocab_size, dtype, flat.device.type, parallel.size(group))
+        sizes = Sizes.fit(len(flat), shard.vocab_size, dtype, flat.device.type, parallel.size(shard.group))
         found = [
-            teacher_top_k(torch.mm(flat[rows], weight.t()).to(sizes.compute), k, temperature, shard)
+            answer(torch.mm(flat[rows], weight.t()).to(sizes.compute), rows)
             for rows in _slices(0, len(flat), sizes.block)
         ]
-    return TopK(
-        *(torch.cat(parts).unflatten(0, teacher.hidden.shape[:2]).transpose(0, 1) for parts in zip(*found, strict=True))
+    return (
+        torch.cat(parts).unflatten(0, teacher.hidden.shape[:2]).transpose(0, 1) for parts in zip(*found, strict=True)
     )
 
 
@@ -134,7 +159,7 @@ class _HeadLosses(torch.autograd.Function):
         weight: Tensor,
         teacher_hidden: Tensor | None,
         teacher_weight: Tensor | None,
-        known: TopK | None,
+        known: TopK | Sampled | None,
         labels: Tensor,
         weights: Tensor,
         mix: Mix,
@@ -179,7 +204,7 @@ class _Call:
     def __init__(
         self,
         sides: list[tuple[Tensor, Tensor]],
-        known: TopK | None,
+        known: TopK | Sampled | None,
         labels: Tensor,
         weights: Tensor,
         mix: Mix,
@@ -265,7 +290,7 @@ class _Call:
             inside = slice(block.start - chunk.start, block.stop - chunk.start)
             # the buffers themselves where they have the dtype
             z, *others = (x[inside].to(self.compute) for x in logits)
-            teacher: Tensor | TopK | None = others[0] if others else None
+            teacher: Tensor | TopK | Sampled | None = others[0] if others else None
             if self.known is not None:
                 teacher = self.known.rows(block)
             losses = block_losses(

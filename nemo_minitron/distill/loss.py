@@ -12,11 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
 from nemo_minitron.config.sections import Distill
+from nemo_minitron.distill.sampled import Sampled
 from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError, check_choice
@@ -71,13 +72,13 @@ class Loss(ABC):
         name: by which ``distill.loss`` asks for it; the name of its file, where that is one of ours.
         kl: which Kullback-Leibler divergence it is. Such a loss is also computed in two halves, where columns come in
             pieces (:mod:`nemo_minitron.distill.rows`), and by kernels on a GPU; None for every other one.
-        learns_from_top_k: whether :meth:`of_top_k` is there, so that a cache (``distill.teacher_cache``) can stand for
-            the teacher.
+        learns_from: which answers :meth:`of_answers` takes, so that a cache (``distill.teacher_cache``) of them can
+            stand for the teacher: :class:`TopK` or :class:`Sampled`; None where it needs all logits.
     """
 
     name: ClassVar[str]
     kl: ClassVar[Literal["forward", "reverse"] | None] = None
-    learns_from_top_k: ClassVar[bool] = False
+    learns_from: ClassVar[type[TopK] | type[Sampled] | None] = None
 
     @abstractmethod
     def of_logits(self, student: Tensor, teacher: Tensor, mix: Mix, reduction: Reduction) -> Divergence:
@@ -93,8 +94,8 @@ class Loss(ABC):
             mix: options (``jsd_beta``, ``top_k``); its weights and temperature are applied by the caller.
         """
 
-    def of_top_k(self, student: Tensor, teacher: TopK, mix: Mix, reduction: Reduction) -> Divergence:
-        """D of r tokens as in :meth:`of_logits`, from the head of a teacher's distribution (``learns_from_top_k``)."""
+    def of_answers(self, student: Tensor, teacher: Any, mix: Mix, reduction: Reduction) -> Divergence:
+        """D of r tokens as in :meth:`of_logits`, from what is kept of a teacher's distribution: a ``learns_from``."""
         raise NotImplementedError(f"{self.name} needs all of the teacher's logits")
 
 
@@ -112,6 +113,7 @@ class Mix:
     lm_weight: float = Distill.lm_weight
     jsd_beta: float = Distill.jsd_beta
     top_k: int = Distill.top_k
+    teacher_samples: int = Distill.teacher_samples
 
     def __post_init__(self) -> None:
         check_choice("distill.loss", self.loss, LOSSES.names())
@@ -127,23 +129,26 @@ class Mix:
                 f"distill.jsd_beta must lie between 0 and 1, found {self.jsd_beta}; its limits are "
                 "distill.loss=forward_kl (0) and distill.loss=reverse_kl (1)"
             )
-        if self.top_k < 1:
-            raise MinitronError(f"distill.top_k must be at least 1, found {self.top_k}")
+        for name in ("top_k", "teacher_samples"):
+            if getattr(self, name) < 1:
+                raise MinitronError(f"distill.{name} must be at least 1, found {getattr(self, name)}")
 
     @property
     def divergence(self) -> Loss:
         """The loss of that name."""
         return LOSSES.get(self.loss)
 
-    def check_learns_from_top_k(self) -> None:
-        """Refuse a loss that needs more of the teacher than its likeliest tokens.
+    def check_learns_from(self, answers: type[TopK] | type[Sampled] | None = None) -> None:
+        """Refuse a loss that needs more of the teacher than a cache keeps, or other ``answers`` than those given.
 
         Raises:
             MinitronError: naming ``distill.loss`` and those that would do.
         """
-        if not self.divergence.learns_from_top_k:
-            others = [loss.name for loss in LOSSES.every() if isinstance(loss, Loss) and loss.learns_from_top_k]
+        ours = self.divergence.learns_from
+        if ours is None or answers not in (None, ours):
+            able = [loss.name for loss in LOSSES.every() if isinstance(loss, Loss) and loss.learns_from is not None
+                    and answers in (None, loss.learns_from)]  # fmt: skip
             raise MinitronError(
-                f"distill.teacher_cache keeps the teacher's likeliest tokens alone: expected "
-                f"distill.loss={' or '.join(others)}, found {self.loss}"
+                f"distill.teacher_cache keeps some of the teacher's tokens alone: expected "
+                f"distill.loss={' or '.join(able)}, found {self.loss}"
             )

@@ -23,6 +23,7 @@ from nemo_minitron.distill.cache import Identity, TeacherCache
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
 from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.sampled import Sampled
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import vocabulary
@@ -93,7 +94,7 @@ class MinitronDistillModel(MinitronGPTModel):
         if self.hidden_term.pairs:
             self._check_hidden_term(cache)
         if cache is not None:
-            self.mix.check_learns_from_top_k()
+            self.mix.check_learns_from()
             self._cache = TeacherCache(cache, self._identity(path))
             self._teacher_path = path
             return
@@ -133,14 +134,16 @@ class MinitronDistillModel(MinitronGPTModel):
         for items in [lists[split] for split in ("train", "validation")] if by_split else [lists]:
             # weights, and what lies at the prefixes, in their order
             parts += [self.data_contents[item] if isinstance(item, str) else str(item) for item in items]
+        drawn = self.mix.divergence.learns_from is Sampled
         return Identity(
             teacher=teacher,
             data=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
             tokenizer="unknown" if tokenizer is None else vocabulary_fingerprint(tokenizer.get_vocab()),
             seq_length=int(data.seq_length),
             vocab_size=self.true_vocab_size,
-            top_k=self.mix.top_k,
+            top_k=0 if drawn else self.mix.top_k,
             temperature=self.mix.temperature,
+            samples=self.mix.teacher_samples if drawn else 0,
         )
 
     def build_train_valid_test_datasets(self) -> Any:
@@ -236,11 +239,11 @@ class MinitronDistillModel(MinitronGPTModel):
         """Distance to the teacher mixed with cross entropy, both heads inside; and that of hidden states."""
         (student,) = self.get_model_module_list()
         theirs: dict[int, Tensor] = {}
-        teacher: Head | TopK
+        teacher: Head | TopK | Sampled
         if self._cache is not None:
             split = "train" if torch.is_grad_enabled() else "validation"
             found = self._cache.read(split, batch["sample_id"], batch["tokens"])
-            teacher = TopK(*(x.to(hidden.device) for x in found))
+            teacher = type(found)(*(x.to(hidden.device) for x in found))
         else:
             teacher, theirs = self._teacher[0].next_head()
         with self.autocast():

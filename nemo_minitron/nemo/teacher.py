@@ -16,9 +16,11 @@ from torch import Tensor
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.keys import SEED
 from nemo_minitron.distill.cache import SHARD, TeacherCache
-from nemo_minitron.distill.fused import Head, head_top_k
+from nemo_minitron.distill.fused import Head, head_samples, head_top_k
 from nemo_minitron.distill.hidden import outputs_of
+from nemo_minitron.distill.sampled import uniforms
 from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.nemo import vocabulary
 from nemo_minitron.nemo.anywhere import HeadlessGPT
@@ -146,25 +148,32 @@ class Teacher:
         numbers = range(number * SHARD, min((number + 1) * SHARD, len(dataset)))
         answers = []
         for start in range(numbers.start, numbers.stop, micro_batch_size):
-            samples = [dataset[i] for i in range(start, min(start + micro_batch_size, numbers.stop))]
+            these = range(start, min(start + micro_batch_size, numbers.stop))
+            samples = [dataset[i] for i in these]
             batch = {
                 key: torch.stack([sample[key] for sample in samples]).to(runtime.device())
                 for key in ("tokens", "position_ids")
             }
             self.run([batch])
             if parallel_state.is_pipeline_last_stage():
-                answers.append((batch["tokens"], self._answer(cache)))
+                answers.append((batch["tokens"], self._answer(cache, split, these)))
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
             cache.write(split, number, answers)
 
-    def _answer(self, cache: TeacherCache) -> Any:
+    def _answer(self, cache: TeacherCache, split: str, numbers: range) -> Any:
+        """What a cache keeps of these samples; random numbers are those of the samples' numbers in the split."""
         student, identity = self._student, cache.identity
         head, _ = self.next_head()
         hidden = head.hidden
         if hidden.shape[0] != identity.seq_length:
             hidden = parallel.all_gather(hidden, student.tensor_parallel_group)
+        head, place, tau = Head(hidden, head.weight), student.head_place(), identity.temperature
         with student.autocast():
-            return head_top_k(Head(hidden, head.weight), identity.top_k, identity.temperature, **student.head_place())
+            if not identity.samples:
+                return head_top_k(head, identity.top_k, tau, **place)
+            seed = int(student.cfg.get("seed") or SEED)
+            drawn = torch.stack([uniforms(seed, split, number, identity.seq_length) for number in numbers])
+            return head_samples(head, identity.samples, tau, drawn, **place)
 
 
 @contextmanager

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from nemo_minitron.distill.cache import SHARD, Identity, TeacherCache
+from nemo_minitron.distill.loss import Mix
+from nemo_minitron.distill.sampled import Sampled, teacher_samples
+from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
 
@@ -53,6 +56,82 @@ def test_what_is_written_is_read(tmp_path, vocab_size):
     size = sum(f.stat().st_size for f in (tmp_path / "cache" / "train").iterdir())
     assert size <= cache.identity.bytes_per_token * LENGTH * (SHARD + 10) + 2 * 512  # two headers
     assert not [f for f in tmp_path.rglob("*") if f.name.endswith(".tmp")]
+
+
+def _drawn(samples: int, vocab_size: int, k: int) -> tuple[torch.Tensor, Sampled]:
+    g = torch.Generator().manual_seed(2)
+    tokens = torch.randint(0, vocab_size, (samples, LENGTH), generator=g)
+    logits = torch.randn(samples * LENGTH, 300, generator=g, dtype=torch.float64).mul(3)
+    drawn = teacher_samples(logits, k, 1.0, torch.rand(samples * LENGTH, generator=g, dtype=torch.float64), Shard(300))
+    ids = vocab_size - 300 + drawn.tokens  # the last ones: their bytes are full
+    return tokens, Sampled(*(x.unflatten(0, (samples, LENGTH)) for x in (drawn.log_probs, ids, drawn.log_weights)))
+
+
+@pytest.mark.parametrize("vocab_size", [300, 65536, 65537, 152000, 1 << 24, (1 << 24) + 1])
+def test_what_was_drawn_is_read(tmp_path, vocab_size):
+    """In at most 64 bytes a token with the default number; weights sum to 1 in spite of float16."""
+    k = Mix().teacher_samples
+    identity = _identity(vocab_size, top_k=0, samples=k)
+    cache = TeacherCache(tmp_path / "cache", identity)
+    cache.create()
+    tokens, answers = _drawn(7, vocab_size, k)
+    cache.write("train", 0, [(tokens[:3], answers.rows(slice(0, 3))), (tokens[3:], answers.rows(slice(3, None)))])
+    again = TeacherCache(tmp_path / "cache", dataclasses.replace(identity, teacher=None))
+    wanted = torch.tensor([6, 0, 2])
+    found = again.read("train", wanted, tokens[wanted])
+    assert isinstance(found, Sampled) and torch.equal(found.tokens, answers.tokens[wanted])
+    torch.testing.assert_close(found.log_probs, answers.log_probs[wanted], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.log_weights, answers.log_weights[wanted], rtol=1e-3, atol=5e-3)
+    mass = found.log_weights.exp().sum(-1)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
+    size = (tmp_path / "cache" / "train" / "00000000.npy").stat().st_size
+    assert size <= identity.bytes_per_token * LENGTH * 7 + 512
+    if vocab_size <= 1 << 24:
+        assert dataclasses.replace(identity, seq_length=2048).bytes_per_token <= 64
+
+
+@pytest.mark.parametrize("k", [1, 300, 400])
+def test_few_and_all_tokens_are_read(tmp_path, k):
+    cache = TeacherCache(tmp_path, _identity(300, top_k=0, samples=k))
+    tokens, answers = _drawn(2, 300, k)
+    cache.write("train", 0, [(tokens, answers)])
+    found = cache.read("train", torch.arange(2), tokens)
+    torch.testing.assert_close(found.log_weights, answers.log_weights, rtol=1e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("changes,message", [
+    ({"tokens": 255}, "sample 0: expected ids below the vocabulary's 70000, found"),
+    ({"log_probs": np.nan}, "sum to 1"),
+    ({"log_probs": 2.0}, "sum to 1"),
+    ({"log_each": np.inf}, "sum to 1"),
+    ({"log_each": np.nan}, "sum to 1"),
+    ({"log_each": 0.0}, "sum to 1"),
+])  # fmt: skip
+def test_draws_that_are_none_are_refused(tmp_path, changes, message):
+    cache = TeacherCache(tmp_path, _identity(top_k=0, samples=4))
+    tokens, answers = _drawn(2, 70000, 4)
+    cache.write("train", 0, [(tokens, answers)])
+    path = tmp_path / "train" / "00000000.npy"
+    records = np.load(path)
+    for name, value in changes.items():
+        records[name][0, 0] = value
+    np.save(path, records)
+    with pytest.raises(MinitronError, match=message):
+        TeacherCache(tmp_path, cache.identity).read("train", torch.arange(2), tokens)
+    cache.read("train", torch.tensor([1]), tokens[1:])
+
+
+def test_draws_and_likeliest_tokens_are_no_cache_of_each_other(tmp_path):
+    drawn = _identity(top_k=0, samples=12)
+    TeacherCache(tmp_path / "drawn", drawn).create()
+    TeacherCache(tmp_path / "likeliest", _identity()).create()
+    assert "samples" not in (tmp_path / "likeliest" / "cache.json").read_text()  # as earlier versions wrote it
+    with pytest.raises(MinitronError, match=f"another top_k: it has None, this run {K}"):
+        TeacherCache(tmp_path / "drawn", _identity())
+    with pytest.raises(MinitronError, match="another samples: it has None, this run 12"):
+        TeacherCache(tmp_path / "likeliest", drawn)
+    with pytest.raises(MinitronError, match="another samples: it has 12, this run 20"):
+        TeacherCache(tmp_path / "drawn", dataclasses.replace(drawn, samples=20))
 
 
 @pytest.mark.parametrize("name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9)])

@@ -13,7 +13,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.registry import LOSSES
 
 COLLECTIVES = {"forward_kl": ["max", "sum"], "reverse_kl": ["max", "sum"], "jsd": ["max", "sum", "sum"],
-               "topk": ["max", "sum", "sum", "sum"]}  # fmt: skip
+               "topk": ["max", "sum", "sum", "sum"], "sampled_kl": ["max", "sum"]}  # fmt: skip
 """All-reduces of a block: for maxima, then as the losses' docstrings say; ``topk`` also gathers under TP."""
 
 
@@ -24,6 +24,7 @@ COLLECTIVES = {"forward_kl": ["max", "sum"], "reverse_kl": ["max", "sum"], "jsd"
         ({"kd_weight": 0.0}, "kd_weight"),
         ({"jsd_beta": 1.0}, "jsd_beta"),
         ({"top_k": 0}, "top_k"),
+        ({"teacher_samples": 0}, "teacher_samples"),
         ({"loss": "mse"}, "loss"),
     ],
 )

@@ -342,3 +342,40 @@ def test_a_cached_teacher_serves_every_grid_and_batch_size(zygote, wide, one_pro
         distil("seed", (1, 1, False), 1, *without, "seed=7")
     with pytest.raises(RuntimeError, match="lacks answers"):
         distil("more", (1, 1, False), 1, *without, steps=40)
+
+
+SAMPLED = ("distill.loss=sampled_kl", "distill.teacher_samples=12")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_drawn_from_serves_every_grid(zygote, wide, one_process, tmp_path):
+    """Written at DP2, and again by one process after a kill, to the same bytes; read elsewhere without a teacher."""
+    student, prefix = str(one_process / "student.nemo"), _paths(wide)[1]
+    teacher = f"model.kd_teacher_restore_from_path={_paths(wide)[0]}"
+    cache = tmp_path / "cache"
+    reads = (f"distill.teacher_cache={cache}", *SAMPLED)
+
+    def distil(name, grid, world, *extra):
+        run = tmp_path / name
+        zygote.run(f"{JOBS}:train", world, "distill", student, prefix, str(run), grid, 10, extra)
+        return curve(run, "train_kd_loss"), curve(run, "val_kd_loss")
+
+    def content():
+        return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
+
+    online = distil("online", (1, 1, False), 1, teacher, SAMPLED[0])  # with the teacher itself: forward KL
+    cached = distil("dp2", (1, 1, False), 2, teacher, *reads)
+    whole = content()
+    (cache / "train" / "00000001.npy").unlink()  # as if killed before
+    assert distil("again", (1, 1, False), 1, teacher, *reads)[0] == pytest.approx(cached[0], abs=1e-4)
+    assert content() == whole
+    without = ("model.kd_teacher_restore_from_path=null", *reads)
+    for name, grid in (("tp2", (2, 1, True)), ("pp2", (1, 2, False))):
+        assert distil(name, grid, 2, *without)[0] == pytest.approx(cached[0], abs=1e-4)
+    # an estimate of the same loss, and a student that is the same but for the noise of the draws
+    for found, expected in zip(cached, online, strict=True):
+        assert found == pytest.approx(expected, rel=0.15) and found != expected
+    with pytest.raises(RuntimeError, match="another samples: it has 12, this run 13"):
+        distil("other", (1, 1, False), 1, *without, "distill.teacher_samples=13")
+    with pytest.raises(RuntimeError, match="another top_k"):
+        distil("kind", (1, 1, False), 1, *without, "distill.loss=topk")

@@ -14,13 +14,13 @@ from nemo_minitron.distill.top_k import TopK, top_k_of
 
 class TopKForwardKL(Loss):
     name = "topk"
-    learns_from_top_k = True
+    learns_from = TopK
 
     def of_logits(self, student: Tensor, teacher: Tensor, mix: Mix, reduction: Reduction) -> Divergence:
         """The teacher's head is found first, which takes three collectives more."""
-        return self.of_top_k(student, top_k_of(teacher, mix.top_k, reduction.shard), mix, reduction)
+        return self.of_answers(student, top_k_of(teacher, mix.top_k, reduction.shard), mix, reduction)
 
-    def of_top_k(self, student: Tensor, teacher: TopK, mix: Mix, reduction: Reduction) -> Divergence:
+    def of_answers(self, student: Tensor, teacher: TopK, mix: Mix, reduction: Reduction) -> Divergence:
         """Two collectives: the student's logits of the K tokens, and the sum of its tail."""
         shard = reduction.shard
         column, ours = shard.columns(teacher.tokens, student.shape[1])
