@@ -54,7 +54,7 @@ def of_product(weights: str, overrides: Sequence[str] = ()) -> Arm:
 
     files = {"restore_from_path": "-", "kd_teacher_restore_from_path": "-", "nemo_path": "-"}
     found = compose("distill", list(overrides), config={"model": {**files, "data": {"data_prefix": ["-"]}}})
-    cfg: Any = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    cfg: Any = OmegaConf.to_container(found, resolve=True)
     distill, optim = cfg["distill"], cfg["model"]["optim"]
     if distill["hidden_pairs"] or distill["teacher_cache"] or optim["name"] != "adamw":
         raise SystemExit("arms learn from logits of a teacher at hand by adamw: no distill.hidden_pairs, no cache")

@@ -77,7 +77,7 @@ def fit(tokens: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
         squares = float(np.square(law(x, *found) - y).sum())
         if best is None or squares < best[0]:
             best = squares, found, covariance
-    if best is None or not best[1][1] > 0:
+    if best is None or best[1][1] < 1e-6:  # nothing falls
         return None
     squares, found, covariance = best
     errors = np.sqrt(np.diag(covariance)) if len(x) > 3 and np.isfinite(covariance).all() else None
@@ -144,11 +144,11 @@ def _target_lines(table: Mapping[str, Any], target: str, kind: str) -> Iterator[
     arms = _arms(table, target)
     by_arm = {arm: points(table, target, arm, kind) for arm in arms}
     budgets = sorted({budget for found in by_arm.values() for budget in found})
-    yield f"  {target:<26}{'start':>16}" + "".join(f"{_tokens(budget):>16}" for budget in budgets)
+    yield f"  {target:<26}{'start':>18}" + "".join(f"{_tokens(budget):>18}" for budget in budgets)
     for arm, found in by_arm.items():
         cells = [f"{_start(table, target, arm, kind):.3f}"]
         cells += [_around(list(found[budget].values())) if budget in found else "" for budget in budgets]
-        yield f"    {arm:<24}" + "".join(f"{cell:>16}" for cell in cells)
+        yield f"    {arm:<24}" + "".join(f"{cell:>18}" for cell in cells)
         if (law := law_of(found)) is not None:
             yield f"      {law}"
     ours = by_arm.get(OURS)
@@ -157,9 +157,9 @@ def _target_lines(table: Mapping[str, Any], target: str, kind: str) -> Iterator[
             continue
         leads = lead(found, ours)
         cells = ["", *(f"{leads[b][0]:+.3f} ±{leads[b][1]:.3f}" if b in leads else "" for b in budgets)]
-        yield f"    {'lead over ' + arm:<24}" + "".join(f"{cell:>16}" for cell in cells)
+        yield f"    {'lead over ' + arm:<24}" + "".join(f"{cell:>18}" for cell in cells)
         cells = ["", *(_multiple(found, ours, budget) if budget in ours else "" for budget in budgets)]
-        yield f"    {arm + ' needs, x tokens':<24}" + "".join(f"{cell:>16}" for cell in cells)
+        yield f"    {arm + ' needs, x tokens':<24}" + "".join(f"{cell:>18}" for cell in cells)
 
 
 def _multiple(other: Points, ours: Points, budget: int) -> str:
@@ -185,7 +185,8 @@ def _cloze_lines(table: Mapping[str, Any]) -> Iterator[str]:
                 if (cell["target"], cell["arm"]) == (target, arm):
                     ends.setdefault(cell["budget"], []).append(cell["cloze"])
             words = [f"{_tokens(budget)} {_around(ends[budget])}" for budget in sorted(ends)]
-            yield f"  {target}, {arm}: " + ", ".join(words)
+            if words:
+                yield f"  {target}, {arm}: " + ", ".join(words)
 
 
 def _arms(table: Mapping[str, Any], target: str) -> list[str]:

@@ -160,7 +160,7 @@ def licence_of(metadata: str) -> str:
         return expression
     classifiers = [one.split(" :: ")[-1] for one in fields.get_all("Classifier", []) if one.startswith("License ::")]
     classifiers = [one for one in classifiers if one != "OSI Approved"]
-    return " AND ".join(classifiers) or (fields.get("License") or "").strip().splitlines()[0:1][0]
+    return " AND ".join(classifiers) or (fields.get("License") or "").strip().split("\n")[0]
 
 
 def sources(name: str, licence: str, files: Iterable[tuple[str, bytes]]) -> Iterator[dict[str, str]]:

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def download(name: str, folder: Path, version: str | None = None) -> Path:
@@ -33,20 +34,24 @@ def download(name: str, folder: Path, version: str | None = None) -> Path:
 def archive_files(package: Path, name: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     """Path and content of the plain files of a ``.deb`` whose path has ``name``, in sorted order, gunzipped."""
     found = {}
-    call = ["dpkg-deb", "--fsys-tarfile", str(package)]
-    with (
-        subprocess.Popen(call, stdout=subprocess.PIPE) as process,
-        tarfile.open(fileobj=process.stdout, mode="r|") as archive,
-    ):
+    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as process:
+        try:
+            for path, data in _plain_files(process.stdout, name):
+                found[path] = gzip.decompress(data) if path.endswith(".gz") else data
+        except tarfile.ReadError:
+            process.wait()
+    if process.returncode:
+        raise SystemExit(f"{package}: dpkg-deb cannot read it")
+    yield from sorted(found.items())
+
+
+def _plain_files(stream: Any, name: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
             if member.isfile() and name.search(member.name):
                 file = archive.extractfile(member)
                 assert file is not None
-                path, data = member.name.removeprefix("./"), file.read()
-                found[path] = gzip.decompress(data) if path.endswith(".gz") else data
-    if process.returncode:
-        raise SystemExit(f"{package}: dpkg-deb cannot read it")
-    yield from sorted(found.items())
+                yield member.name.removeprefix("./"), file.read()
 
 
 def copyright_of(package: Path, name: str) -> tuple[str, str]:

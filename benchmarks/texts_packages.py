@@ -96,7 +96,6 @@ PYTHON: dict[str, str] = {
     "keras": "3.7.0",
     "setuptools": "75.6.0",
     "poetry": "1.8.5",
-    "hypothesis": "6.123.2",
     "pytest": "8.3.4",
     "ipython": "8.31.0",
     "jupyter-server": "2.15.0",
@@ -131,15 +130,12 @@ PYTHON: dict[str, str] = {
     "kubernetes": "31.0.0",
     "apache-airflow": "2.10.4",
     "openai": "1.58.1",
-    "cvxpy-base": "1.6.0",
     "pyro-ppl": "1.9.1",
     "gpytorch": "1.13",
     "geopandas": "1.0.1",
     "skorch": "1.0.0",
     "optuna": "4.1.0",
-    "luigi": "3.5.2",
     "prefect": "3.1.10",
-    "docutils": "0.21.2",
 }
 """Packages of PyPI, of which there is a wheel for every platform, under licences that :data:`PERMISSIVE` names."""
 
