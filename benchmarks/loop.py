@@ -1,14 +1,15 @@
 """The training loop of the benchmarks: an HF model in plain torch learns from text, or from a teacher that ran once.
 
-Weights and AdamW's state are float32, products bfloat16. A teacher is its final hidden states for the batches to come,
-so that all students that see the same batches pay for its forward pass once.
+Weights and AdamW's state are float32, products bfloat16. A teacher is its final hidden states: for all batches to come,
+so that all students that see the same batches pay for its forward pass once (:class:`Answers`), or of one batch at a
+time, in bounded memory (:func:`answer`).
 
 Legend: b sequences of a batch, s tokens of each, H the model's hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,14 @@ def load(checkpoint: Path, device: str = "cpu") -> Any:
 
 def answers(teacher: Any, batches: Sequence[Tensor]) -> Answers:
     """What the teacher says of batches ``[b, s]``; its head turns hidden states into logits in every step."""
+    return Answers([answer(teacher, batch)[0] for batch in batches], teacher.lm_head.weight.detach())
+
+
+def answer(teacher: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Its hidden states ``[b, s, H]`` of one batch ``[b, s]``, bfloat16, and its head ``[V, H]``."""
     with torch.no_grad(), _autocast(teacher):
-        hidden = [teacher.model(batch.to(teacher.device)).last_hidden_state.bfloat16() for batch in batches]
-    return Answers(hidden, teacher.lm_head.weight.detach())
+        hidden = teacher.model(batch.to(teacher.device)).last_hidden_state.bfloat16()
+    return hidden, teacher.lm_head.weight.detach()
 
 
 def constant(lr: float, steps: int) -> list[float]:
@@ -80,11 +86,9 @@ def train(
         The model's cross entropy on each batch before the step on it, nats/token.
     """
     from nemo_minitron.distill.block import CROSS_ENTROPY
-    from nemo_minitron.distill.fused import Head, head_losses
     from nemo_minitron.distill.loss import Mix
 
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    learner = Learner(model, Mix() if teacher else CROSS_ENTROPY)
     found = []
     for step, rate in enumerate(rates):
         tokens = batches[step].to(model.device)
@@ -92,7 +96,50 @@ def train(
         counted = torch.ones(tokens.shape, device=tokens.device)
         counted[:, -1] = 0.0  # its label is the first token
         everywhere = torch.ones_like(counted)  # a teacher has something to say there too
-        weights = counted if teacher is None else everywhere
+        taught = teacher and (teacher.hidden[step], teacher.head)
+        terms = learner.learn(tokens, labels, counted if teacher is None else everywhere, rate, taught)
+        found.append(float((terms["lm_loss"] * counted).sum() / counted.sum()))
+        after(step + 1)
+    return found
+
+
+class Learner:
+    """A model and its AdamW, which learn batch by batch and can be put down and taken up again.
+
+    Weights and moments are float32, products bfloat16; gradients are clipped to a norm of 1. Weight decay is for
+    matrices and tables alone, as in Megatron.
+
+    Attributes:
+        steps: that are done.
+    """
+
+    def __init__(
+        self, model: Any, mix: Any, *, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0
+    ) -> None:
+        self.model, self.mix, self.steps = model.train(), mix, 0
+        whole = list(model.parameters())
+        groups = [
+            {"params": [one for one in whole if one.ndim > 1], "weight_decay": weight_decay},
+            {"params": [one for one in whole if one.ndim < 2], "weight_decay": 0.0},
+        ]
+        on_gpu = model.device.type == "cuda"
+        self._optimizer = torch.optim.AdamW([one for one in groups if one["params"]], 0.0, betas, fused=on_gpu)
+
+    def learn(
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, rate: float, teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """One step on a batch ``[b, s]`` on the model's device.
+
+        Args:
+            labels: ``[b, s]`` of each token. weights: ``[b, s]``, what it counts.
+            teacher: its final hidden states ``[b, s, H]`` of the batch, and its output head ``[V, H]``.
+
+        Returns:
+            Named losses per token ``[b, s]``, as ``head_losses`` has them, of the model before the step.
+        """
+        from nemo_minitron.distill.fused import Head, head_losses
+
+        model = self.model
         with _autocast(model):
             hidden = model.model(tokens).last_hidden_state
             losses = head_losses(
@@ -100,18 +147,27 @@ def train(
                 labels,
                 weights / weights.sum(),
                 vocab_size=model.config.vocab_size,
-                teacher=teacher and Head(teacher.hidden[step].float().transpose(0, 1), teacher.head),
-                mix=Mix() if teacher else CROSS_ENTROPY,
+                teacher=teacher and Head(teacher[0].float().transpose(0, 1), teacher[1]),
+                mix=self.mix,
             )
         losses.loss.backward()
-        found.append(float((losses.terms["lm_loss"] * counted).sum() / counted.sum()))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        after(step + 1)
-    return found
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return losses.terms
+
+    def state(self) -> dict[str, Any]:
+        """All that :meth:`take_up` needs to go on as if nothing had been."""
+        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), "steps": self.steps}
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state` was."""
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
 
 
 def losses_of(model: Any, blocks: Tensor) -> list[float]:

