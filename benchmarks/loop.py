@@ -126,20 +126,23 @@ class Learner:
         self._optimizer = torch.optim.AdamW([one for one in groups if one["params"]], 0.0, betas, fused=on_gpu)
 
     def learn(
-        self, tokens: Tensor, labels: Tensor, weights: Tensor, rate: float, teacher: tuple[Tensor, Tensor] | None = None
+        self, tokens: Tensor, labels: Tensor, weights: Tensor, rate: float, teacher: tuple[Tensor, ...] | None = None
     ) -> dict[str, Tensor]:
         """One step on a batch ``[b, s]`` on the model's device.
 
         Args:
             labels: ``[b, s]`` of each token. weights: ``[b, s]``, what it counts.
-            teacher: its final hidden states ``[b, s, H]`` of the batch, and its output head ``[V, H]``.
+            teacher: its final hidden states ``[b, s, H]`` of the batch, and its output head ``[V, H]``; or what a cache
+                keeps of its answers, ``TopK`` or ``Sampled``.
 
         Returns:
             Named losses per token ``[b, s]``, as ``head_losses`` has them, of the model before the step.
         """
         from nemo_minitron.distill.fused import Head, head_losses
 
-        model = self.model
+        model, known = self.model, teacher
+        if teacher is not None and len(teacher) == 2:
+            known = Head(teacher[0].float().transpose(0, 1), teacher[1])
         with _autocast(model):
             hidden = model.model(tokens).last_hidden_state
             losses = head_losses(
@@ -147,7 +150,7 @@ class Learner:
                 labels,
                 weights / weights.sum(),
                 vocab_size=model.config.vocab_size,
-                teacher=teacher and Head(teacher[0].float().transpose(0, 1), teacher[1]),
+                teacher=known,
                 mix=self.mix,
             )
         losses.loss.backward()

@@ -206,6 +206,7 @@ def test_what_was_removed_and_whether_it_was_re_solved(whole):
         assert f"On {said}, held back from the adjusting, the original lost" in page.text
     assert "2.5000 nats/token, cut weights 3.2500 and adjusted ones 2.7500." in page.text
     assert "They are those of least influence." in page.text
+    assert "Hidden channels" not in [title for title in re.findall(r"<h3>(.*?)</h3>", whole.html)]  # they were turned
     plan = read_run(whole.folder).plan
     worth = make_scores().published["ffn"][0]
     share = worth[list(plan.ffn[0])].sum() / worth.sum()
@@ -295,7 +296,7 @@ def test_the_page_stands_alone_and_reads_on_light_and_dark(whole):
 def test_every_drawing_has_a_text_for_those_who_cannot_see_it(whole):
     page = whole.page
     texts = [a["aria-label"] for _, a in page.tags if a.get("role") == "img"]
-    assert len(texts) == page.count("svg") == page.count("figure") == 8
+    assert len(texts) == page.count("svg") == page.count("figure") == 7
     assert "first choice was the teacher's at 62.5% of tokens" in page.text
     for part in (
         "teacher 60,064, loss 3.000; pruned 30,000, loss 5.000; distilled 30,000, loss 3.500",

@@ -33,8 +33,8 @@ def block_influence(worth: np.ndarray, dropped: Sequence[int]) -> str:
         return finished(figure)
 
 
-def losses(training: Training, references: dict[str, float]) -> str:
-    """Curves of a training against tokens; ``references`` are losses of whole models, drawn as level lines."""
+def losses(training: Training) -> str:
+    """Curves of a training against tokens."""
     panels = [
         (title, drawn)
         for title, names in (
@@ -50,9 +50,6 @@ def losses(training: Training, references: dict[str, float]) -> str:
             for name in names:
                 label = "validation" if name.startswith("val_") else "training"
                 lines[label] = _curve(ax, training.curves[name], validation=label == "validation")
-            if "LM" in title:
-                for (role, loss), dashes in zip(references.items(), ((0, (1, 1)), (0, (5, 2, 1, 2))), strict=False):
-                    lines[f"{role}, evaluated"] = ax.axhline(loss, color=MUTED, linewidth=1, linestyle=dashes)
             ax.set(title=title, xlabel="tokens" if training.by_tokens else "steps", ylabel="nats per token")
             thousands(ax.xaxis)
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))

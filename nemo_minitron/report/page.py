@@ -13,9 +13,10 @@ from typing import Any
 
 from nemo_minitron import __version__
 from nemo_minitron.files.plain import plain
-from nemo_minitron.report import figures, maps, words
+from nemo_minitron.report import figures, maps, tasks, words
 from nemo_minitron.report.curves import Training
 from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
+from nemo_minitron.report.outlook import outlook
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
 from nemo_minitron.report.run_folder import Run
 from nemo_minitron.report.svg import numbered
@@ -44,7 +45,13 @@ def render(run: Run) -> tuple[str, str]:
 def contents(run: Run) -> dict[str, Any]:
     """What both templates show: plain text and numbers, and drawings with a text that stands in for them."""
     parts = axes(run)
-    shown = [axis for axis in parts if axis.worth is not None or axis.is_cut]
+    turned = run.plan is not None and run.plan.compensation is not None and run.plan.compensation.rotate
+    # of a stream that was turned no channel was kept or removed: there is nothing to map
+    shown = [
+        axis
+        for axis in parts
+        if (axis.worth is not None or axis.is_cut) and not (turned and axis.is_cut and axis.name == "hidden")
+    ]
     dropped = dropped_layers(run.plan)
     student, ways = use(run)
     return {
@@ -58,6 +65,7 @@ def contents(run: Run) -> dict[str, Any]:
         "glossary": words.GLOSSARY,
         "shapes": _shapes(run),
         "results": _results(run),
+        "tasks": tasks.rows(run.tasks),
         "answers": _answers(run),
         "removal": words.removal(run, parts),
         "compensation": words.compensation(run.plan),
@@ -66,9 +74,10 @@ def contents(run: Run) -> dict[str, Any]:
             "cut": [_map(axis, run) for axis in shown if axis.is_cut],
             "whole": [_map(axis, run) for axis in shown if not axis.is_cut],
             "influence": _influence(run, dropped),
-            "losses": [_losses(training, run) for training in run.trainings if _drawable(training)],
+            "losses": [_losses(training) for training in run.trainings if _drawable(training)],
             "quality": _quality(run),
         },
+        "outlook": [] if run.distillation is None else outlook(run.distillation),
         "stages": _stages(run),
         "versions": _versions(run),
         "walk": _walk(run),
@@ -170,8 +179,7 @@ def _layers(run: Run, parts: list[Axis]) -> tuple[list[str], list[list[str]]]:
 
 
 def _map(axis: Axis, run: Run) -> dict[str, str]:
-    rotated = run.plan is not None and run.plan.compensation is not None and run.plan.compensation.rotate
-    alt, caption = words.describe_map(axis, rotated)
+    alt, caption = words.describe_map(axis)
     return _figure(words.title(axis), alt, caption, maps.unit_map(axis, dropped_layers(run.plan)))
 
 
@@ -186,8 +194,8 @@ def _drawable(training: Training) -> bool:
     return bool(training.curves.keys() & {"train_kd_loss", "val_kd_loss", "train_lm_loss", "val_lm_loss"})
 
 
-def _losses(training: Training, run: Run) -> dict[str, str]:
-    """Curves of one training."""
+def _losses(training: Training) -> dict[str, str]:
+    """Curves of one training; no evaluation of a whole model, which reads other text than validation does."""
     unit = "tokens" if training.by_tokens else "steps"
     parts = []
     for name in ("train_kd_loss", "val_kd_loss", "train_lm_loss", "val_lm_loss"):
@@ -197,17 +205,13 @@ def _losses(training: Training, run: Run) -> dict[str, str]:
             parts.append(f"{name} from {first:.3f} to {last:.3f} ({len(curve.at):,} value{'s' * (len(curve.at) != 1)})")
     spent = f"{training.tokens:,} tokens" if training.tokens else f"{training.steps:,} steps"
     alt = f"Losses against {unit}, over {training.steps:,} optimizer steps and {spent}: {'; '.join(parts)}."
-    references: dict[str, float] = {}
-    if training.is_distillation:
-        references = {role: run.metrics[role]["val_loss"] for role in ("teacher", "pruned") if role in run.metrics}
-    caption = "Lower is better. Validation during training reads part of the held-out text only."
-    if references:
-        caption += " Level lines are the evaluations of whole models, on all of it."
+    caption = "Lower is better. Validation during training reads part of the held-out text, so that its level is not "
+    caption += "that of the results above."
     agreement = training.curves.get("val_top1_agreement")
     if agreement is not None:
         caption += f" At the end the student's first choice was the teacher's at {agreement.values[-1]:.1%} of tokens."
     what = "Distillation" if training.is_distillation else "Teacher correction"
-    return _figure(f"{what} ({training.name})", alt, caption, figures.losses(training, references))
+    return _figure(f"{what} ({training.name})", alt, caption, figures.losses(training))
 
 
 def _quality(run: Run) -> list[dict[str, str]]:

@@ -22,6 +22,7 @@ from nemo_minitron.report.answers import Answers, read_answers
 from nemo_minitron.report.curves import Training, is_log, read_log
 from nemo_minitron.report.inventory import Inventory
 from nemo_minitron.report.measures import LARGEST, ROLES, number, numbers
+from nemo_minitron.report.tasks import task_scores
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ class Run:
     recipe: str | None = None
     description: str | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    tasks: dict[str, dict[tuple[str, str], str]] = field(default_factory=dict)
     answers: Answers = field(default_factory=dict)
     plan: Plan | None = None
     scores: Scores | None = None
@@ -96,7 +98,7 @@ def read_run(folder: Path) -> Run:
     run.stages = _stages(run, recipe)
     note = run.files.note()
     run.absent += [note] if note else []
-    if not (run.metrics or run.plan or run.scores or run.trainings or run.stages):
+    if not (run.metrics or run.tasks or run.plan or run.scores or run.trainings or run.stages):
         damaged = "; ".join(reason for reason in run.absent if str(folder) in reason or reason == note)
         raise MinitronError(
             f"run_dir: '{folder}' is no run folder: expected any of metrics.json, evaluation/, *.plan.yaml, scores/, "
@@ -124,6 +126,8 @@ def _metrics(run: Run) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for role in ROLES:
         evaluation = _part(run, partial(_json, run, run.folder / "evaluation" / f"{role}.json"))
+        if found_tasks := task_scores(evaluation or known.get(role)):
+            run.tasks[role] = found_tasks
         values = numbers(evaluation or known.get(role))
         if "val_loss" in values:
             found[role] = values

@@ -162,7 +162,7 @@ def _measured(plan: Plan) -> list[str]:
     ]
 
 
-def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:
+def describe_map(axis: Axis) -> tuple[str, str]:
     """(text for those who cannot see the map, caption)."""
     alt = f"Heat map of {axis.before:,} {_TITLES[axis.name]}"
     alt += " in one row for all layers" if axis.name == "hidden" else ", a row for each layer"
@@ -180,8 +180,6 @@ def describe_map(axis: Axis, rotated: bool) -> tuple[str, str]:
             caption.append("Importance is the published Minitron metric: average activation on the calibration text.")
             other = f"The plan ranks units by the metric '{axis.ranking}' instead."
             caption.append(_RANKED.get(axis.ranking, other))
-        if axis.name == "hidden" and rotated:
-            caption.append("The stream was turned before the cut, so this shows what would go without the turn.")
     else:
         alt += "; all are kept"
     if axis.before > 256:
