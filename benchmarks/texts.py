@@ -263,9 +263,10 @@ def count(folder: Path, source: Path, outputs: Mapping[str, Mapping[str, dict[st
     for kind in KINDS:
         for split, one in outputs[kind].items():
             prefix, mark = folder / f"{kind}_{split}_text_document", folder / f"{kind}_{split}.tokenized"
-            if not mark.is_file() or mark.read_text() != one["sha256"]:
+            facts = f"{one['sha256']} {source.name}"
+            if not mark.is_file() or mark.read_text() != facts:
                 preprocess(folder / f"{kind}_{split}.jsonl", folder / f"{kind}_{split}", tokenizer_type=str(model))
-                mark.write_text(one["sha256"])
+                mark.write_text(facts)
             one["tokens"] = read_facts(prefix)["tokens"]
 
 
