@@ -42,9 +42,9 @@ H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 RATES = (
     # benchmarks/results/gpu_lean_h100.json, whole runs of adamw; gpu_distill_step_h100.json, without recomputation or
     # torch.compile; kd_step_llama_1b_h200.json, forward and backward
-    Rate(H100, 0.987, (37_900, 49_000), "SmolLM2-135M to 108M"),
-    Rate(H100, 44.0, (10_270, 10_910), "an 8B to 4.5B"),
-    Rate(H200, 6.13, (54_700, 61_500), "a 1.2B to half of it, without the optimizer"),
+    Rate(H100, 0.987, (37_900, 49_000), "SmolLM2-135M teaching 108M"),
+    Rate(H100, 44.0, (10_270, 10_910), "an 8B teaching 4.5B"),
+    Rate(H200, 6.13, (54_700, 61_500), "a 1.2B teaching 0.5B, without the optimizer"),
 )
 
 
@@ -76,7 +76,7 @@ def speed(rates: Sequence[Rate], gflop: float) -> Speed | None:
         least, most = sorted((below.tflops[0], above.tflops[1]))
         return Speed(least, most, f"between {below.what} and {above.what}, both measured")
     if below:
-        return Speed(*below.tflops, f"measured on less, {below.what}")
+        return Speed(*below.tflops, f"measured on smaller ones, {below.what}")
     return None
 
 
@@ -109,8 +109,13 @@ def table(run: Run, steps: int, device: str | None = None) -> str:
 
 
 def _span(least: float, most: float) -> str:
-    """Seconds as people say them: two digits at most, in the unit of the larger."""
+    """Seconds as people say them: two digits, in one unit where the smaller is at least 1 of it."""
     units = (("s", 1.0, 90.0), ("min", 60.0, 90 * 60.0), ("h", 3600.0, 36 * 3600.0), ("days", 86400.0, float("inf")))
     unit, size, _ = next(one for one in units if most < one[2])
-    low, high = (f"{float(f'{seconds / size:.2g}'):,g}" for seconds in (least, most))
+    lower, lower_size, _ = next(one for one in units if least < one[2])
+    if least >= size:
+        lower, lower_size = unit, size
+    low, high = (f"{float(f'{seconds / of:.2g}'):,g}" for seconds, of in ((least, lower_size), (most, size)))
+    if lower != unit:
+        return f"{low} {lower} to {high} {unit}"
     return f"{high} {unit}" if low == high else f"{low} to {high} {unit}"

@@ -78,7 +78,7 @@ FIRST, SECOND = Rate("a", 1.0, (1e3, 2e3), "one"), Rate("a", 100.0, (1e3, 1.5e3)
         (1.5, (1, 2, "measured on one")),
         (60.0, (100, 150, "measured on hundred")),
         (10.0, (1, 150, "between one and hundred, both measured")),
-        (300.0, (100, 150, "measured on less, hundred")),
+        (300.0, (100, 150, "measured on smaller ones, hundred")),
     ],
 )
 def test_speed_is_that_of_runs_of_about_the_size(gflop, expected):
@@ -92,12 +92,13 @@ def test_nothing_is_said_of_smaller_models_or_without_rates():
 
 def test_table_has_the_time_of_the_run():
     lines = table(RUN, 1000, H100).splitlines()
+    assert "\n".join(lines) in (ROOT / "docs" / "running.md").read_text()
     tokens = 1000 * 128 * 4096
     assert f"1,000 steps of 128 x 4,096 tokens, {tokens:,} in all" in lines[0] and "44 GFLOP a token" in lines[0]
     assert len(lines) == 3 and all(len(line) <= 140 for line in lines)
     low, high = (float(one) for one in re.search(r"1 x NVIDIA H100 .* about ([\d.]+) to ([\d.]+) h", lines[1]).groups())
     assert [low, high] == pytest.approx([tokens / 10_910 / 3600, tokens / 10_270 / 3600], rel=0.05)
-    assert "measured on an 8B to 4.5B" in lines[1] and "measured on less, a 1.2B" in lines[2]
+    assert "measured on an 8B teaching 4.5B" in lines[1] and "measured on smaller ones, a 1.2B" in lines[2]
 
 
 def test_several_cards_share_the_work_and_that_is_said():
@@ -121,11 +122,12 @@ def test_a_device_without_rates_gets_no_time():
     ("least", "most", "expected"),
     [
         (10.0, 20.4, "10 to 20 s"),
-        (50.0, 100.0, "0.83 to 1.7 min"),
+        (50.0, 100.0, "50 s to 1.7 min"),
         (3601.0, 7300.0, "1 to 2 h"),
+        (70.0, 100.0, "1.2 to 1.7 min"),
         (86400.0 * 10, 86400.0 * 123, "10 to 120 days"),
         (3600.0 * 4, 3600.0 * 4.001, "4 h"),
     ],
 )
-def test_spans_are_in_the_unit_of_the_larger(least, most, expected):
+def test_spans_are_in_one_unit_where_it_serves_both(least, most, expected):
     assert _span(least, most) == expected
