@@ -99,7 +99,7 @@ def from_debian(folder: Path, name: str, version: str | None) -> tuple[Iterator[
     """Documents of a Debian package, HTML pages of ``PROSE`` or sources of CPython, and what the package is."""
     path = download(name, folder / "packages", version)
     of, says = copyright_of(path, name)
-    licence = licences(says) or f"as of {of}"
+    licence = licences(says) or ("in its copyright file" if says else f"as of {of}")
     (folder / "licences").mkdir(exist_ok=True)
     (folder / "licences" / name).write_text(says or f"see {of}\n", encoding="utf-8")
     if name in STDLIB:
