@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,12 +88,20 @@ class Bench:
 
         return token_blocks(prefix, self.given.length, num_samples=self.given.blocks, seed=0)
 
+    @functools.cached_property
     def facts(self) -> dict[str, Any]:
         """What the cells of one table have in common."""
+        from nemo_minitron.data.tokens import data_fingerprint
+
+        training = {kind: data_fingerprint(prefix)[:12] for kind, prefix in self.prefixes.items()}
         digest = {kind: hashlib.sha256(one.numpy().tobytes()).hexdigest()[:12] for kind, one in self.validation.items()}
         names = ("model", "length", "batch", "samples")
         cloze = self.given.cloze and hashlib.sha256(self.given.cloze.read_bytes()).hexdigest()[:12]
-        return {name: getattr(self.given, name) for name in names} | {"validation": digest, "cloze": cloze}
+        return {name: getattr(self.given, name) for name in names} | {
+            "training": training,
+            "validation": digest,
+            "cloze": cloze,
+        }
 
     @property
     def scores(self) -> Path:

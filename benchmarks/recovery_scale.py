@@ -105,7 +105,7 @@ def run_cell(bench: Bench, teacher: Any, cell: Cell, arm: Arm, deadline: Deadlin
     step_tokens = given.batch * given.length
     steps = max(1, round(cell.budget / step_tokens))
     points = sorted({round(point * steps) for point in POINTS})
-    settings = {**arm.settings(), **bench.facts(), "steps": steps}
+    settings = {**arm.settings(), **bench.facts, "steps": steps}
     student = load(bench.student(cell.target, arm.weights), device)
     learner = Learner(student, Mix(**arm.mix), betas=arm.betas, weight_decay=arm.weight_decay)
     kept = bench.work / "cells" / cell.file
@@ -212,7 +212,7 @@ def main(words: Sequence[str]) -> None:
     arms = arms_of(given.arms.split(","), given.arm)
     targets = given.targets.split(",") if given.targets else list(TARGETS[given.model])
     bench = Bench(given)
-    table = Cells(given.json, bench.facts())
+    table = Cells(given.json, bench.facts)
     asked = list(cells_of(given, list(arms), targets))
     left = [cell for cell in asked if cell.key not in table.content["cells"]]
     most = max(cell.budget for cell in asked)

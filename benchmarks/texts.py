@@ -99,7 +99,7 @@ def from_debian(folder: Path, name: str, version: str | None) -> tuple[Iterator[
     """Documents of a Debian package, HTML pages of ``PROSE`` or sources of CPython, and what the package is."""
     path = download(name, folder / "packages", version)
     of, says = copyright_of(path, name)
-    licence = licences(says) or f"as of {of}"
+    licence = licences(says) or ("in its copyright file" if says else f"as of {of}")
     (folder / "licences").mkdir(exist_ok=True)
     (folder / "licences" / name).write_text(says or f"see {of}\n", encoding="utf-8")
     if name in STDLIB:
@@ -263,9 +263,10 @@ def count(folder: Path, source: Path, outputs: Mapping[str, Mapping[str, dict[st
     for kind in KINDS:
         for split, one in outputs[kind].items():
             prefix, mark = folder / f"{kind}_{split}_text_document", folder / f"{kind}_{split}.tokenized"
-            if not mark.is_file() or mark.read_text() != one["sha256"]:
+            facts = f"{one['sha256']} {source.name}"
+            if not mark.is_file() or mark.read_text() != facts:
                 preprocess(folder / f"{kind}_{split}.jsonl", folder / f"{kind}_{split}", tokenizer_type=str(model))
-                mark.write_text(one["sha256"])
+                mark.write_text(facts)
             one["tokens"] = read_facts(prefix)["tokens"]
 
 

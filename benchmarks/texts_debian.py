@@ -70,6 +70,7 @@ def licences(copyright_file: str) -> str:
 
     They are those of all files of the source package, of which the pages are a part.
     """
-    named = re.findall(r"^License: *(\S[^\n]*)$", copyright_file, re.M)
+    is_for_machines = re.search(r"^Format: ", copyright_file, re.M)
+    named = re.findall(r"^License: *(\S[^\n]*)$", copyright_file, re.M) if is_for_machines else []
     common = [one.rstrip(".") for one in re.findall(r"/usr/share/common-licenses/([\w.+-]+)", copyright_file)]
     return ", ".join(sorted({one.strip() for one in named or common}))

@@ -178,6 +178,46 @@ def recovery() -> Iterator[str]:
     yield f"After 102,000 tokens re-solved ones are at {ours[0][-1]:.3f} and {ours[1][-1]:.3f}"
 
 
+def how_many_tokens() -> Iterator[str]:
+    from recovery_curves import fit
+
+    found, rows = load("recovery_smollm2_135m"), {}
+    tokens, shown = found["tokens"], ("ffn 1536→768", "hidden 576→448")
+    assert shown == tuple(found["rows"])
+    for name, row in found["rows"].items():
+        assert row["rate"] == {"plain": "3e-4", "ours": "1e-4"}
+        rows[name] = {method: list(zip(*row[method][row["rate"][method]], strict=True)) for method in row["rate"]}
+    yield f"where the unpruned model has {found['teacher']:.3f} nats/token"
+    yield "which is 3e-4 for cut weights and 1e-4 for re-solved ones"
+    leads: dict[str, dict[int, float]] = {name: {} for name in shown}
+    for count in (0, 10_240, 51_200, 102_400):
+        cells = [f"{count:,}"]
+        for name in shown:
+            cut, ours = (fmean(rows[name][method][tokens.index(count)]) for method in ("plain", "ours"))
+            leads[name][count] = cut - ours
+            cells += [f"{cut:.3f}", f"{ours:.3f}", f"{cut - ours:.3f}"]
+        yield f"| {' | '.join(cells)} |"
+    apart = []
+    for name in shown:
+        for cut, ours in zip(rows[name]["plain"], rows[name]["ours"], strict=True):
+            of_seeds = [a - b for a, b in zip(cut, ours, strict=True)]
+            apart.append(max(of_seeds) - min(of_seeds))
+    yield f"differ in the lead by {max(apart):.3f} at most"
+    assert all(fmean(rows[name]["plain"][-1]) > fmean(rows[name]["ours"][1]) for name in shown) and tokens[1] == 10_240
+    left = [leads[name][102_400] / leads[name][10_240] for name in shown]
+    yield f"to {left[0]:.0%} of what it was with ffn 768, and to {left[1]:.0%} with hidden 448"
+    curves = [[fmean(losses) for losses in rows[name][method]] for name in shown for method in ("plain", "ours")]
+    laws = [fit(tokens[1:], curve[1:]) for curve in curves]
+    assert all(10 < law.errors[0] < 100 for law in laws[1::2]), "tens of nats"
+    yield f"fits them to {max(law.rms for law in laws):.3f} nats"
+    above = [fmean(rows[name]["ours"][-1]) - found["teacher"] for name in shown]
+    yield f"then still {above[0]:.3f} and {above[1]:.3f} above the unpruned model"
+    texts = load("texts")["outputs"]
+    prose, python = ([texts[kind][split]["tokens"] / 1e6 for split in ("train", "validation")] for kind in texts)
+    yield f"{prose[0]:.1f} million tokens of SmolLM2's tokenizer to train on, and {prose[1]:.1f} million of four other"
+    yield f"under permissive licences: {python[0]:.1f} and {python[1]:.1f} million"
+
+
 def search() -> Iterator[str]:
     found = load("search_smollm2_135m")
     yield f"in {found['first']['minutes']:.0f} minutes"
@@ -302,6 +342,7 @@ CLAIMS = {
     "docs/llama_8b.md": [llama_8b],
     "docs/pruning.md": [pruning, peers, claims],
     "docs/quickstart.md": [quickstart, coder],
+    "docs/recovery.md": [how_many_tokens],
     "docs/running.md": [running, one_gpu, both_devices, distillation_costs],
     "docs/search.md": [search_page],
 }

@@ -98,6 +98,7 @@ def test_files_and_licences_of_a_debian_package(tmp_path):
     assert found == [("usr/a.html", b"a"), ("usr/b.html.gz", b"b")]
     of, text = texts_debian.copyright_of(path, "a-doc")
     assert of == "a-doc" and texts_debian.licences(text) == "GPL-2+, MIT"
+    assert texts_debian.licences("License: as is\n") == "", "not for machines"
     assert texts_debian.licences("see /usr/share/common-licenses/GFDL-1.3.") == "GFDL-1.3"
     assert texts_debian.download("a-doc", tmp_path) == path, "what is there is not fetched"
     path.write_bytes(b"no archive")

@@ -185,7 +185,9 @@ class DistillConfig:
     """
 
     model: dict[str, Any] = _nemo()
-    plan_only: bool = key(False, "print memory per rank by item, and what fits on GPUs of several sizes; train nothing")
+    plan_only: bool = key(
+        False, "print memory per rank by item, what fits on GPUs of several sizes, and how long it takes; train nothing"
+    )
     distill: Distill = section(Distill, "the loss")
     trainer: dict[str, Any] = known(TRAINER, "Lightning's Trainer arguments")
     exp_manager: dict[str, Any] = known(EXP_MANAGER, "NeMo's exp_manager: logging, checkpoints, resuming")

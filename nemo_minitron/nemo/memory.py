@@ -1,4 +1,4 @@
-"""Memory of a configured distillation, said before anything is built (``minitron distill plan_only=true``)."""
+"""Memory and time of a configured distillation, said before anything is built (``minitron distill plan_only=true``)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid, Machines
 from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
-from nemo_minitron.distill import cards
+from nemo_minitron.distill import cards, duration
 from nemo_minitron.distill.memory import CUDA_PROCESS, ITEMS, largest_micro_batch, memory
 from nemo_minitron.distill.run import Run
 from nemo_minitron.errors import MinitronError, required
@@ -20,7 +22,8 @@ from nemo_minitron.values.model import DISTRIBUTED, LEAN
 
 def plan_memory(cfg: DistillConfig) -> str:
     """Table of a rank's memory by item at the configured grid and batch, and the largest micro-batch that fits; then
-    what would fit on GPUs of several sizes, whatever this machine has.
+    what would fit on GPUs of several sizes, whatever this machine has, and how long the run would take on those of
+    which there are measured rates.
 
     On a machine without CUDA the process itself is counted, and what fits is measured against this machine's memory
     shared by the ranks that run on it.
@@ -36,7 +39,10 @@ def plan_memory(cfg: DistillConfig) -> str:
         teacher = _shape(required(cfg, "model.kd_teacher_restore_from_path"))
     run = run_of(cfg, student, teacher, runtime.has_cuda())
     available = runtime.memory_bytes() // (1 if runtime.has_cuda() else Machines.of(cfg.trainer).devices)
-    return f"{_table(run, available)}\n\n{cards.table(run)}"
+    parts = [_table(run, available), cards.table(run)]
+    if (steps := int(cfg.trainer.get("max_steps") or 0)) > 0:
+        parts.append(duration.table(run, steps, torch.cuda.get_device_name() if runtime.has_cuda() else None))
+    return "\n\n".join(parts)
 
 
 def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: ModelShape | None, on_gpu: bool) -> Run:

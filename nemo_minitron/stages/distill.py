@@ -7,7 +7,7 @@ from nemo_minitron.config.schema import DistillConfig
 
 def run(cfg: DistillConfig) -> None:
     """Distil ``model.kd_teacher_restore_from_path`` into ``model.restore_from_path``, write ``model.nemo_path``; or,
-    with ``plan_only``, say what memory that would take."""
+    with ``plan_only``, say what memory and time that would take."""
     if cfg.plan_only:
         from nemo_minitron.nemo.memory import plan_memory
 
