@@ -129,7 +129,7 @@ def test_conversations_that_cannot_be_learned_from(small, messages, complaint):
 
 def test_what_a_template_refuses_is_told_in_its_words(small):
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    with pytest.raises(BadMessages, match="chat template of small takes, found: .*System role not supported"):
+    with pytest.raises(BadMessages, match=r"chat template of small takes, found: .*System role not supported"):
         ChatTemplate(small(strict + CHATML), "small").encode(TURNS, None)
 
 
