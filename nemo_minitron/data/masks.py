@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_minitron.data.index import read_index
 from nemo_minitron.data.tokens import TokenStream, data_fingerprint, open_tokens, token_files
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import read_json
@@ -61,13 +62,14 @@ def open_mask(prefix: str | Path) -> TokenStream | None:
     found = mask_of(prefix)
     if found is None:
         return None
-    mask, tokens = open_tokens(found), open_tokens(prefix)
+    mask = open_tokens(found)
     if mask.tokens.dtype != np.uint8:
         raise MinitronError(f"{found}.idx: expected one byte per token, found {mask.tokens.dtype}")
-    if not np.array_equal(mask.ends, tokens.ends):
+    ours, theirs = (read_index(*token_files(files)).lengths for files in (found, prefix))
+    if not np.array_equal(ours, theirs):
         raise MinitronError(
-            f"{found}: expected a mask of the same documents as '{prefix}' ({len(tokens.ends)} with "
-            f"{len(tokens.tokens)} tokens), found {len(mask.ends)} with {len(mask.tokens)}"
+            f"{found}: expected a mask of the same documents as '{prefix}' ({len(theirs)} with {theirs.sum()} tokens), "
+            f"found {len(ours)} with {ours.sum()}"
         )
     return mask
 

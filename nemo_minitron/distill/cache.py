@@ -40,7 +40,7 @@ _ROUNDING = 0.05
 @dataclass(frozen=True)
 class Identity:
     """What a cache is valid for. ``teacher``, ``data`` and ``tokenizer`` are fingerprints; ``teacher`` None accepts
-    whichever teacher made it."""
+    whichever teacher made it. Which tokens count in a loss is none of it: there are answers for every token."""
 
     teacher: str | None
     data: str
@@ -49,6 +49,8 @@ class Identity:
     vocab_size: int
     top_k: int
     temperature: float
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
 
     @property
     def bytes_per_token(self) -> int:
@@ -85,6 +87,7 @@ class TeacherCache:
             )
 
     def _check(self, found: Mapping[str, object]) -> None:
+        found = {"reset_attention_mask": False, "reset_position_ids": False, **found}  # older ones do not say
         for name, expected in asdict(self.identity).items():
             if found.get(name) != expected and not (name == "teacher" and expected is None):
                 raise MinitronError(

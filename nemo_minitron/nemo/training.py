@@ -19,6 +19,7 @@ from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
 from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
 from nemo_minitron.config.sections import Distill
+from nemo_minitron.data.masks import prove_mask, with_masks
 from nemo_minitron.data.splits import check_splits
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
@@ -57,6 +58,7 @@ def train(
     _check_outputs(keep, source, teacher)
     with NemoReader(source) as reader:
         job, grid = job_config(reader, model_cfg)
+        _check_attention(job)
         vocab_size = reader.shape.vocab_size
         if teacher is not None:
             cls.check_teacher(teacher, reader, model_cfg)
@@ -67,10 +69,11 @@ def train(
     runtime.init_distributed(*grid, seed=int(model_cfg.seed))
     prefixes = prefixes_of(model_cfg)
     contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
+    masks = parallel.from_first(lambda: {prefix: prove_mask(prefix) for prefix in prefixes})
     keep_record = KeepRecord()
     trainer = build_trainer(cfg, [keep, keep_record])
     manager = plain(cfg.exp_manager)
-    run = partial(identity, cls.command, cfg, job, teacher, contents)
+    run = partial(identity, cls.command, cfg, job, teacher, with_masks(contents, masks))
     start = _start(cls.command, run, manager, trainer, keep, keep_record, grid)
     if start.done:
         return None
@@ -99,6 +102,15 @@ def _model_section(cfg: DictConfig) -> DictConfig:
     if model_cfg.seed < 1:
         raise MinitronError(f"seed: expected at least 1, which Megatron-Core insists on, found {model_cfg.seed}")
     return model_cfg
+
+
+def _check_attention(job: DictConfig) -> None:
+    """Refuse to keep documents apart where the attention kernel takes no mask of them."""
+    if job.data.get("reset_attention_mask") and job.get("transformer_engine"):
+        raise MinitronError(
+            "model.data.reset_attention_mask=true: Transformer Engine's attention is causal over the whole sample and "
+            "takes no mask of documents; set model.transformer_engine=false, and torch's attention is used"
+        )
 
 
 def _check_outputs(keep: KeepBest, source: str, teacher: str | None) -> None:
