@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -55,7 +56,20 @@ def test_what_is_written_is_read(tmp_path, vocab_size):
     assert not [f for f in tmp_path.rglob("*") if f.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9)])
+def test_a_cache_that_does_not_say_so_attended_to_whole_samples(tmp_path):
+    """As all did before documents could be kept apart."""
+    TeacherCache(tmp_path, _identity()).create()
+    manifest = tmp_path / "cache.json"
+    said = {k: v for k, v in json.loads(manifest.read_text()).items() if not k.startswith("reset_")}
+    manifest.write_text(json.dumps(said))
+    TeacherCache(tmp_path, _identity())
+    with pytest.raises(MinitronError, match="another reset_position_ids: it has False, this run True"):
+        TeacherCache(tmp_path, _identity(reset_position_ids=True))
+
+
+@pytest.mark.parametrize(
+    "name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9), ("reset_attention_mask", True)]
+)
 def test_another_identity_is_refused_with_both(tmp_path, name, value):
     cache = TeacherCache(tmp_path, _identity())
     cache.create()

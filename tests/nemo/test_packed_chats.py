@@ -16,6 +16,7 @@ from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
+from tests.nemo.grid_jobs import LENGTH
 from tests.nemo.test_grids import _double
 
 JOBS = "tests.nemo.chat_jobs"
@@ -171,3 +172,72 @@ def test_packed_conversations_are_learned_from_as_if_alone(zygote, chats, docume
     data_ranks = world // (grid[0] * grid[1])
     counted = assert_equals_alone(chats, documents, results, command, apart=True, data_ranks=data_ranks)
     assert 0.0 in counted and len(counted) == 8  # one sample is nothing but a question, and divides by nothing
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_what_counts_does_not_depend_on_what_is_attended_to(zygote, chats, documents, command, tmp_path):
+    results = run(zygote, chats, tmp_path, command, (1, 1, False), 1)
+    assert_equals_alone(chats, documents, results, command, apart=False)
+
+
+def test_positions_restart_where_documents_are_attended_to_together(zygote, chats, documents, tmp_path):
+    results = run(zygote, chats, tmp_path, "distill", (2, 1, True), 2, RESTART)
+    assert_equals_alone(chats, documents, results, "distill", apart=False, restart=True)
+
+
+def test_all_tokens_count_of_text_that_is_blended_with_conversations(zygote, chats, documents, tmp_path):
+    blend = f"0.5,{chats / 'data_messages_document'},0.5,{chats / 'data_text_document'}"
+    results = run(zygote, chats, tmp_path, "finetune", (1, 1, False), 1, (), blend)
+    counted = assert_equals_alone(chats, documents, results, "finetune", apart=False)
+    assert counted.count(LENGTH) == 4 and sum(counted) > 4 * LENGTH
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill"])
+def test_a_step_without_a_token_that_counts_changes_nothing(zygote, chats, command, tmp_path):
+    (found,) = run(zygote, chats, tmp_path, command, (1, 1, False), 1, (*APART, *RESTART), mute=True)
+    assert found["loss"] == 0.0
+    assert all((gradient == 0).all() for gradient in found["gradients"].values())
+
+
+def apart_by(found, expected) -> float:
+    """Relative distance of all gradients."""
+    pairs = [(found[key].double(), gradient.double()) for key, gradient in expected.items()]
+    return (sum(((a - b) ** 2).sum() for a, b in pairs) / sum((b**2).sum() for _, b in pairs)).sqrt().item()
+
+
+def test_a_cached_teacher_saw_the_same_documents_and_serves_any_mask(zygote, chats, tmp_path):
+    topk = ("distill.loss=topk", "distill.top_k=16")
+    cache = f"distill.teacher_cache={tmp_path / 'cache'}"
+
+    def step(name, *extra, **options):
+        found = run(zygote, chats, tmp_path / name, "distill", (1, 1, False), 1, (*topk, *extra), **options)
+        return found[0]["gradients"]
+
+    online = step("online", *APART, *RESTART)
+    assert apart_by(step("written", *APART, *RESTART, cache), online) < 0.005  # log-probabilities in float16
+    assert apart_by(step("together"), online) > 0.05  # or this test could not tell
+    with pytest.raises(RuntimeError, match="is of another reset_attention_mask: it has True, this run False"):
+        step("other", *RESTART, cache)
+    copy = tmp_path / "data_messages_document"
+    for file in chats.glob("data_messages_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    mask = tmp_path / "data_messages_mask.bin"
+    mask.write_bytes(b"\1" * mask.stat().st_size)
+    masked = {"blend": str(copy)}
+    expected = step("all", *APART, *RESTART, **masked)
+    assert apart_by(expected, online) > 0.05
+    without = "model.kd_teacher_restore_from_path=null"
+    assert apart_by(step("cached", *APART, *RESTART, cache, without, **masked), expected) < 0.005
+
+
+def test_a_changed_mask_is_another_training(zygote, chats, tmp_path):
+    """A run is resumed where what counts is the same alone."""
+    copy = tmp_path / "data_messages_document"
+    for file in chats.glob("data_messages_*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    resumed = ("exp_manager.create_checkpoint_callback=true", "exp_manager.resume_if_exists=true")
+    run(zygote, chats, tmp_path / "run", "finetune", (1, 1, False), 1, resumed, blend=str(copy))
+    mask = tmp_path / "data_messages_mask.bin"
+    mask.write_bytes(b"\1" * mask.stat().st_size)
+    with pytest.raises(RuntimeError, match=r"model\.data\.data_prefix\.train"):
+        run(zygote, chats, tmp_path / "run", "finetune", (1, 1, False), 1, resumed, blend=str(copy))
