@@ -72,8 +72,10 @@ def token_blocks(
 def mask_blocks(
     prefix: str | Path, seq_length: int, *, num_samples: int | None = None, seed: int = SEED, shuffle: bool = True
 ) -> torch.Tensor | None:
-    """Which tokens of :func:`token_blocks` of the same arguments count in a loss: int64 ``[num_samples, seq_length + 1]``
-    of 1 and 0; None where the prefix has no mask, and all do.
+    """Which tokens of the same arguments' :func:`token_blocks` count in a loss.
+
+    Returns:
+        int64 ``[num_samples, seq_length + 1]`` of 1 and 0; None where the prefix has no mask, and all do.
 
     Raises:
         MinitronError: as :func:`nemo_minitron.data.masks.prove_mask`; none of these tokens counts as a label.

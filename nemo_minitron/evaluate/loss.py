@@ -39,9 +39,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's size.
 
-    Every token counts alike, or those where ``counts [n, s+1]`` is 1, not 0; ``tokens`` says how many did. Runs at any TP and PP, data-parallel ranks take every n-th
-    micro-batch. ``peak_memory_bytes`` is this rank's. How long it took is not kept: a pass that nothing warmed or
-    repeated says little of speed, which :mod:`nemo_minitron.evaluate.throughput` measures.
+    Every token counts alike, or those where ``counts [n, s+1]`` is 1, not 0; ``tokens`` says how many did. Blocks are
+    unpadded. Runs at any TP and PP, data-parallel ranks take every n-th micro-batch. ``peak_memory_bytes`` is this
+    rank's. How long it took is not kept: a pass that nothing warmed or repeated says little of speed, which
+    :mod:`nemo_minitron.evaluate.throughput` measures.
 
     Returns the keys of a ``metrics.json`` entry.
 

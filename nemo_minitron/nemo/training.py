@@ -20,6 +20,7 @@ from nemo_minitron.checkpoint.training_folder import check_checkpoint
 from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
 from nemo_minitron.config.sections import Distill
 from nemo_minitron.data.masks import prove_mask, with_masks
+from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.splits import check_splits
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
@@ -77,6 +78,7 @@ def train(
     start = _start(cls.command, run, manager, trainer, keep, keep_record, grid)
     if start.done:
         return None
+    _say_what_counts(cls.command, [prefix for prefix, mask in masks.items() if mask is not None])
     experiment.start(trainer, manager, start.step if start.checkpoint else None)
     if start.checkpoint is not None:
         trainer.ckpt_path = str(start.checkpoint)
@@ -133,6 +135,15 @@ def _settle_splits(model_cfg: DictConfig, limit_val_batches: int | float) -> Non
             int(model_cfg.global_batch_size),
             limit_val_batches,
         )
+
+
+def _say_what_counts(command: str, masked: list[str]) -> None:
+    """Say of how many tokens of each file with a mask a loss is: steps have fewer than batch and length make."""
+    if runtime.rank() == 0:
+        for prefix in masked:
+            facts = read_facts(prefix)
+            counted, tokens = facts["mask"]["counted"], facts["tokens"]
+            print(f"{command}: a loss counts {counted:,} of the {tokens:,} tokens of {prefix}", flush=True)
 
 
 def _say_and_record(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:
