@@ -12,6 +12,7 @@ import ast
 import contextlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -252,11 +253,20 @@ def home(tmp_path_factory) -> Path:
 
     import pyarrow
     from pyarrow import parquet
+    from transformers import AutoTokenizer
 
     from nemo_minitron.synthetic import make_llama
+    from tests.data.chats import VICUNA
 
     folder = tmp_path_factory.mktemp("reader")
     make_llama(folder / "models" / "tiny", GQA)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "models" / "tiny")
+    tokenizer.chat_template = VICUNA
+    tokenizer.save_pretrained(folder / "models" / "tiny")
+    chats = [
+        [{"role": "user", "content": name}, {"role": "assistant", "content": topics[name][:99]}] for name in topics
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     text = folder / "text" / "wikitext" / "wikitext-103-v1"
     text.mkdir(parents=True)
     articles = [[f" = {name} = \n", *body.splitlines(keepends=True)] for name, body in sorted(topics.items())]

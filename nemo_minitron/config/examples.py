@@ -10,6 +10,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "minitron preprocess input=articles.jsonl tokenizer.type=teacher.nemo output_prefix=data/train workers=8",
         "minitron preprocess input=wikitext dataset.config=wikitext-103-v1 dataset.split=validation "
         "tokenizer.type=teacher.nemo output_prefix=data/validation",
+        "minitron preprocess input=chats.jsonl 'json_keys=[messages]' tokenizer.type=teacher.nemo "
+        "output_prefix=data/chats",
     ),
     "synthesize": ("minitron synthesize model=tiny output_path=random_hf",),
     "finetune": (

@@ -20,6 +20,7 @@ from nemo_minitron.config.sections import (
     ON_BAD_RECORD,
     Budget,
     Calibration,
+    Chat,
     Dataset,
     Distill,
     Evaluate,
@@ -77,19 +78,22 @@ class ConvertConfig:
 
 @dataclass
 class PreprocessConfig:
-    """Text to token files (.bin/.idx) that Megatron and NeMo read.
+    """Text or conversations to token files (.bin/.idx) that Megatron and NeMo read.
 
     Writes PREFIX_KEY_document.bin and .idx, and a .json that tells which tokenizer made them, so that later commands
-    can refuse tokens of another vocabulary.
+    can refuse tokens of another vocabulary. Where a key holds a list of messages, each with role and content, they are
+    written in the form of the tokenizer's chat template, and PREFIX_KEY_mask.bin and .idx say which tokens the
+    assistant says: finetune and distill learn from those alone.
     """
 
     input: str | None = key(
         None, "jsonl, csv, txt, parquet or arrow, a folder, an HF dataset, or pydoc_topics (built in)"
     )
     output_prefix: str = key(REQUIRED, "prefix of the files to write; PREFIX_KEY_document.bin and .idx")
-    json_keys: list[str] = key(["text"], "fields of a record that hold text; meta.text is text inside of meta")
+    json_keys: list[str] = key(["text"], "fields that hold text, or messages; meta.text is text inside of meta")
     on_bad_record: str = key("stop", "what a record that cannot be read or tokenized does", ON_BAD_RECORD)
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer to use")
+    chat: Chat = section(Chat, "what is done with conversations")
     dataset: Dataset = section(Dataset, "which part of a data set")
     document: str = key("article", "what becomes one document", DOCUMENTS)
     append_eod: bool = key(True, "end every document with the end-of-text token")

@@ -17,6 +17,8 @@ ON_BAD_RECORD = ("stop", "skip")
 DOCUMENTS = ("article", "line", "file")
 """What becomes one document of a text (:class:`nemo_minitron.data.sources.Source`)."""
 HELDOUT_PARTS = ("train", "heldout")
+LOSS_ON = ("responses", "all")
+"""Of a conversation's tokens, which a loss counts (:mod:`nemo_minitron.data.chat`)."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Distances between hidden states (:mod:`nemo_minitron.distill.hidden`)."""
 
@@ -34,6 +36,11 @@ class Dataset:
     name: str | None = key(None, "data set, where `input` does not say it: pydoc_topics, brown, or a name on HF's hub")
     config: str | None = key(None, "its configuration, for instance wikitext-103-v1; a subfolder of a local folder")
     split: str | None = key(None, "split to read where there are splits; train when null")
+
+
+@dataclass
+class Chat:
+    loss_on: str = key("responses", "which of its tokens a loss counts: what the assistant says, or all", LOSS_ON)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 
 from nemo_minitron.config.keys import SEED
 from nemo_minitron.config.sections import Calibration
+from nemo_minitron.data.masks import open_mask, prove_mask
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import check_range, data_fingerprint, open_tokens, token_files
@@ -62,16 +63,48 @@ def token_blocks(
             f"{prefix}: asked for {max(wanted, 1)} blocks of {width} tokens (seq_length {seq_length} + 1), "
             f"available {available} ({len(stream.tokens)} tokens)"
         )
-    if shuffle:
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted].numpy()
-    else:
-        order = np.arange(wanted)
-    starts = order.astype(np.int64) * width
-    blocks = np.empty((wanted, width), dtype=np.int64)
-    for row, start in enumerate(starts):
-        blocks[row] = stream.tokens[start : start + width]
+    starts = _order(available, wanted, seed, shuffle) * width
+    blocks = _rows(stream.tokens, starts, width)
     check_range(blocks, starts, stream, prefix, vocab_size)
     return torch.from_numpy(blocks)
+
+
+def mask_blocks(
+    prefix: str | Path, seq_length: int, *, num_samples: int | None = None, seed: int = SEED, shuffle: bool = True
+) -> torch.Tensor | None:
+    """Which tokens of the same arguments' :func:`token_blocks` count in a loss.
+
+    Returns:
+        int64 ``[num_samples, seq_length + 1]`` of 1 and 0; None where the prefix has no mask, and all do.
+
+    Raises:
+        MinitronError: as :func:`nemo_minitron.data.masks.prove_mask`; none of these tokens counts as a label.
+    """
+    if prove_mask(prefix) is None or (mask := open_mask(prefix)) is None:
+        return None
+    width = seq_length + 1
+    available = len(mask.tokens) // width
+    wanted = available if num_samples is None else num_samples
+    blocks = _rows(mask.tokens, _order(available, wanted, seed, shuffle) * width, width)
+    if not blocks[:, 1:].any():
+        raise MinitronError(f"{prefix}: none of the tokens of {wanted} blocks counts in a loss; take more blocks")
+    return torch.from_numpy(blocks)
+
+
+def _order(available: int, wanted: int, seed: int, shuffle: bool) -> np.ndarray:
+    """int64 numbers of ``wanted`` blocks out of ``available``."""
+    if not shuffle:
+        return np.arange(wanted, dtype=np.int64)
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]
+    return order.numpy().astype(np.int64)
+
+
+def _rows(tokens: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    """int64 ``[n, width]`` of a stream, a row from each of ``starts``."""
+    blocks = np.empty((len(starts), width), dtype=np.int64)
+    for row, start in enumerate(starts):
+        blocks[row] = tokens[start : start + width]
+    return blocks
 
 
 def document_heads(prefix: str | Path, length: int, every: int = 1, *, vocab_size: int | None = None) -> torch.Tensor:

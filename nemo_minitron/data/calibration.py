@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.config.sections import Calibration
 from nemo_minitron.data.blocks import split_lists, text_blocks, token_blocks
+from nemo_minitron.data.masks import mask_of
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
+
+log = logging.getLogger(__name__)
 
 
 def block_length(calibration: Calibration, reader: NemoReader) -> int:
@@ -43,7 +47,8 @@ def draw_blocks(
         tokenizer: the run's ``model.tokenizer``, for text where the checkpoint carries none.
 
     Returns:
-        Token ids ``[n, length]`` int64, unpadded, on the CPU, and the fingerprint of the data that they come from.
+        Token ids ``[n, length]`` int64, unpadded, on the CPU, and the fingerprint of the data that they come from. All
+        tokens of a conversation are drawn from, whichever of them count in a loss.
 
     Raises:
         MinitronError: a setting that cannot be; missing or too little data; tokens that the model does not have.
@@ -90,6 +95,8 @@ def _from_prefixes(parts: Iterable[tuple[str, int]], seed: int, length: int, voc
     blocks: list[Tensor] = []
     facts: list[tuple[str, int]] = []
     for prefix, count in parts:
+        if mask_of(prefix) is not None:
+            log.warning("%s: its mask is for losses; all of its tokens are calibrated on", prefix)
         drawn = token_blocks(prefix, length, num_samples=count, seed=seed, vocab_size=vocab_size)
         blocks.append(drawn[:, :-1])  # the last token is only a label
         facts.append((data_fingerprint(prefix), count))

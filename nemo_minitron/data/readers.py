@@ -1,4 +1,4 @@
-"""Rows of text out of files of lines: jsonl, CSV and plain text.
+"""Rows of text out of files of lines: jsonl, CSV and plain text; in jsonl also conversations.
 
 Every reader yields a :class:`Row` per record. Files are streamed, never loaded whole, except a plain text file that
 is one document. A record that cannot be taken is a row that says why: what becomes of it is for the caller to decide.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.data.lines import COMPRESSIONS, MAX_RECORD, Line, read_lines, regular_size
+from nemo_minitron.data.messages import BadMessages, Conversation, conversation_of
 from nemo_minitron.errors import MinitronError, did_you_mean
 
 JSONL, CSV, TEXT, LINES, PARQUET, ARROW = "jsonl", "csv", "text", "lines", "parquet", "arrow"
@@ -34,6 +35,10 @@ FORMATS = {
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+Text = str | Conversation
+"""What a record holds under a key."""
+
+
 class Row(NamedTuple):
     """One record.
 
@@ -44,7 +49,7 @@ class Row(NamedTuple):
         fault: why the record cannot be taken, or None.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Text, ...]
     done: float
     where: str
     fault: str | None = None
@@ -63,7 +68,7 @@ def format_of(path: Path) -> str | None:
 
 
 def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[Row]:
-    """One row per JSON object per line; blank lines are skipped and a null value is an empty text.
+    """One row per JSON object per line; blank lines are skipped, a null value is an empty text, a list a conversation.
 
     A key with dots reaches into nested objects, where no key has that very name.
     """
@@ -73,13 +78,13 @@ def read_jsonl(path: Path, keys: Sequence[str]) -> Iterator[Row]:
             yield Row(texts, line.done, f"{path}:{line.number}", fault)
 
 
-def _parse(text: str, keys: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+def _parse(text: str, keys: Sequence[str]) -> tuple[tuple[Text, ...], str | None]:
     try:
         record = json.loads(text)
         if not isinstance(record, dict):
             return (), f"expected one JSON object per line, found a JSON {type(record).__name__}"
         return tuple(_value(record, key) for key in keys), None
-    except _Bad as error:
+    except (_Bad, BadMessages) as error:
         return (), str(error)
     except json.JSONDecodeError as error:
         return (), f"expected one JSON object per line, found {error.msg}"
@@ -89,7 +94,7 @@ def _parse(text: str, keys: Sequence[str]) -> tuple[tuple[str, ...], str | None]
         return (), "expected one JSON object per line, found an integer with too many digits"
 
 
-def _value(record: dict, key: str) -> str:
+def _value(record: dict, key: str) -> Text:
     found: Any = record
     for name in [key] if key in record else key.split("."):
         if not isinstance(found, dict):
@@ -97,8 +102,10 @@ def _value(record: dict, key: str) -> str:
         if name not in found:
             raise _Bad(f"json_keys asks for '{key}', found {sorted(found)}.{did_you_mean(name, found)}")
         found = found[name]
+    if isinstance(found, list):
+        return conversation_of(found, key)
     if found is not None and not isinstance(found, str):
-        raise _Bad(f"key '{key}' must hold text, found {type(found).__name__}")
+        raise _Bad(f"key '{key}' must hold text, or a list of messages, found {type(found).__name__}")
     return found or ""
 
 
@@ -186,6 +193,11 @@ def chain(paths: Sequence[Path], read: Callable[[Path], Iterator[Row]]) -> Itera
         for row in read(path):
             yield row._replace(done=(before + row.done * size) / total)
         before += size
+
+
+def is_blank(text: Text) -> bool:
+    """Whether there is nothing to be read."""
+    return isinstance(text, str) and not text.strip()
 
 
 def not_unicode(text: str) -> str | None:

@@ -58,7 +58,7 @@ class Source:
         if self.heldout_every is not None and (not isinstance(self.heldout_every, int) or self.heldout_every < 2):
             raise MinitronError(f"heldout_every must be an integer of at least 2, found {self.heldout_every!r}")
 
-    def documents(self, keys: Sequence[str] = ("text",)) -> Iterator[tuple[tuple[str, ...], float]]:
+    def documents(self, keys: Sequence[str] = ("text",)) -> Iterator[tuple[tuple[readers.Text, ...], float]]:
         """Yield ``(texts, done)`` of every document, as :meth:`records` has them.
 
         Raises:
@@ -70,7 +70,7 @@ class Source:
             yield row.texts, row.done
 
     def records(self, keys: Sequence[str] = ("text",)) -> Generator[Row, None, None]:
-        """Yield a row per document, with one string per key, or with the fault for which it cannot be taken.
+        """Yield a row per document, with a text or conversation per key, or with the fault why it cannot be taken.
 
         A document whose texts are all blank is left out. Order is that of the source. One with a fault has its number
         as any other.
@@ -81,7 +81,7 @@ class Source:
         index = kept = 0
         first = ""
         for row in self._rows(tuple(keys)):
-            if not row.fault and not any(text.strip() for text in row.texts):
+            if not row.fault and all(map(readers.is_blank, row.texts)):
                 continue
             held_out = self.heldout_every is not None and index % self.heldout_every == 0
             index += 1

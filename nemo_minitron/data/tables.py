@@ -1,4 +1,4 @@
-"""Rows of text out of columns: parquet, Arrow, folders of ``Dataset.save_to_disk``, and data sets on the hub."""
+"""Rows of text or conversations out of columns: parquet, Arrow, ``Dataset.save_to_disk``, and data sets on the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemo_minitron.data.lines import MAX_RECORD, regular_size
-from nemo_minitron.data.readers import Row
+from nemo_minitron.data.messages import BadMessages, conversation_of
+from nemo_minitron.data.readers import Row, Text
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.text import one_line, read_json
 
@@ -148,14 +149,21 @@ def _column(key: str, schema: Any, where: object) -> list[str]:
             )
         kind = kind.field(name).type if depth else schema.field(name).type
     text = str(kind.value_type if str(kind).startswith("dictionary<") else kind)
-    if text not in ("string", "large_string", "string_view"):
-        raise MinitronError(f"{where}: column '{key}' must hold text, found {kind}")
+    if text not in ("string", "large_string", "string_view") and not _has_messages(kind):
+        raise MinitronError(f"{where}: column '{key}' must hold text, or lists of messages, found {kind}")
     return path
+
+
+def _has_messages(kind: Any) -> bool:
+    """Whether a column's type is a list of structs with a role and a content."""
+    if not str(kind).startswith(("list<", "large_list<")) or not str(kind.value_type).startswith("struct<"):
+        return False
+    return {"role", "content"} <= {field.name for field in kind.value_type}
 
 
 def _rows(batches: Any, columns: list[list[str]], total: int, where: object, taken: int = 0) -> Iterator[Row]:
     for batch in batches:
-        values = [_values(_inside(batch.column(column[0]), column[1:])) for column in columns]
+        values = [_values(_inside(batch.column(column[0]), column[1:]), ".".join(column)) for column in columns]
         for texts in zip(*values, strict=True):
             taken += 1
             fault = next((text.said for text in texts if isinstance(text, _Fault)), None)
@@ -174,13 +182,22 @@ class _Fault(NamedTuple):
     said: str
 
 
-def _values(array: Any) -> list[Any]:
+def _values(array: Any, key: str) -> list[Any]:
     try:
         values = array.to_pylist()
     except UnicodeDecodeError:
         values = [_value(scalar) for scalar in array]
-    long = _Fault(f"expected a text of at most {MAX_RECORD >> 20} MiB, found a longer one")
-    return [long if isinstance(value, str) and len(value) > MAX_RECORD else value or "" for value in values]
+    return [_text(value, key) for value in values]
+
+
+def _text(value: Any, key: str) -> Text | _Fault:
+    try:
+        text: Text | _Fault = conversation_of(value, key) if isinstance(value, list) else value or ""
+    except BadMessages as error:
+        return _Fault(str(error))
+    if not isinstance(text, _Fault) and len(text) > MAX_RECORD:
+        return _Fault(f"expected a text of at most {MAX_RECORD >> 20} MiB, found a longer one")
+    return text
 
 
 def _value(scalar: Any) -> str | _Fault | None:

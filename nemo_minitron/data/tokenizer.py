@@ -18,6 +18,7 @@ from nemo_minitron.checkpoint.tokenizer_open import (
     load_sentencepiece,
 )
 from nemo_minitron.config import sections
+from nemo_minitron.data.chat import ChatTemplate, NoTemplate
 from nemo_minitron.errors import MinitronError, check_choice
 
 
@@ -83,6 +84,23 @@ class TextTokenizer:
         self.eod = eod
         self.fingerprint = vocabulary_fingerprint(vocabulary)
         self.splits_special_tokens = False
+        self._chat: ChatTemplate | None = None
+
+    @property
+    def chat(self) -> ChatTemplate:
+        """How conversations become tokens.
+
+        Raises:
+            NoTemplate: not with this tokenizer, or not where special tokens are split, the template's own among them.
+        """
+        if self._chat is None:
+            if self.splits_special_tokens:
+                raise NoTemplate(
+                    "tokenizer.split_special_tokens: expected false for conversations, whose chat template writes "
+                    "control tokens, found true"
+                )
+            self._chat = ChatTemplate(self._backend if self.library == "huggingface" else None, self._name)
+        return self._chat
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text. No BOS, as NeMo's preprocessing.

@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterable, Iterator
 
 from nemo_minitron.data.lines import MAX_RECORD
-from nemo_minitron.data.readers import Row
+from nemo_minitron.data.messages import Conversation
+from nemo_minitron.data.readers import Row, Text, is_blank
 
 _HEADING = re.compile(r" = (?!= ).*\S = ?")
 _SUBHEADING_END = re.compile(r".* = = ?")
 
 
-def is_heading(line: str) -> bool:
+def is_heading(line: Text) -> bool:
     """Whether a line is WikiText's level-1 heading, `` = Title = ``; `` = = Section = = `` is not."""
+    if isinstance(line, Conversation):
+        return False
     line = line.rstrip("\r\n")
     return bool(_HEADING.fullmatch(line)) and not _SUBHEADING_END.fullmatch(line)
 
@@ -30,6 +33,9 @@ def join_articles(rows: Iterable[Row]) -> Iterator[Row]:
     size, where, done, bad = 0, "", 0.0, None
     for row in rows:
         line = row.texts[0] if row.texts else ""
+        if isinstance(line, Conversation):
+            yield row
+            continue
         if is_heading(line) and (lines or bad):
             yield bad or Row(("".join(lines),), done, where)
             lines, size, bad = [], 0, None
@@ -50,6 +56,6 @@ def join_articles(rows: Iterable[Row]) -> Iterator[Row]:
 def looks_like_wikitext(rows: Iterator[Row]) -> tuple[bool, Iterator[Row]]:
     """Whether the first row that is not blank is a level-1 heading, and the rows, without the blank ones before it."""
     for row in rows:
-        if row.fault or any(text.strip() for text in row.texts):
+        if row.fault or not all(map(is_blank, row.texts)):
             return len(row.texts) == 1 and is_heading(row.texts[0]), itertools.chain([row], rows)
     return False, rows

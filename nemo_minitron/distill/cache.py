@@ -35,6 +35,8 @@ SHARD = 64
 """Samples in a file: what a killed run loses at most per data-parallel rank."""
 
 _MOST_METADATA = 1 << 16
+_ABSENT: dict[str, Any] = {"top_k": 0, "samples": 0, "reset_attention_mask": False, "reset_position_ids": False}
+"""What a ``cache.json`` means that does not say it, as earlier versions' do not."""
 _ROUNDING = 0.05
 """Most that float16 may take the logarithm of a sum of probabilities from 0."""
 
@@ -42,7 +44,7 @@ _ROUNDING = 0.05
 @dataclass(frozen=True)
 class Identity:
     """What a cache is valid for. ``teacher``, ``data`` and ``tokenizer`` are fingerprints; ``teacher`` None accepts
-    whichever teacher made it."""
+    whichever teacher made it. Which tokens count in a loss is none of it: there are answers for every token."""
 
     teacher: str | None
     data: str
@@ -54,10 +56,12 @@ class Identity:
     temperature: float
     samples: int = 0
     """Tokens drawn at each position; 0 where the likeliest are kept."""
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
 
     def facts(self) -> dict[str, str | int | float | None]:
-        """What ``cache.json`` says; of the two numbers the one that holds."""
-        return {name: value for name, value in asdict(self).items() if name not in ("top_k", "samples") or value}
+        """What ``cache.json`` says: all but what is not so."""
+        return {name: value for name, value in asdict(self).items() if value or name not in _ABSENT}
 
     @property
     def bytes_per_token(self) -> int:
@@ -98,9 +102,8 @@ class TeacherCache:
             )
 
     def _check(self, found: Mapping[str, object]) -> None:
-        ours = self.identity.facts()
-        for name in dict.fromkeys([*ours, "top_k", "samples"]):
-            expected = ours.get(name)
+        found = _ABSENT | dict(found)
+        for name, expected in asdict(self.identity).items():
             if found.get(name) != expected and not (name == "teacher" and expected is None):
                 raise MinitronError(
                     f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)!s:.80}, this "

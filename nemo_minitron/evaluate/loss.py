@@ -32,13 +32,17 @@ def facts(shape: ModelShape) -> dict[str, int]:
 
 @torch.no_grad()
 def evaluate(
-    model: MinitronGPTModel, blocks: Tensor, micro_batch_size: int = Evaluate.micro_batch_size
+    model: MinitronGPTModel,
+    blocks: Tensor,
+    micro_batch_size: int = Evaluate.micro_batch_size,
+    counts: Tensor | None = None,
 ) -> dict[str, Any]:
     """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's size.
 
-    Blocks are unpadded, so every token counts alike. Runs at any TP and PP, data-parallel ranks take every n-th
-    micro-batch. ``peak_memory_bytes`` is this rank's. How long it took is not kept: a pass that nothing warmed or
-    repeated says little of speed, which :mod:`nemo_minitron.evaluate.throughput` measures.
+    Every token counts alike, or those where ``counts [n, s+1]`` is 1, not 0; ``tokens`` says how many did. Blocks are
+    unpadded. Runs at any TP and PP, data-parallel ranks take every n-th micro-batch. ``peak_memory_bytes`` is this
+    rank's. How long it took is not kept: a pass that nothing warmed or repeated says little of speed, which
+    :mod:`nemo_minitron.evaluate.throughput` measures.
 
     Returns the keys of a ``metrics.json`` entry.
 
@@ -50,15 +54,19 @@ def evaluate(
     (stage,) = model.get_model_module_list()
     stage.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    for block in micro_batches(blocks, micro_batch_size, "evaluate"):
+    pairs = torch.stack((blocks, torch.ones_like(blocks) if counts is None else counts), dim=1)
+    for pair in micro_batches(pairs, micro_batch_size, "evaluate"):
+        block, weights = pair[:, 0], pair[:, 1, 1:].contiguous()
         tokens, labels = block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
-        def loss_sum(hidden: Tensor, tokens: Tensor = tokens, labels: Tensor = labels) -> float:
+        def loss_sum(
+            hidden: Tensor, tokens: Tensor = tokens, labels: Tensor = labels, weights: Tensor = weights
+        ) -> float:
             terms = model.losses(hidden, {"tokens": tokens, "labels": labels}, torch.ones_like(tokens)).terms
-            return float(terms["lm_loss"].double().sum())
+            return float((terms["lm_loss"].double() * weights).sum())
 
         total[0] += forward_micro_batch(stage, tokens, loss_sum, hidden_only=True) or 0.0  # None before the last stage
-        total[1] += tokens.numel()
+        total[1] += int(weights.sum())
     total = total.to(runtime.device())
     total[0] = parallel.all_reduce(total[0], parallel_state.get_pipeline_model_parallel_group())
     total = parallel.all_reduce(total, parallel_state.get_data_parallel_group()).cpu()

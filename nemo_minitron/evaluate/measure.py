@@ -15,7 +15,7 @@ from nemo_minitron.config.grid import Grid, Machines
 from nemo_minitron.config.schema import EvaluateConfig
 from nemo_minitron.config.sections import Evaluate
 from nemo_minitron.convert.temporary import exported
-from nemo_minitron.data.blocks import token_blocks
+from nemo_minitron.data.blocks import mask_blocks, token_blocks
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.evaluate.energy import Meter
 from nemo_minitron.evaluate.harness import Tasks, find_tasks, run_tasks
@@ -77,7 +77,7 @@ def _on_grid(cfg: EvaluateConfig, source: Path) -> Metrics:
     """Loss, throughput and their energy, of NeMo's model on the grid of this job."""
     from nemo_minitron.nemo.vocabulary import check_tokens
 
-    options, blocks = cfg.evaluate, None
+    options, blocks, counts = cfg.evaluate, None, None
     with NemoReader(source) as reader:
         length = int(options.seq_length or reader.config["encoder_seq_length"])
         if options.perplexity:
@@ -85,6 +85,7 @@ def _on_grid(cfg: EvaluateConfig, source: Path) -> Metrics:
             reader.shape.check_window(length, "evaluate.seq_length")
             vocab_size = reader.shape.vocab_size
             blocks = token_blocks(prefix, length, num_samples=options.num_samples, seed=cfg.seed, vocab_size=vocab_size)
+            counts = mask_blocks(prefix, length, num_samples=options.num_samples, seed=cfg.seed)
         else:
             length = min(length, reader.shape.longest_sequence)
         if options.throughput:
@@ -96,7 +97,7 @@ def _on_grid(cfg: EvaluateConfig, source: Path) -> Metrics:
     if blocks is not None:
         check_tokens(model, [prefix], "evaluate.data_prefix")
         before = meter.read() if meter else []
-        metrics = evaluate(model, blocks, micro_batch_size=options.micro_batch_size)
+        metrics = evaluate(model, blocks, options.micro_batch_size, counts)
         if meter and (total := meter.of_the_job([meter.since(before)])) is not None:
             joules = {"perplexity": total[0] / metrics["tokens"]}
     else:

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
+from nemo_minitron.data.messages import Messages
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.plain import plain
-from nemo_minitron.generate.request import Messages, Prompt
+from nemo_minitron.generate.request import Prompt
 from nemo_minitron.generate.talker import Answer
 from nemo_minitron.generate.words import Words
 from nemo_minitron.jobs.processes import notice

@@ -12,13 +12,11 @@ from typing import Any
 from nemo_minitron.config.schema import GenerateConfig
 from nemo_minitron.config.sections import Inference
 from nemo_minitron.data.lines import COMPRESSIONS, Line, read_lines
+from nemo_minitron.data.messages import BadMessages, Messages, messages_of
 from nemo_minitron.data.readers import not_unicode
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.jobs.processes import place
-
-Messages = list[dict[str, str]]
-"""A conversation, as chat templates take it: each message with its ``role`` and ``content``."""
 
 
 @dataclass(frozen=True)
@@ -137,15 +135,16 @@ def _of_json(line: str, where: str) -> str | Messages:
         raise MinitronError(f"{where}: expected a JSON object, found {type(record).__name__}")
     if ("text" in record) == ("messages" in record):
         raise MinitronError(f"{where}: expected one of text and messages, found {sorted(record)!s:.80}")
-    messages = record.get("messages")
-    if messages is None:
+    if record.get("messages") is None:
         return _text(record.get("text"), f"{where}: text")
-    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise MinitronError(f"{where}: messages: expected a list of objects, found {messages!r:.80}")
-    return [
-        {name: _text(one.get(name), f"{where}: messages[{number}].{name}") for name in ("role", "content")}
-        for number, one in enumerate(messages)
-    ]
+    try:
+        messages = messages_of(record["messages"])
+    except BadMessages as error:
+        raise MinitronError(f"{where}: {error}") from None
+    for number, one in enumerate(messages):
+        for name, said in one.items():
+            _text(said, f"{where}: messages[{number}].{name}")
+    return messages
 
 
 def _text(value: Any, where: str) -> str:

@@ -12,8 +12,10 @@ from nemo_minitron.checkpoint.formats import Reader
 from nemo_minitron.checkpoint.tokenizer_open import foreign, load_hf
 from nemo_minitron.config.schema import GenerateConfig
 from nemo_minitron.convert.tokenizer import loadable, tokenizer_for
+from nemo_minitron.data.chat import ChatTemplate
+from nemo_minitron.data.messages import BadMessages, Messages
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.generate.request import Messages, Prompt
+from nemo_minitron.generate.request import Prompt
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Words:
                 f"{where}: expected a chat template in the tokenizer of {self.source}, found none; prompt=... goes on "
                 "with a text without one"
             )
-        with foreign(f"{where}: expected messages that the chat template of {self.source} takes"):
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        return list(ids)
+        try:
+            return ChatTemplate(self.tokenizer, str(self.source)).prompt_ids(messages)
+        except BadMessages as error:
+            raise MinitronError(f"{where}: {error}") from None

@@ -30,9 +30,11 @@ from torch import Tensor
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.config.keys import SEED
+from nemo_minitron.data.masks import open_mask
 from nemo_minitron.distill.fused import Head
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
+from nemo_minitron.nemo.documents import DocumentedDataset
 from nemo_minitron.nemo.index_cache import with_index
 from nemo_minitron.nemo.spec import RMSNorm, has_transformer_engine, layer_spec
 from nemo_minitron.values.model import LEAN
@@ -70,12 +72,28 @@ class HeadlessGPT(GPTModel):
     """Megatron's GPTModel that can stop at its final norm: the output head then runs together with the loss."""
 
     _hidden_only = False
+    _rotary_positions: Tensor | None = None
 
-    def forward(self, *args: Any, hidden_only: bool = False, **kwargs: Any) -> Tensor:
+    def forward(
+        self, *args: Any, hidden_only: bool = False, rotary_positions: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Run the parent's; with ``hidden_only`` the last stage returns ``[s, b, H]`` (``[s/tp, b, H]`` under sequence
-        parallelism) in place of logits."""
-        self._hidden_only = hidden_only
+        parallelism) in place of logits.
+
+        Args:
+            rotary_positions: ``[b, s]``, where each token stands for its rotary embedding; along the sample when None,
+                whatever the parent's ``position_ids`` say.
+        """
+        self._hidden_only, self._rotary_positions = hidden_only, rotary_positions
         return super().forward(*args, **kwargs)
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._preprocess(*args, **kwargs)
+        if self._rotary_positions is None:
+            return found
+        self.config.apply_rope_fusion = False  # Transformer Engine's kernel takes one row of angles for all samples
+        hidden, angles, *rest = found  # angles [s, 1, 1, d], of which each token is to have its own: [s, b, 1, d]
+        return hidden, angles[self._rotary_positions.t()].squeeze(2), *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._hidden_only:
@@ -97,7 +115,8 @@ class AnywhereGPTModel(MegatronGPTModel):
     Attributes:
         shape, checkpoint_config, storage_dtype, tokenizer_folder: what the ``.nemo`` says that the weights come from,
             given by :func:`nemo_minitron.nemo.restore.load_model`; what :func:`nemo_minitron.nemo.weights.save` writes.
-        data_contents: fingerprint of each token file by its prefix, given before a training begins.
+        data_contents: fingerprint of each token file by its prefix, given before a training begins; which of its
+            tokens count is looked up there.
     """
 
     tokenizer: Any  # NeMo's own class gives it no type
@@ -166,17 +185,38 @@ class AnywhereGPTModel(MegatronGPTModel):
         )
 
     def build_train_valid_test_datasets(self) -> Any:
-        """The parent's datasets, none of whose tokens is padding, with an index of just these data."""
+        """The parent's datasets, none of whose tokens is padding, with an index of just these data.
+
+        Where token files have masks, or documents are kept apart, their samples are those of
+        :class:`DocumentedDataset`; the parent's own way to keep them apart goes by the end-of-text token.
+        """
         tokenizer, limit = self.tokenizer, self.trainer.limit_val_batches
         self.tokenizer = _Unpadded(tokenizer)
+        self.reset_attention_mask = self.reset_position_ids = False
         self.trainer.limit_val_batches = limit or 1  # Megatron has no blend of no samples
         self.trainer.limit_test_batches = 1
         try:
             build = super().build_train_valid_test_datasets
-            return with_index(self.cfg, self.trainer, tokenizer.unique_identifiers, build, self.data_contents)
+            built = with_index(self.cfg, self.trainer, tokenizer.unique_identifiers, build, self.data_contents)
         finally:
             self.tokenizer, self.trainer.limit_val_batches = tokenizer, limit
             self.trainer.limit_test_batches = 0
+        masks = {prefix: open_mask(prefix) for prefix in self.data_contents}
+        apart, restart = self.documents_apart, self.positions_restart
+        if apart or restart or any(masks.values()):
+            built = [None if data is None else DocumentedDataset(data, masks, apart, restart) for data in built]
+            self._train_ds, self._validation_ds, self._test_ds = built
+        return built
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether tokens attend to those of their own document alone."""
+        return bool((self.cfg.get("data") or {}).get("reset_attention_mask"))
+
+    @property
+    def positions_restart(self) -> bool:
+        """Whether positions begin at 0 in every document."""
+        return bool((self.cfg.get("data") or {}).get("reset_position_ids"))
 
     def setup_test_data(self, cfg: DictConfig) -> None:
         """Nothing is tested here: ``minitron evaluate`` does."""

@@ -144,6 +144,8 @@ class MinitronDistillModel(MinitronGPTModel):
             top_k=0 if drawn else self.mix.top_k,
             temperature=self.mix.temperature,
             samples=self.mix.teacher_samples if drawn else 0,
+            reset_attention_mask=self.documents_apart,
+            reset_position_ids=self.positions_restart,
         )
 
     def build_train_valid_test_datasets(self) -> Any:
@@ -183,14 +185,6 @@ class MinitronDistillModel(MinitronGPTModel):
         for split, (dataset, count) in wanted.items():
             teacher.fill(cache, split, dataset, count, int(self.cfg.micro_batch_size))
         parallel.barrier()
-
-    def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
-        """The parent's, which drops what it does not know, with ``sample_id [b]`` where samples are numbered."""
-        if self._cache is None:
-            return super().get_batch(data_iterator, tuning)
-        data = next(data_iterator)
-        data = data[0] if isinstance(data, tuple) else data
-        return super().get_batch(iter([data]), tuning) | {"sample_id": data["sample_id"]}
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 

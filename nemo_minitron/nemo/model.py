@@ -27,6 +27,7 @@ from nemo_minitron.config.sections import Distill
 from nemo_minitron.distill.fused import TokenLosses, head_losses
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.nemo.anywhere import AnywhereGPTModel, HeadlessGPT
+from nemo_minitron.nemo.documents import CARRIED, attention_mask
 
 
 class MinitronGPTModel(AnywhereGPTModel):
@@ -77,14 +78,32 @@ class MinitronGPTModel(AnywhereGPTModel):
         in training and validation.
 
         Args:
-            batches: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[b, s]``, on the device.
+            batches: ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[b, s]``, on the device; also
+                ``documents [b, s]`` where those of a sample are kept apart.
         """
 
     def student_output(self, model: HeadlessGPT, batch: dict[str, Tensor]) -> Tensor:
         """This stage's output for a micro-batch: hidden states ``[s, b, H]``, final ones on the last stage."""
-        return model(
-            input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
-        )
+        return model(**self.model_inputs(batch), hidden_only=True)
+
+    def model_inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """What a model of this run, student or teacher, is called with for a micro-batch, on every rank alike.
+
+        Attention is causal over the whole sample (no mask: the kernel knows), or over each document of it.
+        """
+        documents = batch.get("documents")
+        return {
+            "input_ids": batch["tokens"],
+            "position_ids": batch["position_ids"],
+            "attention_mask": None if documents is None else attention_mask(documents),
+            "rotary_positions": batch["position_ids"] if self.positions_restart else None,
+        }
+
+    def get_batch(self, data_iterator: Any, tuning: bool) -> dict[str, Any]:
+        """The parent's, which drops what it does not know, with what :data:`CARRIED` names."""
+        data = next(data_iterator)
+        data = data[0] if isinstance(data, tuple) else data
+        return super().get_batch(iter([data]), tuning) | {name: data[name] for name in CARRIED if name in data}
 
     def losses(self, hidden: Tensor, batch: dict[str, Tensor], weights: Tensor) -> TokenLosses:
         """Loss Σ weights·L and named terms of this micro-batch (last pipeline stage only).
@@ -190,8 +209,17 @@ class MinitronGPTModel(AnywhereGPTModel):
         return {k: v.to(runtime.device(), non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
 
     def on_validation_epoch_end(self) -> Tensor:
-        """Log each named loss as ``val_…``: one mean over all validation tokens; ``val_loss`` is next-token CE."""
-        tokens = torch.stack([tokens for _, tokens in self._validation_terms]).sum().clamp(min=1.0)
+        """Log each named loss as ``val_…``: one mean over all validation tokens; ``val_loss`` is next-token CE.
+
+        Raises:
+            MinitronError: a loss is not finite, or none of the tokens counts.
+        """
+        tokens = torch.stack([tokens for _, tokens in self._validation_terms]).sum()
+        if not tokens:
+            raise MinitronError(
+                "trainer.limit_val_batches: none of the tokens that validate counts in a loss; expected some, as more "
+                "batches, or longer samples (model.data.seq_length), have"
+            )
         means = {
             name: torch.stack([terms[name] for terms, _ in self._validation_terms]).sum() / tokens
             for name in self.loss_names

@@ -79,6 +79,8 @@ class Teacher:
     def run(self, batches: list[dict[str, Tensor]], layers: Sequence[int] = ()) -> None:
         """Run forward over the step's micro-batches; keep final hidden states and outputs of ``layers`` (1-indexed).
 
+        Documents that the student's attention keeps apart are apart here too, and positions are the same.
+
         Megatron's own schedule, forward only: under pipeline parallelism the last stage ends up with one
         ``[s, b, H_t]`` per micro-batch (``[s/tp, b, H_t]`` with sequence parallel), never with logits, and the
         student's schedule then runs as it always does.
@@ -89,9 +91,7 @@ class Teacher:
         def forward_step(iterator: Iterator, model: HeadlessGPT) -> tuple[Tensor, Any]:
             batch = next(iterator)
             with outputs_of(model.decoder.layers, layers) as outputs:
-                hidden = model(
-                    input_ids=batch["tokens"], position_ids=batch["position_ids"], attention_mask=None, hidden_only=True
-                )
+                hidden = model(**self._student.model_inputs(batch), hidden_only=True)
             kept.append(outputs)
             return hidden, lambda output, non_loss_data: output
 
@@ -152,7 +152,8 @@ class Teacher:
             samples = [dataset[i] for i in these]
             batch = {
                 key: torch.stack([sample[key] for sample in samples]).to(runtime.device())
-                for key in ("tokens", "position_ids")
+                for key in ("tokens", "position_ids", "documents")
+                if key in samples[0]
             }
             self.run([batch])
             if parallel_state.is_pipeline_last_stage():

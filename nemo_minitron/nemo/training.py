@@ -19,6 +19,8 @@ from nemo_minitron.checkpoint.archive import ArchiveWriter
 from nemo_minitron.checkpoint.training_folder import check_checkpoint
 from nemo_minitron.config.schema import DistillConfig, FinetuneConfig
 from nemo_minitron.config.sections import Distill
+from nemo_minitron.data.masks import prove_mask, with_masks
+from nemo_minitron.data.preprocess import read_facts
 from nemo_minitron.data.splits import check_splits
 from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
@@ -57,6 +59,7 @@ def train(
     _check_outputs(keep, source, teacher)
     with NemoReader(source) as reader:
         job, grid = job_config(reader, model_cfg)
+        _check_attention(job)
         vocab_size = reader.shape.vocab_size
         if teacher is not None:
             cls.check_teacher(teacher, reader, model_cfg)
@@ -67,13 +70,15 @@ def train(
     runtime.init_distributed(*grid, seed=int(model_cfg.seed))
     prefixes = prefixes_of(model_cfg)
     contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
+    masks = parallel.from_first(lambda: {prefix: prove_mask(prefix) for prefix in prefixes})
     keep_record = KeepRecord()
     trainer = build_trainer(cfg, [keep, keep_record])
     manager = plain(cfg.exp_manager)
-    run = partial(identity, cls.command, cfg, job, teacher, contents)
+    run = partial(identity, cls.command, cfg, job, teacher, with_masks(contents, masks))
     start = _start(cls.command, run, manager, trainer, keep, keep_record, grid)
     if start.done:
         return None
+    _say_what_counts(cls.command, [prefix for prefix, mask in masks.items() if mask is not None])
     experiment.start(trainer, manager, start.step if start.checkpoint else None)
     if start.checkpoint is not None:
         trainer.ckpt_path = str(start.checkpoint)
@@ -101,6 +106,15 @@ def _model_section(cfg: DictConfig) -> DictConfig:
     return model_cfg
 
 
+def _check_attention(job: DictConfig) -> None:
+    """Refuse to keep documents apart where the attention kernel takes no mask of them."""
+    if job.data.get("reset_attention_mask") and job.get("transformer_engine"):
+        raise MinitronError(
+            "model.data.reset_attention_mask=true: Transformer Engine's attention is causal over the whole sample and "
+            "takes no mask of documents; set model.transformer_engine=false, and torch's attention is used"
+        )
+
+
 def _check_outputs(keep: KeepBest, source: str, teacher: str | None) -> None:
     """Refuse outputs that would replace what is read."""
     for name in filter(None, (source, teacher)):
@@ -121,6 +135,15 @@ def _settle_splits(model_cfg: DictConfig, limit_val_batches: int | float) -> Non
             int(model_cfg.global_batch_size),
             limit_val_batches,
         )
+
+
+def _say_what_counts(command: str, masked: list[str]) -> None:
+    """Say of how many tokens of each file with a mask a loss is: steps have fewer than batch and length make."""
+    if runtime.rank() == 0:
+        for prefix in masked:
+            facts = read_facts(prefix)
+            counted, tokens = facts["mask"]["counted"], facts["tokens"]
+            print(f"{command}: a loss counts {counted:,} of the {tokens:,} tokens of {prefix}", flush=True)
 
 
 def _say_and_record(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -> None:

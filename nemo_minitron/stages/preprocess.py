@@ -34,12 +34,17 @@ def run(cfg: PreprocessConfig) -> list[Path]:
         apply_ftfy=cfg.apply_ftfy,
         split_special_tokens=cfg.tokenizer.split_special_tokens,
         on_bad_record=cfg.on_bad_record,
+        loss_on=cfg.chat.loss_on,
         progress=True,
     )
     for prefix in prefixes:
         facts = read_facts(prefix)
         size = sum(Path(f"{prefix}{suffix}").stat().st_size for suffix in (".bin", ".idx"))
         print(f"{facts['documents']} documents, {facts['tokens']} tokens, {size} bytes -> {prefix}.bin/.idx")
+        if "mask" in facts:
+            mask, counted = prefix.with_name(facts["mask"]["name"]), facts["mask"]["counted"]
+            share = counted / facts["tokens"]
+            print(f"{counted} tokens ({share:.1%}) are the assistant's and count in a loss -> {mask}.bin/.idx")
     skipped = read_facts(prefixes[0]).get("skipped")
     if skipped:
         first = f", the first: {skipped['first']}" if skipped["records"] else ""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_minitron.cli import main
-from nemo_minitron.data import preprocess as module
+from nemo_minitron.data import encode as module
 from nemo_minitron.data.preprocess import preprocess, read_facts
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TextTokenizer
@@ -35,7 +35,7 @@ def write(path: Path, lines: list[str]) -> Path:
 
 @pytest.fixture(params=[1, 2])
 def workers(request, monkeypatch) -> int:
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 3)  # so that the reader is far ahead of the tokenizer
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)  # so that the reader is far ahead of the tokenizer
     return request.param
 
 

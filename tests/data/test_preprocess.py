@@ -12,7 +12,7 @@ import pytest
 
 from nemo_minitron.config.schema import PreprocessConfig
 from nemo_minitron.config.sections import Dataset, Tokenizer
-from nemo_minitron.data import preprocess as module
+from nemo_minitron.data import encode as module
 from nemo_minitron.data.preprocess import preprocess, read_facts
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec, vocabulary_fingerprint
@@ -56,7 +56,7 @@ def test_nemo_reads_it(hf, jsonl, tmp_path, reference):
 
 
 def test_workers_do_not_change_a_byte(hf, jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BATCH_DOCUMENTS", 3)  # many batches, so that order matters
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 3)  # many batches, so that order matters
     keys = ("title", "text")
     one = preprocess(jsonl, tmp_path / "one", tokenizer_type=str(hf), json_keys=keys)
     three = preprocess(jsonl, tmp_path / "three", tokenizer_type=str(hf), json_keys=keys, workers=3)

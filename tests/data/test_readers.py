@@ -31,8 +31,8 @@ BAD = {
     '{"text": "torn': "expected one JSON object per line, found Unterminated string",
     '["a"]': "expected one JSON object per line, found a JSON list",
     "NaN": "expected one JSON object per line, found a JSON float",
-    '{"text": NaN}': "key 'text' must hold text, found float",
-    '{"text": ["a", "b"]}': "key 'text' must hold text, found list",
+    '{"text": NaN}': "key 'text' must hold text, or a list of messages, found float",
+    '{"text": ["a", "b"]}': "text: expected a list of objects with role and content, found ['a', 'b']",
     '{"tex": "a"}': "json_keys asks for 'text', found ['tex']. Did you mean 'tex'?",
     '{"text": "a", "n": '
     + "9" * 5000

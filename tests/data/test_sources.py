@@ -211,7 +211,7 @@ BAD_LINES = {
     '{"text": "a"}\n{"tex": 1}\n': ":2: json_keys asks for 'text', found ['tex']. Did you mean 'tex'?",
     '{"text": "a"}\n\n{"text": \n': ":3: expected one JSON object per line",
     '["a"]\n': ":1: expected one JSON object per line, found a JSON list",
-    '{"text": 5}\n': ":1: key 'text' must hold text, found int",
+    '{"text": 5}\n': ":1: key 'text' must hold text, or a list of messages, found int",
 }
 
 
@@ -235,7 +235,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     assert "x.parquet: cannot be read as parquet" in refused(tmp_path / "x.parquet")
     write_parquet(tmp_path / "numbers.parquet", [1, 2])
-    assert "must hold text, found int64" in refused(tmp_path / "numbers.parquet")
+    assert "must hold text, or lists of messages, found int64" in refused(tmp_path / "numbers.parquet")
     for empty in ("empty.txt", "empty.jsonl"):
         (tmp_path / empty).write_text(" \n\n")
         assert "expected at least one document with text, found none" in refused(tmp_path / empty)

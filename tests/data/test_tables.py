@@ -55,8 +55,8 @@ def test_columns_and_what_is_inside_of_them(stored):
         ("txt", "column 'txt', found ['text', 'meta', 'category', 'number']. Did you mean 'text'?"),
         ("meta.txt", "column 'meta.txt', found ['text', 'n']. Did you mean 'text'?"),
         ("text.more", "column 'text.more', found []"),
-        ("meta", "column 'meta' must hold text, found struct"),
-        ("number", "column 'number' must hold text, found int64"),
+        ("meta", "column 'meta' must hold text, or lists of messages, found struct"),
+        ("number", "column 'number' must hold text, or lists of messages, found int64"),
     ],
 )
 def test_columns_that_are_not_text(stored, key, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -126,15 +127,28 @@ def test_draws_and_likeliest_tokens_are_no_cache_of_each_other(tmp_path):
     TeacherCache(tmp_path / "drawn", drawn).create()
     TeacherCache(tmp_path / "likeliest", _identity()).create()
     assert "samples" not in (tmp_path / "likeliest" / "cache.json").read_text()  # as earlier versions wrote it
-    with pytest.raises(MinitronError, match=f"another top_k: it has None, this run {K}"):
+    with pytest.raises(MinitronError, match=f"another top_k: it has 0, this run {K}"):
         TeacherCache(tmp_path / "drawn", _identity())
-    with pytest.raises(MinitronError, match="another samples: it has None, this run 12"):
+    with pytest.raises(MinitronError, match=r"another (top_k: it has 4, this run 0|samples: it has 0, this run 12)"):
         TeacherCache(tmp_path / "likeliest", drawn)
     with pytest.raises(MinitronError, match="another samples: it has 12, this run 20"):
         TeacherCache(tmp_path / "drawn", dataclasses.replace(drawn, samples=20))
 
 
-@pytest.mark.parametrize("name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9)])
+def test_a_cache_that_does_not_say_so_attended_to_whole_samples(tmp_path):
+    """As all did before documents could be kept apart."""
+    TeacherCache(tmp_path, _identity()).create()
+    manifest = tmp_path / "cache.json"
+    said = {k: v for k, v in json.loads(manifest.read_text()).items() if not k.startswith("reset_")}
+    manifest.write_text(json.dumps(said))
+    TeacherCache(tmp_path, _identity())
+    with pytest.raises(MinitronError, match="another reset_position_ids: it has False, this run True"):
+        TeacherCache(tmp_path, _identity(reset_position_ids=True))
+
+
+@pytest.mark.parametrize(
+    "name,value", [("teacher", "x"), ("data", "x"), ("tokenizer", "x"), ("top_k", 9), ("reset_attention_mask", True)]
+)
 def test_another_identity_is_refused_with_both(tmp_path, name, value):
     cache = TeacherCache(tmp_path, _identity())
     cache.create()
