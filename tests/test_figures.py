@@ -180,7 +180,10 @@ def recovery() -> Iterator[str]:
 
 def how_many_tokens() -> Iterator[str]:
     from recovery_curves import fit
+    from recovery_scale import arguments
 
+    *some, most = arguments(["--json=-", "--show"]).budgets.split(",")
+    yield f"on {', '.join(some)} and {most} million tokens"
     found, rows = load("recovery_smollm2_135m"), {}
     tokens, shown = found["tokens"], ("ffn 1536→768", "hidden 576→448")
     assert shown == tuple(found["rows"])
