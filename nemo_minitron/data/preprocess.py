@@ -22,6 +22,7 @@ from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.files.text import one_line, read_json
 from nemo_minitron.jobs import lifeline
+from nemo_minitron.jobs.line import OTHER, RATE, Part
 from nemo_minitron.jobs.progress import progress_bar
 
 _BATCH_CHARACTERS = 1 << 18
@@ -352,12 +353,11 @@ def _encode_in_worker(batch: list[Row]) -> list[_Encoded]:
 def _with_progress(encoded: Iterator[_Encoded], show: bool) -> Generator[_Encoded, None, None]:
     """Pass documents through a bar over the fraction of the input read, which gives its remaining time."""
     documents = tokens = 0
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with progress_bar(1.0, "preprocess", "", show=show, bar_format=layout) as bar:
+    with progress_bar(1.0, "preprocess", "", show=show) as bar:
         for item in encoded:
             yield item
             documents += 1
             tokens += sum(map(len, item.ids))
-            bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
-            bar.update(item.done - bar.n)
-        bar.update(1.0 - bar.n)
+            bar.figures = [Part(f"{documents:,} documents", OTHER), Part(f"{tokens:,} tokens", RATE)]
+            bar.update(item.done - bar.done)
+        bar.update(1.0 - bar.done)
