@@ -20,6 +20,7 @@ REQUIRES = [
     "protobuf~=5.29.5",
     "fsspec==2024.12.0",
     "safetensors",
+    "rich>=13",  # the line of progress in a terminal
     "scipy",
     "gguf",
     "accelerate",

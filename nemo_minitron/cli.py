@@ -19,6 +19,7 @@ from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.jobs import lifeline
 from nemo_minitron.jobs.interruption import Interrupted, how_to_go_on, orderly_end
 from nemo_minitron.jobs.processes import place
+from nemo_minitron.jobs.terminal import clear_line
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -72,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where, message = place(), plain(str(error)).replace("\n", " ")  # it may hold names of another's
         if not launch.hand_over(message):
             rank = f"[rank {where.rank}] " if where and where.rank else ""
+            if rank:
+                clear_line()  # of the first one
             print(f"minitron: {rank}{message}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt):
@@ -221,8 +224,10 @@ def dispatch(command: str, cfg: DictConfig) -> None:
     """Import the command's module, and only that, and run it on the command's own dataclass."""
     from nemo_minitron.config.check import instance
     from nemo_minitron.config.schema import COMMANDS
+    from nemo_minitron.jobs.progress import hidden
 
-    importlib.import_module(f"nemo_minitron.stages.{command}").run(instance(COMMANDS[command], cfg))
+    with hidden((cfg.get("trainer") or {}).get("enable_progress_bar") is False):
+        importlib.import_module(f"nemo_minitron.stages.{command}").run(instance(COMMANDS[command], cfg))
 
 
 def processes_to_launch(cfg: DictConfig) -> int:

@@ -59,7 +59,7 @@ def test_help_names_every_command():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["distill", "-h"], ["--version"]])
 def test_help_imports_the_standard_library_alone(arguments):
-    heavy = ["torch", "numpy", "hydra", "omegaconf", "yaml", "megatron", "nemo", "transformers", "lightning"]
+    heavy = ["torch", "numpy", "hydra", "omegaconf", "yaml", "megatron", "nemo", "transformers", "lightning", "rich"]
     code = (
         "import sys; from nemo_minitron.cli import main; "
         f"assert main({arguments!r}) == 0; sys.exit(str([m for m in {heavy!r} if m in sys.modules] or ''))"
@@ -132,6 +132,20 @@ def test_a_process_leaves_its_groups_when_its_work_is_done(monkeypatch, status, 
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("left"))
     assert cli.console() == status
     assert calls == ["left"] * left
+
+
+@pytest.mark.parametrize(("keys", "lines"), [([], 2), (["+trainer.enable_progress_bar=false"], 0)])
+def test_progress_is_switched_off_in_any_command(stage, monkeypatch, capsys, keys, lines):
+    from nemo_minitron.jobs import progress
+
+    def run(cfg):
+        with progress.progress_bar(1, "evaluate", "batch"):
+            pass
+
+    monkeypatch.setattr(progress, "START_SECONDS", 0.0)
+    stage("evaluate", run)
+    assert cli.main([*EVALUATE, *keys]) == 0
+    assert len(capsys.readouterr().err.splitlines()) == lines
 
 
 def test_interrupt_is_status_130(stage):

@@ -215,7 +215,7 @@ def compose_as_shown(argv: list[str], complete: bool = True) -> None:
 def run(argv: list[str], home: str) -> tuple[int, str]:
     """A rank's work: the command line in ``home``; its status and what it printed."""
     os.chdir(home)
-    recipe._launch = _forked
+    recipe.walk._launch = _forked
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = main(argv)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from nemo_minitron import recipe
 from nemo_minitron.config.compose import compose, configure, group_options
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.report.measures import ROLES, gap_closed
 
 METRICS = {
     "num_parameters": 2_000_000,
@@ -67,7 +68,7 @@ class Demo:
         folder.joinpath("source").mkdir()
         folder.joinpath("source", "weights").write_text("1")
         self.write(FILE.replace('"${run_dir}/*.nemo", ', ""))
-        monkeypatch.setattr(recipe, "_launch", self._launch)
+        monkeypatch.setattr(recipe.walk, "_launch", self._launch)
 
     def write(self, text: str) -> None:
         (self.folder / "demo.yaml").write_text(text)
@@ -168,7 +169,7 @@ def test_the_recipe_and_the_versions_are_kept(demo):
 
 def test_another_version_of_the_package_runs_again(demo, monkeypatch):
     demo()
-    monkeypatch.setattr(recipe, "__version__", "another")
+    monkeypatch.setattr(recipe.records, "__version__", "another")
     assert demo() == ALL
 
 
@@ -261,8 +262,8 @@ def test_metrics_table_and_gap(tmp_path, capsys):
 
 
 def test_gap_needs_all_three_and_a_cost():
-    assert recipe.gap_closed({"teacher": {"val_loss": 1.0}}) is None
-    assert recipe.gap_closed({role: {"val_loss": 1.0} for role in recipe.ROLES}) is None
+    assert gap_closed({"teacher": {"val_loss": 1.0}}) is None
+    assert gap_closed({role: {"val_loss": 1.0} for role in ROLES}) is None
 
 
 def test_an_incomplete_evaluation_is_named():
@@ -340,8 +341,8 @@ def test_sigterm_is_passed_on_to_the_stage(monkeypatch):
     for name in ("start", "terminate"):
         setattr(Forked, name, lambda _, name=name: done.append(name))
     context = SimpleNamespace(Process=lambda **_: Forked())
-    monkeypatch.setattr(recipe.lifeline, "fork_server", lambda preload: context)
-    monkeypatch.setattr(recipe.Path, "exists", lambda self: False)
+    monkeypatch.setattr(recipe.walk.lifeline, "fork_server", lambda preload: context)
+    monkeypatch.setattr(recipe.walk.Path, "exists", lambda self: False)
     with pytest.raises(SystemExit):
-        recipe._launch(["convert"])
+        recipe.walk._launch(["convert"])
     assert done == ["start", "join", "terminate", "join"]

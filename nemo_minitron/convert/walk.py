@@ -109,7 +109,7 @@ def _copy(reader: Reader, writer: Writer) -> None:
         rows = slice(0, reader.shape.vocab_size) if padded and parameter.axes[0] == layout.VOCAB else None
         return reader.tensor(parameter, layer, rows)  # padding is the writer's own
 
-    bar = progress_bar(reader.num_bytes(), f"to {writer.destination.name}", "B", unit_scale=True)
+    bar = progress_bar(reader.num_bytes(), f"to {writer.destination.name}", "B")
     with bar, ThreadPoolExecutor(1) as ahead:
         following = ahead.submit(read, *order[0])
         for number, (parameter, layer) in enumerate(order, start=1):

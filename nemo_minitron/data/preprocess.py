@@ -18,6 +18,7 @@ from nemo_minitron.data.token_writer import TokenWriter
 from nemo_minitron.data.tokenizer import TextTokenizer, TokenizerSpec
 from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.files.text import read_json
+from nemo_minitron.jobs.line import OTHER, RATE, Part
 from nemo_minitron.jobs.progress import progress_bar
 
 _MOST_FACTS = 1 << 20
@@ -167,12 +168,11 @@ def _check_keys(json_keys: Sequence[str]) -> tuple[str, ...]:
 def _with_progress(encoded: Iterator[Encoded], show: bool) -> Generator[Encoded, None, None]:
     """Pass documents through a bar over the fraction of the input read, which gives its remaining time."""
     documents = tokens = 0
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-    with progress_bar(1.0, "preprocess", "", show=show, bar_format=layout) as bar:
+    with progress_bar(1.0, "preprocess", "", show=show) as bar:
         for item in encoded:
             yield item
             documents += 1
             tokens += sum(len(document.ids) for document in item.documents)
-            bar.set_postfix(documents=documents, tokens=tokens, refresh=False)
-            bar.update(item.done - bar.n)
-        bar.update(1.0 - bar.n)
+            bar.figures = [Part(f"{documents:,} documents", OTHER), Part(f"{tokens:,} tokens", RATE)]
+            bar.update(item.done - bar.done)
+        bar.update(1.0 - bar.done)

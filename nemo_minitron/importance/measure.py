@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
@@ -22,7 +21,7 @@ from nemo_minitron.importance.own_text import steps, write_blocks
 from nemo_minitron.importance.reconstruction import Compensation, as_arrays, clipped, measure
 from nemo_minitron.importance.scores_format import Ranking
 from nemo_minitron.importance.stream import stream_collect
-from nemo_minitron.jobs.progress import progress_bar
+from nemo_minitron.jobs.progress import Progress, progress_bar
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import METRICS, check_name
 
@@ -106,5 +105,5 @@ def rank_by_walk(
     return rankings, dataclasses.replace(found, sensitivity=sensitivity)
 
 
-def _bar(total: int, description: str, unit: str) -> tqdm:
+def _bar(total: int, description: str, unit: str) -> Progress:
     return progress_bar(total, description, unit, show=runtime.rank() == 0)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from nemo_minitron.jobs import lifeline
+from nemo_minitron.jobs.terminal import clear_line
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -63,11 +64,13 @@ def launch(processes: int, argv: Sequence[str]) -> int:
                 elastic_launch(config, sys.executable)("-u", "-m", "nemo_minitron", *argv)
         except ChildFailedError as error:
             line, status = explain(error)
+            clear_line()
             print(f"minitron: {line}", file=sys.stderr)
             return status
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
+            clear_line()
             print(f"minitron: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
             return 128 + int(error.sigval)
         finally:

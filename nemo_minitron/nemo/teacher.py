@@ -141,7 +141,7 @@ class Teacher:
                 mine = missing[turn * ranks + rank : turn * ranks + rank + 1]
                 for number in mine:
                     self._fill_shard(cache, split, number, dataset, micro_batch_size)
-                bar.update(min(SHARD * ranks, bar.total - bar.n))
+                bar.update(min(SHARD * ranks, bar.total - bar.done))
 
     def _fill_shard(self, cache: TeacherCache, split: str, number: int, dataset: Any, micro_batch_size: int) -> None:
         """All ranks of one data-parallel replica together; the first tensor-parallel rank of the last stage writes."""

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nemo.collections.nlp.parts import nlp_overrides
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronTrainerBuilder
-from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar, NLPDDPStrategy
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -93,7 +93,13 @@ class MinitronDDPStrategy(NLPDDPStrategy):
 
 
 class MinitronTrainerBuilder(MegatronTrainerBuilder):
-    """NeMo's trainer builder with our strategy; all its keys under ``trainer`` and ``model`` keep their meaning."""
+    """NeMo's trainer builder with our strategy; all its keys under ``trainer`` and ``model`` keep their meaning.
+
+    NeMo's bar gives way to the one among the callbacks that are given.
+    """
+
+    def _callbacks(self, callbacks: list[Callback] | None) -> list[Callback]:
+        return [callback for callback in super()._callbacks(callbacks) if not isinstance(callback, CustomProgressBar)]
 
     def _training_strategy(self) -> MinitronDDPStrategy:
         model = self.cfg.model

@@ -26,6 +26,7 @@ from nemo_minitron.data.tokens import prove_tokens
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.nemo import experiment
 from nemo_minitron.nemo.keep_best import FinishLoop, KeepBest
+from nemo_minitron.nemo.progress import TrainingProgress
 from nemo_minitron.nemo.restore import job_config, load_model
 from nemo_minitron.nemo.resume import Start, decide, name_checkpoints
 from nemo_minitron.nemo.run_record import KeepRecord, RunRecord, content_of, identity
@@ -72,7 +73,8 @@ def train(
     contents = parallel.from_first(lambda: {prefix: prove_tokens(prefix, vocab_size) for prefix in prefixes})
     masks = parallel.from_first(lambda: {prefix: prove_mask(prefix) for prefix in prefixes})
     keep_record = KeepRecord()
-    trainer = build_trainer(cfg, [keep, keep_record])
+    shown = [TrainingProgress(cls.command, monitor)] if cfg.trainer.get("enable_progress_bar") is not False else []
+    trainer = build_trainer(cfg, [*shown, keep, keep_record])
     manager = plain(cfg.exp_manager)
     run = partial(identity, cls.command, cfg, job, teacher, with_masks(contents, masks))
     start = _start(cls.command, run, manager, trainer, keep, keep_record, grid)
@@ -154,7 +156,7 @@ def _say_and_record(trainer: Trainer, model: MinitronGPTModel, keep: KeepBest) -
     if trainer.is_global_zero:
         best = "no validation" if math.isinf(keep.best) else f"best {keep.monitor} {keep.best:.4f}"
         spent = f"{trainer.global_step} steps, {model.consumed_tokens:,} tokens"
-        print(f"\n{spent}, {best} -> {keep.path} (last: {keep.last_path})")
+        print(f"{spent}, {best} -> {keep.path} (last: {keep.last_path})")
 
 
 def _start(

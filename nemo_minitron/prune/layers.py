@@ -100,7 +100,7 @@ def layers_by_loss(
         )
         (whole,) = losses([Removed()])
         steps = BY_LOSS[selection](losses, count, beam)
-        bar.total = bar.n
+        bar.total = bar.done
     return whole, steps
 
 

@@ -64,7 +64,7 @@ TRAINER: Rules = FORWARD | {
     "num_sanity_val_steps": applied(either(choice(-1), whole(0)), "validation batches before the first step"),
     "log_every_n_steps": applied(whole(1), "steps between lines of the logs"),
     "enable_checkpointing": fixed((False,), "exp_manager.create_checkpoint_callback makes checkpoints"),
-    "enable_progress_bar": applied(boolean, "shows the progress of the run"),
+    "enable_progress_bar": applied(boolean, "shows the line of progress; false: none at all"),
     "enable_model_summary": fixed((False,), "the sizes of a model are told by minitron evaluate and report"),
     "accumulate_grad_batches": fixed(
         (1,), "gradients are accumulated over model.global_batch_size / (micro_batch_size x data-parallel ranks)"

@@ -292,7 +292,7 @@ def test_fingerprint_is_the_vocabulary_not_its_place(hf, tmp_path):
 
 
 def test_stage(hf, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nemo_minitron.jobs.progress.LOG_SECONDS", 0.0)
+    monkeypatch.setattr("nemo_minitron.jobs.progress.START_SECONDS", 0.0)
     from nemo_minitron.stages.preprocess import run
 
     cfg = {

@@ -46,7 +46,7 @@ class Stages:
         self.ran: list[str] = []
         self.left: int | None = None
         self.teacher = teacher
-        monkeypatch.setattr(recipe, "_launch", self._launch)
+        monkeypatch.setattr(recipe.walk, "_launch", self._launch)
         monkeypatch.setattr(search_output, "plots", lambda outcome, folder: None)
         monkeypatch.setattr(latency, "measure", lambda bytes_per_value: latency.Rates("here", 1e12, 1e10, 1e-6))
 
@@ -347,7 +347,7 @@ def test_a_failed_stage_is_named_with_its_last_words(source, tmp_path, stages, m
         log.write_text("some\nminitron: no room\n")
         return 2
 
-    monkeypatch.setattr(recipe, "_launch", fails)
+    monkeypatch.setattr(recipe.walk, "_launch", fails)
     message = refused(source, tmp_path / "out")
     assert "stage 'evaluate-source' failed" in message and message.endswith("minitron: no room")
 
