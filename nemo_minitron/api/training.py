@@ -52,10 +52,12 @@ def finetune(
 
 def distill(
     student: PathLike,
-    teacher: PathLike,
+    teacher: PathLike | None,
     train: Text,
     output: PathLike | None = None,
     *,
+    teacher_cache: PathLike | None = None,
+    loss: str | None = None,
     validation: Text | None = None,
     seq_length: int | None = None,
     max_steps: int | None = None,
@@ -71,17 +73,24 @@ def distill(
     """Train a student to follow a teacher's predictions.
 
     Args:
-        student, teacher: ``.nemo`` files of one vocabulary. output: ``NAME.distilled.nemo`` when None. The others are
-            as for :func:`finetune`.
+        student, teacher: ``.nemo`` files of one vocabulary; no teacher where ``teacher_cache`` has all answers.
+        output: ``NAME.distilled.nemo`` when None.
+        teacher_cache: folder of the teacher's answers, written once and read by later calls on the same text.
+        loss: how far the two are apart; ``sampled_kl`` with a ``teacher_cache`` and ``forward_kl`` without, when None.
+            The others are as for :func:`finetune`.
     """
     output = beside(student, "distilled") if output is None else Path(output)
     config = {
         "model.restore_from_path": student,
         "model.kd_teacher_restore_from_path": teacher,
         "model.nemo_path": output,
+        "distill.teacher_cache": teacher_cache,
+        "distill.loss": "sampled_kl" if loss is None and teacher_cache is not None else loss,
     }
     config |= _training(output, train, validation, max_steps, resume)
     config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
+    if teacher is None:  # said, for it is a key that must be
+        settings = {"model.kd_teacher_restore_from_path": None} | dict(settings or {})
     call("distill", config | {"model.optim.lr": lr}, settings, verbose=verbose)
     return Checkpoint(output)
 

@@ -76,6 +76,16 @@ def test_training(command, composed, tmp_path):
         assert cfg.model.kd_teacher_restore_from_path == "t.nemo"
 
 
+def test_distill_from_a_cache(composed):
+    for teacher, more, loss in (("t.nemo", {}, "sampled_kl"), (None, {"loss": "topk"}, "topk")):
+        api.distill("m.nemo", teacher, "x", teacher_cache=Path("answers"), **more)
+        cfg = composed.pop()[1]
+        assert (cfg.distill.teacher_cache, cfg.distill.loss) == ("answers", loss)
+        assert cfg.model.kd_teacher_restore_from_path == teacher
+    api.distill("m.nemo", "t.nemo", "x", settings={"distill.loss": "jsd"})
+    assert composed.pop()[1].distill.loss == "jsd"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_logs_of_an_earlier_call_go_unless_it_is_resumed(resume, composed, tmp_path):
     logs = tmp_path / "m.finetuned.logs"
