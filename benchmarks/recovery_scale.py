@@ -200,10 +200,7 @@ def cells_of(given: argparse.Namespace, arms: Sequence[str], targets: Sequence[s
 def main(words: Sequence[str]) -> None:
     given = arguments(words)
     if given.show:
-        content = json.loads(given.json.read_text())
-        print(show(content))
-        plot(content, given.json.with_suffix(".png"))
-        return
+        return report(json.loads(given.json.read_text()), given.json)
     from loop import check_device, load
 
     check_device(given.device)
@@ -236,8 +233,16 @@ def main(words: Sequence[str]) -> None:
         table.add("cells", {cell.key: {**vars(cell), **found, "commit": provenance()["commit"]}})
         print(f"{cell.key}: {found['loss']}, cloze {found['cloze']}, {found['seconds']:.0f} s", flush=True)
     if table.content["cells"]:
-        print(show(table.content))
-        plot(table.content, given.json.with_suffix(".png"))
+        report(table.content, given.json)
+
+
+def report(content: Mapping[str, Any], path: Path) -> None:
+    """Print the table, and plot beside the file where matplotlib is."""
+    print(show(content))
+    try:
+        plot(content, path.with_suffix(".png"))
+    except ImportError:
+        print("note: no plot without matplotlib")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:

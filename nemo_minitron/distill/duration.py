@@ -1,9 +1,9 @@
 """How long a distillation would take, from its operations and from rates that were measured, on cards that they are of.
 
-A token takes the teacher's forward pass and three of the student's (one more where activations are recomputed), heads
-and causal attention included. What a card makes of that depends on the size of the models: small ones leave it idle.
-So a run is held against measured ones of about its size, or between a smaller and a larger one; where there is neither,
-nothing is said of that card. Validation, checkpoints and the start are not in it.
+A token takes the teacher's forward pass and three of the student's, heads and causal attention included, and what is
+recomputed of the student's layers. What a card makes of that depends on the size of the models: small ones leave it
+idle. So a run is held against measured ones of about its size, or between a smaller and a larger one; where there is
+neither, nothing is said of that card. Validation, checkpoints and the start are not in it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,11 @@ def gflop_per_token(run: Run) -> float:
     """Operations of a token of a run, 10⁹, a multiply-add counted as two."""
     student = run.student.forward_flops_per_token(run.seq_length)
     teacher = 0.0 if run.teacher is None else run.teacher.forward_flops_per_token(run.seq_length)
-    return (teacher + (4 if run.recompute else 3) * student) / 1e9
+    again = 0.0
+    if run.recompute:  # of layers, not of the head
+        layers = student - 2.0 * run.student.hidden_size * run.student.padded_vocab_size
+        again = layers * (min(1.0, run.recompute_layers / run.student.num_layers) if run.recompute_block else 1.0)
+    return (teacher + 3.0 * student + again) / 1e9
 
 
 def speed(rates: Sequence[Rate], gflop: float) -> Speed | None:

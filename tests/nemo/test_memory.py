@@ -21,6 +21,7 @@ from nemo_minitron.config.compose import compose, configure
 from nemo_minitron.config.schema import COMMANDS
 from nemo_minitron.convert import convert
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.distill import duration
 from nemo_minitron.distill.activations import kept, layer_activations
 from nemo_minitron.distill.cards import table
 from nemo_minitron.distill.memory import ITEMS, memory
@@ -156,7 +157,10 @@ def test_the_command_plans_for_this_machine_and_for_others(models, trainer):
     assert (run.half, run.half_weights, run.micro_batches) == (True, False, 6)
     assert (run.recompute, run.recompute_block, run.recompute_layers) == (True, True, 2)
     assert re.search(rf"teacher +{memory(run)['teacher'] / 2**20:,.0f} MiB", text)
-    assert text.endswith(table(run)) and "allocated" not in text
+    assert f"\n\n{table(run)}\n\n" in text and "allocated" not in text
+    assert text.endswith(duration.table(run, 100, torch.cuda.get_device_name() if torch.cuda.is_available() else None))
+    cfg.trainer["max_steps"] = -1
+    assert plan_memory(cfg).endswith(table(run)), "no time of a run without an end"
     split = configure("distill", [*overrides, "model.optim.name=adamw_8bit", "model.tensor_model_parallel_size=2",
                                   "trainer.devices=2"])  # fmt: skip
     with pytest.raises(MinitronError, match="adamw_8bit needs tensor and pipeline size 1, found 2 and 1"):
