@@ -40,7 +40,7 @@ class Dataset:
 
 @dataclass
 class Chat:
-    loss_on: str = key("responses", "which of its tokens a loss counts: what the assistant says, or all", LOSS_ON)
+    loss_on: str = key("responses", "tokens of a conversation that a loss counts: the assistant's, or all", LOSS_ON)
 
 
 @dataclass
