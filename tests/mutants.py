@@ -40,10 +40,57 @@ _BIASES = "prune/test_resolve_biases.py::"
 _LEAN = "nemo/test_lean.py::"
 _GENERATE = "test_generate.py::"
 _DOCTOR = "test_doctor.py::"
+_CHAT, _DOCUMENTS, _PACKED = "data/test_chat.py::", "nemo/test_documents.py::", "nemo/test_packed_chats.py::"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
 MUTANTS = [
+    # conversations: which tokens count, and which may attend to which
+    Mutant(
+        "data/chat.py",
+        "if begin <= first < end]",
+        "if begin <= first <= end]",
+        _CHAT + "test_answers_count_under_every_template",
+    ),
+    Mutant(
+        "data/chat.py",
+        "begins = [min(first, before[1])",
+        "begins = [max(first, before[1])",
+        _CHAT + "test_a_token_that_begins_in_the_opening_of_a_turn_is_not_said",
+    ),
+    Mutant(
+        "data/chat.py",
+        "return last if last and ids[last - 1] in self._ends else len(ids)",
+        "return len(ids)",
+        _CHAT + "test_smollm2_says_its_answers_and_ends_them",
+    ),
+    Mutant(
+        "nemo/documents.py",
+        "np.concatenate(counts)[1:]",
+        "np.concatenate(counts)[:-1]",
+        _DOCUMENTS + "test_samples_say_which_tokens_count_and_which_document_they_are_of",
+    ),
+    Mutant(
+        "nemo/documents.py",
+        "offset = begin if place == first else 0",
+        "offset = 0",
+        _DOCUMENTS + "test_samples_say_which_tokens_count_and_which_document_they_are_of",
+    ),
+    Mutant(
+        "nemo/documents.py", "& earlier)", "& earlier.t())", _DOCUMENTS + "test_attention_is_causal_within_documents"
+    ),
+    Mutant(
+        "nemo/teacher.py",
+        "hidden = model(**self._student.model_inputs(batch), hidden_only=True)",
+        'hidden = model(**self._student.model_inputs(batch) | {"attention_mask": None}, hidden_only=True)',
+        _PACKED + "test_packed_conversations_are_learned_from_as_if_alone",
+    ),
+    Mutant(
+        "nemo/anywhere.py",
+        "angles[self._rotary_positions.t()].squeeze(2)",
+        "angles",
+        _PACKED + "test_positions_restart_where_documents_are_attended_to_together",
+    ),
     # linear layers with a bias
     Mutant(
         "prune/frame.py",

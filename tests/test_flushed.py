@@ -191,7 +191,7 @@ INSIDE_A_STAGING = {
     "checkpoint/tokenizer_files.py",
     "checkpoint/gguf_tokenizer.py",
     "checkpoint/gguf_write.py",
-    "data/preprocess.py",
+    "data/token_writer.py",
     "report/page.py",
     "importance/scores.py",  # into the folder that its caller stages
     "prune/student.py",

@@ -59,7 +59,7 @@ def preprocess(
         source: jsonl, csv, txt, parquet, a folder, or a data set: ``wikitext``, ``pydoc_topics`` (comes with Python).
         output_prefix: of the files; the name of the record's field is added to it.
         tokenizer: ``.nemo`` that holds one, an HF folder, or a name on the hub.
-        json_key: field of a record that holds text.
+        json_key: field of a record that holds text, or messages of a conversation.
         heldout_every: hold every n-th document out; ``heldout_part`` says which side is written, ``heldout`` or, when
             None, the rest.
     """

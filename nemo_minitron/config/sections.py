@@ -18,7 +18,7 @@ DOCUMENTS = ("article", "line", "file")
 """What becomes one document of a text (:class:`nemo_minitron.data.sources.Source`)."""
 HELDOUT_PARTS = ("train", "heldout")
 LOSS_ON = ("responses", "all")
-"""Of a conversation's tokens, which a loss counts (:mod:`nemo_minitron.data.chat`)."""
+"""Which tokens of a conversation a loss counts (:mod:`nemo_minitron.data.chat`)."""
 HIDDEN_LOSSES = ("cosine", "mse")
 """Distances between hidden states (:mod:`nemo_minitron.distill.hidden`)."""
 
@@ -40,7 +40,7 @@ class Dataset:
 
 @dataclass
 class Chat:
-    loss_on: str = key("responses", "which of its tokens a loss counts: what the assistant says, or all", LOSS_ON)
+    loss_on: str = key("responses", "tokens of a conversation that a loss counts: the assistant's, or all", LOSS_ON)
 
 
 @dataclass

@@ -82,10 +82,10 @@ def mask_blocks(
     """
     if prove_mask(prefix) is None or (mask := open_mask(prefix)) is None:
         return None
-    width = seq_length + 1
-    available = len(mask.tokens) // width
+    tokens = 1 + seq_length
+    available = len(mask.tokens) // tokens
     wanted = available if num_samples is None else num_samples
-    blocks = _rows(mask.tokens, _order(available, wanted, seed, shuffle) * width, width)
+    blocks = _rows(mask.tokens, _order(available, wanted, seed, shuffle) * tokens, tokens)
     if not blocks[:, 1:].any():
         raise MinitronError(f"{prefix}: none of the tokens of {wanted} blocks counts in a loss; take more blocks")
     return torch.from_numpy(blocks)

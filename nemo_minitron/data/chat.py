@@ -1,8 +1,12 @@
 """A tokenizer's chat template: a conversation as the model reads it, and which of its tokens the assistant says.
 
-Where the template marks them with ``{% generation %}``, transformers' own mask is taken. Elsewhere they are found by
-rendering the beginnings of the conversation: what the assistant says begins where the rendering of the messages before
-it, with the generation prompt, ends, and ends where the rendering up to it does.
+Where the template marks them with ``{% generation %}``, it is believed. Elsewhere they are found by rendering the
+beginnings of the conversation: what the assistant says begins where the rendering of the messages before it, with the
+generation prompt, ends, and ends where the rendering up to it does.
+
+What is marked is what transformers' ``return_assistant_tokens_mask`` gives, but for its faults where a marked part
+begins or ends with a blank: a byte-level tokenizer may leave that out of every token's offsets, and transformers then
+drops all later parts, or counts everything to the end.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ from nemo_minitron.data.messages import ASSISTANT, BadMessages, Messages
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.text import one_line
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
+_OPEN, _CLOSE = "\ue000\ue002", "\ue001\ue002"
+"""Stand in a rendering where a marked part begins and ends: characters for private use, in no text together."""
 
 
 class NoTemplate(MinitronError):
@@ -99,11 +105,8 @@ class ChatTemplate:
             counts = [1] * len(ids)
         elif not self._tokenizer.is_fast:
             raise NoTemplate(f"{self._name}: expected a tokenizer of the tokenizers library, found another")
-        elif _GENERATION.search(self._tokenizer.get_chat_template()):
-            found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
-            ids, counts = list(found["input_ids"]), list(found["assistant_masks"])
         else:
-            ids, counts = self._by_beginnings(messages)
+            ids, counts = self._said(messages)
         if not any(counts):
             raise BadMessages("expected something that the assistant says, found nothing")
         return self._ended(Said(ids, counts), eod, messages[-1]["role"])
@@ -126,22 +129,51 @@ class ChatTemplate:
                 f"expected messages that the chat template of {self._name} takes, found: {one_line(error)}"
             ) from None
 
-    def _by_beginnings(self, messages: Messages) -> tuple[list[int], list[int]]:
+    def _said(self, messages: Messages) -> Said:
         whole = self.text(messages)
+        marked = bool(_MARK.search(self._tokenizer.get_chat_template()))
+        parts = self._marked(messages, whole) if marked else self._beginnings(messages, whole)
         found = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(found["input_ids"]), found["offset_mapping"]
         # byte-level tokenizers leave the blank that a token begins with out of its offsets
         begins = [min(first, before[1]) for before, (first, _) in zip([(0, 0), *offsets], offsets, strict=False)]
         counts = [0] * len(ids)
-        for number, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            begin = self._length(messages[:number], True, whole, number)
-            end = self._length(messages[: number + 1], False, whole, number)
+        for begin, end in parts:
             said = [i for i, first in enumerate(begins) if begin <= first < end]
-            for i in said[: self._turn([ids[i] for i in said], [whole[slice(*offsets[i])] for i in said])]:
+            if not marked:
+                said = said[: self._turn([ids[i] for i in said], [whole[slice(*offsets[i])] for i in said])]
+            for i in said:
                 counts[i] = 1
-        return ids, counts
+        return Said(ids, counts)
+
+    def _marked(self, messages: Messages, whole: str) -> list[tuple[int, int]]:
+        """First character and end of each part of ``whole`` that the template marks."""
+
+        def shown(mark: re.Match[str]) -> str:  # between two blocks, for what blocks do to the blanks around them
+            sign = _CLOSE if mark[2] else _OPEN
+            return f"{{%{mark[1]} if true %}}{{{{ '{sign}' }}}}{{% endif {mark[3]}%}}"
+
+        template = _MARK.sub(shown, self._tokenizer.get_chat_template())
+        before, *rest = str(self._apply(messages, tokenize=False, chat_template=template)).split(_OPEN)
+        parts, text = [], before
+        for piece in rest:
+            said, _, other = piece.partition(_CLOSE)
+            parts.append((len(text), len(text) + len(said)))
+            text += said + other
+        if text != whole:
+            raise BadMessages(f"expected {{% generation %}} in {self._name} around text alone, found it to change text")
+        return parts
+
+    def _beginnings(self, messages: Messages, whole: str) -> list[tuple[int, int]]:
+        """First character and end of each part of ``whole`` that an assistant's message makes."""
+        return [
+            (
+                self._length(messages[:number], True, whole, number),
+                self._length(messages[: number + 1], False, whole, number),
+            )
+            for number, message in enumerate(messages)
+            if message["role"] == ASSISTANT
+        ]
 
     def _length(self, beginning: Messages, prompt: bool, whole: str, number: int) -> int:
         """Characters of ``whole`` that a beginning of the conversation takes."""

@@ -45,40 +45,29 @@ def preprocess(
     The format, the file names and the rules are those of NeMo's ``preprocess_data_for_megatron.py``: uint16 tokens
     for a vocabulary under 65500 and int32 otherwise, no BOS, the EOS id after each document with ``append_eod``, no
     document for blank text. Bytes do not depend on ``workers``. Existing outputs are replaced; on any failure they
-    stay as they were.
-
-    A list of messages under a key is rendered with the tokenizer's own chat template. With ``loss_on=responses`` a
-    second pair of files, ``<output_prefix>_<key>_mask.bin`` and ``.idx``, says in one byte per token which of them a
-    loss counts (:mod:`nemo_minitron.data.masks`).
+    stay as they were. Messages under a key are rendered with the tokenizer's own chat template; with
+    ``loss_on=responses`` a second pair of files, ``<output_prefix>_<key>_mask.bin`` and ``.idx``, says which tokens
+    count (:mod:`nemo_minitron.data.masks`).
 
     Args:
         input: a path or name with :class:`Source`'s defaults, or a full :class:`Source`.
-        tokenizer_library, tokenizer_type, tokenizer_model: see :class:`TokenizerSpec`.
+        tokenizer_library, tokenizer_type, tokenizer_model, split_special_tokens: see :class:`TokenizerSpec`.
         json_keys: fields of a record (or columns) to tokenize, each into files of its own.
         workers: tokenizing processes; 1 tokenizes in this one.
         apply_ftfy: repair broken unicode first.
-        split_special_tokens: see :class:`TokenizerSpec`.
         on_bad_record: ``stop`` at a record that cannot be read or tokenized, or ``skip`` it; the facts count them.
-        loss_on: of conversations, ``responses``: a loss counts what the assistant says; ``all``: every token, as of
-            text.
+        loss_on: of conversations, what a loss counts: ``responses`` of the assistant, or ``all`` tokens as of text.
         progress: a bar with the remaining time on stderr.
 
     Returns:
         The prefixes written, one per key, as ``model.data.data_prefix`` takes them.
 
     Raises:
-        MinitronError: anything wrong with the input, the tokenizer or the destination; conversations, where the
-            tokenizer has no chat template.
+        MinitronError: anything wrong with the input, the tokenizer or the destination; messages without a template.
     """
-    check_choice("on_bad_record", on_bad_record, ON_BAD_RECORD)
-    check_choice("chat.loss_on", loss_on, LOSS_ON)
-    stop = on_bad_record == "stop"
+    stop = _check(on_bad_record, loss_on, workers, output_prefix)
     source = input if isinstance(input, Source) else Source(str(input))
     keys = _check_keys(json_keys)
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise MinitronError(f"workers must be a positive integer, found {workers!r}")
-    if not Path(output_prefix).name or str(output_prefix).endswith(os.sep):
-        raise MinitronError(f"output_prefix must end in a name, such as data/train, found '{output_prefix}'")
     spec = TokenizerSpec(tokenizer_library, tokenizer_type, tokenizer_model, split_special_tokens)
     tokenizer = _load(spec, append_eod)
     rules = Rules(append_eod, loss_on == "responses", apply_ftfy)
@@ -94,6 +83,17 @@ def preprocess(
     except OSError as error:
         raise MinitronError(f"output_prefix: '{output_prefix}' cannot be written: {error}") from error
     return prefixes
+
+
+def _check(on_bad_record: str, loss_on: str, workers: int, output_prefix: str | Path) -> bool:
+    """Whether a bad record stops the work, where all of these can be."""
+    check_choice("on_bad_record", on_bad_record, ON_BAD_RECORD)
+    check_choice("chat.loss_on", loss_on, LOSS_ON)
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise MinitronError(f"workers must be a positive integer, found {workers!r}")
+    if not Path(output_prefix).name or str(output_prefix).endswith(os.sep):
+        raise MinitronError(f"output_prefix must end in a name, such as data/train, found '{output_prefix}'")
+    return on_bad_record == "stop"
 
 
 def _load(spec: TokenizerSpec, append_eod: bool) -> TextTokenizer:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from nemo_minitron.checkpoint.formats import open_checkpoint
 from nemo_minitron.checkpoint.tokenizer_open import load_hf
@@ -72,12 +73,25 @@ def test_what_is_found_is_what_transformers_finds_where_the_template_marks_it(sm
     assert ours.ids == theirs["input_ids"] and ours.counts == theirs["assistant_masks"] and sum(ours.counts) > 10
 
 
-def test_a_token_that_begins_in_the_opening_of_a_turn_is_not_said(small):
+@pytest.mark.parametrize("template", [MARKED, MARKED.replace("{% generation %}", "\n  {% generation %}\n")])
+def test_marked_parts_may_begin_and_end_with_blanks(small, template):
+    """transformers' own mask then counts everything behind the first answer, the user's second question too."""
+    tokenizer = small(template.replace("message.content + '<|im_end|>' }}{% endgen", "message.content }}{% endgen"))
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [{**one, "content": f" {one['content']} "} if one["role"] == "assistant" else one for one in TURNS]
+    found = ChatTemplate(tokenizer, "small").encode(turns, None)
+    assert found.ids == tokenizer.apply_chat_template(turns)
+    assert said(tokenizer, found) == [f" {answer} " for answer in ANSWERS]
+    theirs = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    assert sum(theirs["assistant_masks"]) != sum(found.counts)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_token_that_begins_in_the_opening_of_a_turn_is_not_said(small, trimmed):
     """Of a prompt the model is given all tokens up to its answer: it never has to make one that is half its own."""
-    template = CHATML.replace("'\n' + m", "'\n ' + m").replace(
-        "assistant\n'", "assistant\n '"
-    )  # a blank before the content, which BPE joins to the word behind it
-    tokenizer = small(template)
+    blank = CHATML.replace("'\n' + m", "'\n ' + m").replace("assistant\n'", "assistant\n '")
+    tokenizer = small(blank)  # before the content, which BPE joins to the word behind it
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
     messages = [{"role": "user", "content": "word"}, {"role": "assistant", "content": "word and word"}]
     found = ChatTemplate(tokenizer, "small").encode(messages, None)
     assert " word" in tokenizer.convert_tokens_to_string(["Ġword"])

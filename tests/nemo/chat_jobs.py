@@ -10,12 +10,12 @@ from tests.nemo.grid_jobs import train
 
 
 def first_step(
-    command: str, source: str, blend: str, folder: str, grid: tuple[int, int, bool], extra: tuple[str, ...], mute: bool
+    command: str, source: str, blend: str, folder: str, grid: tuple[int, int, bool], extra: tuple[str, ...], mute: str
 ) -> dict[str, Any]:
     """Loss, logged values, canonical gradients and texts ``[n, s+1]`` of the first step of a whole training.
 
     Args:
-        blend: prefixes, with weights. mute: none of the tokens of that step counts.
+        blend: prefixes, with weights. mute: ``training`` or ``validation``, none of whose tokens counts.
     """
     from nemo_minitron.nemo import weights
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -26,7 +26,7 @@ def first_step(
 
     def read(self: Any, *args: Any) -> dict[str, Any]:
         batch = get_batch(self, *args)
-        if mute and torch.is_grad_enabled():
+        if mute == ("training" if torch.is_grad_enabled() else "validation"):
             batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
         batches.append(batch)
         return batch

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from nemo_minitron.checkpoint.fuse import fuse
 from nemo_minitron.convert import convert
+from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape, RopeScaling
@@ -140,7 +141,7 @@ def reference(chats, documents, texts, command: str, apart: bool, restart: bool)
     return float(total / tokens), gradients, counted
 
 
-def run(zygote, chats, tmp_path, command, grid, world, extra=(), blend=None, mute=False):
+def run(zygote, chats, tmp_path, command, grid, world, extra=(), blend=None, mute=""):
     keys = [f"distill.{name}={value}" for name, value in DISTILL.items()] if command == "distill" else []
     if command == "distill":
         keys.append(f"model.kd_teacher_restore_from_path={chats / 'teacher.nemo'}")
@@ -194,9 +195,32 @@ def test_all_tokens_count_of_text_that_is_blended_with_conversations(zygote, cha
 
 @pytest.mark.parametrize("command", ["finetune", "distill"])
 def test_a_step_without_a_token_that_counts_changes_nothing(zygote, chats, command, tmp_path):
-    (found,) = run(zygote, chats, tmp_path, command, (1, 1, False), 1, (*APART, *RESTART), mute=True)
+    (found,) = run(zygote, chats, tmp_path, command, (1, 1, False), 1, (*APART, *RESTART), mute="training")
     assert found["loss"] == 0.0
     assert all((gradient == 0).all() for gradient in found["gradients"].values())
+
+
+def test_a_validation_without_a_token_that_counts_is_refused(zygote, chats, tmp_path):
+    """Its loss would be 0, the best there is."""
+    with pytest.raises(RuntimeError, match=r"trainer\.limit_val_batches: none of the tokens that validate counts"):
+        run(zygote, chats, tmp_path, "finetune", (1, 1, False), 1, mute="validation")
+    assert not list(tmp_path.glob("*.nemo"))
+
+
+@pytest.mark.parametrize("grid,world", [((1, 1, False), 2), ((2, 1, True), 2), ((1, 2, False), 2)], ids=str)
+def test_evaluation_measures_on_the_tokens_that_count(zygote, chats, documents, grid, world, tmp_path):
+    prefix = str(chats / "data_messages_document")
+    blocks = token_blocks(prefix, LENGTH, num_samples=13, seed=1234)
+    ids, counts = (torch.tensor([value for pair in documents[::2] for value in pair[part]]) for part in (0, 1))
+    rows = ids[: len(ids) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
+    order = [(rows == block).all(1).nonzero().item() for block in blocks]
+    mask = counts[: rows.numel()].view_as(rows)[order][:, 1:]
+    with torch.no_grad():
+        logits = _double(chats / "student")(blocks[:, :-1]).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten(), reduction="none")
+    found = zygote.run("tests.nemo.grid_jobs:evaluate", world, str(chats / "student.nemo"), prefix, str(tmp_path), grid)
+    assert found == pytest.approx([((losses * mask.flatten()).sum() / mask.sum()).item()] * world, rel=1e-6)
+    assert json.loads((tmp_path / "out.json").read_text())["tokens"] == mask.sum() < mask.numel() / 2
 
 
 def apart_by(found, expected) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.cli import main
+from nemo_minitron.errors import MinitronError
 from tests.nemo.grid_jobs import curve
 
 LOSSES = ("kd_loss", "lm_loss", "top1_agreement")
@@ -119,3 +121,19 @@ def test_bad_input_leaves_the_destination_untouched(name, case, models, tmp_path
     assert {p.name: p.read_text() for p in out.iterdir()} == {"out.nemo": "an earlier model", "file": "in the way"}
     assert (models / "model.nemo").read_bytes() == before
     assert (tmp_path / "exp").exists() == (case in LATE)
+
+
+def test_attention_of_transformer_engine_takes_no_documents():
+    """It is asked before any weight is read; with torch's attention, or over whole samples, all is well."""
+    from omegaconf import OmegaConf
+
+    from nemo_minitron.nemo.training import _check_attention
+
+    for engine, apart in ((True, True), (True, False), (False, True)):
+        job = OmegaConf.create({"transformer_engine": engine, "data": {"reset_attention_mask": apart}})
+        with (
+            pytest.raises(MinitronError, match=r"set model\.transformer_engine=false")
+            if engine and apart
+            else nullcontext()
+        ):
+            _check_attention(job)
