@@ -188,9 +188,7 @@ def _main(argv: list[str]) -> int:
         print(OmegaConf.to_yaml(cfg), end="")
         return 0
     if "cluster" in cfg:
-        from nemo_minitron.jobs import slurm
-
-        slurm.submit(arguments.command, cfg, arguments.overrides)
+        _submit(arguments, cfg)
         return 0
     from nemo_minitron.config.inputs import refuse_absent
 
@@ -205,6 +203,25 @@ def _main(argv: list[str]) -> int:
     except (Interrupted, KeyboardInterrupt):
         return _interrupted(f"; {how_to_go_on(arguments.command, cfg, started)}")
     return 0
+
+
+def _submit(arguments: Arguments, cfg: DictConfig) -> None:
+    """Hand a command to Slurm, and ``run`` stage by stage."""
+    assert arguments.command is not None
+    if arguments.command != "run":
+        from nemo_minitron.jobs import slurm
+
+        slurm.submit(arguments.command, cfg, arguments.overrides)
+        return
+    from omegaconf import OmegaConf
+
+    from nemo_minitron.config.check import instance
+    from nemo_minitron.config.compose import compose
+    from nemo_minitron.config.schema import COMMANDS
+    from nemo_minitron.recipe.submit import submit
+
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "cluster"])
+    submit(instance(COMMANDS["run"], plain), plain, cfg.cluster, compose)
 
 
 def _doctor_alone(overrides: Sequence[str], error: ImportError) -> None:

@@ -259,7 +259,8 @@ class RunConfig:
 
     Every stage is one of the other commands. `recipe.settings.KEY=…` changes what several of them share,
     `recipe.stages.NAME.config.KEY=…` one of them. What each ran with is left in RUN_DIR/.stages, the comparison of
-    teacher, pruned and distilled in RUN_DIR/metrics.json. `recipe=./FILE.yaml` is one of your own.
+    teacher, pruned and distilled in RUN_DIR/metrics.json. `recipe=./FILE.yaml` is one of your own. With +cluster=slurm
+    each stage that is to run becomes a job of its own, which waits for those whose outputs it reads.
     """
 
     recipe: Any = key(REQUIRED, "name of a recipe (conf/recipe/NAME.yaml); recipe.settings.KEY=… changes one")
@@ -302,6 +303,9 @@ COMMANDS: dict[str, type] = {
 
 COMPOSITE = ("search", "run")
 """Commands that run others: in one process themselves, the stages in as many as their configuration says."""
+
+SUBMITTED = tuple(command for command in COMMANDS if command != "search")
+"""Commands that take ``+cluster=slurm``; ``run`` submits its stages, each as a job of its own."""
 
 
 GROUPS = {"synthesize": "model", "prune": "prune", "run": "recipe"}

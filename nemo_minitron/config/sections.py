@@ -244,7 +244,7 @@ class Stage:
 
 @dataclass
 class Cluster:
-    """A Slurm job: every command but ``run`` takes it as ``+cluster=slurm cluster.KEY=…``."""
+    """A Slurm job: every command but ``search`` takes it as ``+cluster=slurm cluster.KEY=…``."""
 
     nodes: int | None = key(None, "machines; trainer.num_nodes when null")
     ntasks_per_node: int | None = key(None, "processes on each; trainer.devices when null")
@@ -265,6 +265,9 @@ class Cluster:
     python: str | None = key(None, "interpreter; this one when null, `python` in a container")
     folder: str = key("slurm", "where script, config, log and job number are written")
     dry_run: bool = key(False, "print the script and submit nothing")
+    stages: dict[str, Any] = known(
+        None, "of `run`: keys of the above for some stages or commands, {distill: {mem: 500G}}"
+    )
 
 
 @dataclass

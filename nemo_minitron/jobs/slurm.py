@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,7 @@ from nemo_minitron.files.staging import write_file
 _TIME = re.compile(r"(\d+-)?\d+:\d\d(:\d\d)?|\d+-\d+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SBATCH = ["sbatch", "--parsable"]
 
 
 def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str | None:
@@ -45,12 +47,9 @@ def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str 
     """
     options = cfg.cluster
     plain = _with_grid(command, cfg)
-    _check(options, command)
-    if not options.dry_run and shutil.which("sbatch") is None:
-        raise MinitronError(
-            "cluster: found no sbatch on this machine; submit from a login node of the cluster, or write the script "
-            "with cluster.dry_run=true"
-        )
+    if options.stages:
+        raise MinitronError(f"cluster.stages: `minitron {command}` has none; it is for `minitron run`")
+    check(options)
     removed = [text.partition("=")[0] for text in overrides if text.startswith("~") and not text.startswith("~cluster")]
     folder = Path(options.folder).absolute()
     script = _write(
@@ -63,13 +62,8 @@ def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str 
         print(script.read_text(), end="")
         print(f"minitron: wrote {script}; not submitted", file=sys.stderr)
         return None
-    sbatch = ["sbatch", "--parsable", str(script)]
-    done = subprocess.run(sbatch, capture_output=True, text=True, check=False)
-    number = done.stdout.strip().partition(";")[0]
-    if done.returncode or not number:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        raise MinitronError(f"sbatch refused {script}: {said[-1]}")
-    record = {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": sbatch}
+    number = sbatch(script)
+    record = {"job": number, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [*_SBATCH, str(script)]}
     write_file(script.with_suffix(".job"), json.dumps(record) + "\n")
     print(f"submitted job {number}: {script}; its output goes to {script.with_suffix('')}-{number}.out")
     return number
@@ -85,21 +79,74 @@ def render(command: str, cfg: DictConfig, options: DictConfig, config: Path, rem
     """
     nodes, tasks = _grid(cfg)
     gpus = tasks if options.gpus_per_node is None and "trainer" in cfg else options.gpus_per_node
-    here = Path.cwd()
+    job = Job(options.job_name or f"minitron-{command}", nodes, tasks, gpus or 0)
+    run = [command, f"--config-path={config.parent}", f"--config-name={config.name}", *removed]
+    step = Steps(options, [config.parent]).step(["nemo_minitron", *run])
+    return script_of(job, options, str(config.with_suffix("")), [step])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job asks for: ``gpus`` and ``tasks`` on each of ``nodes`` machines, ``cpus`` for each task."""
+
+    name: str
+    nodes: int = 1
+    tasks: int = 1
+    gpus: int = 0
+    cpus: int | None = None
+
+
+class Steps:
+    """Lines that start a Python module in a job, by srun, in the container if there is one.
+
+    Args:
+        options: the ``cluster`` section. folders: to mount beside the current one.
+    """
+
+    def __init__(self, options: DictConfig, folders: Sequence[Path]) -> None:
+        here = Path.cwd()
+        self._container: list[str] = []
+        if options.container_image:
+            mounts = dict.fromkeys([*(f"{folder}:{folder}" for folder in (here, *folders)), *options.container_mounts])
+            self._container += [f"--container-image={options.container_image}"]
+            self._container += [f"--container-mounts={','.join(mounts)}", f"--container-workdir={here}"]
+        self._arguments = list(options.srun_args)
+        self._python = options.python or ("python" if options.container_image else sys.executable)
+
+    def step(self, words: Sequence[str], *, alone: bool = False) -> str:
+        """Run ``python -m WORDS`` in all tasks of the job, or ``alone`` in one."""
+        one = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1"] if alone else []
+        srun = ["srun", "--kill-on-bad-exit=1", *one, *self._container, *self._arguments]
+        return f"{shlex.join(srun)} \\\n  {shlex.join([self._python, '-u', '-m', *words])}"
+
+
+def script_of(
+    job: Job, options: DictConfig, output: str, steps: Sequence[str], *, note: str = "", dependent: bool = False
+) -> str:
+    """The batch script of a job.
+
+    Args:
+        options: the ``cluster`` section.
+        output: path of the job's output, to which its number is added.
+        steps: shell lines, of :class:`Steps`.
+        note: a comment. dependent: the job is submitted with jobs that it waits for, and is cancelled with them.
+    """
     directives = {
-        "job-name": options.job_name or f"minitron-{command}",
-        "nodes": nodes,
-        "ntasks-per-node": tasks,
-        "gpus-per-node": gpus or None,
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": job.tasks,
+        "cpus-per-task": job.cpus,
+        "gpus-per-node": job.gpus or None,
         "partition": options.partition,
         "account": options.account,
         "time": options.time_limit,
         "mem": options.mem,
-        "dependency": options.dependency,
-        "chdir": here,
-        "output": f"{str(config.with_suffix('')).replace('%', '%%')}-%j.out",
+        "dependency": None if dependent else options.dependency,
+        "kill-on-invalid-dep": "yes" if dependent else None,
+        "chdir": Path.cwd(),
+        "output": f"{output.replace('%', '%%')}-%j.out",
     }
-    lines = ["#!/bin/bash"]
+    lines = ["#!/bin/bash", *([f"# {note}"] if note else [])]
     lines += [f"#SBATCH {shlex.quote(f'--{key}={value}')}" for key, value in directives.items() if value is not None]
     lines += ["#SBATCH --exclusive"] if options.exclusive else []
     lines += [f"#SBATCH {shlex.quote(argument)}" for argument in options.sbatch_args]
@@ -113,16 +160,22 @@ def render(command: str, cfg: DictConfig, options: DictConfig, config: Path, rem
         "export MASTER_PORT=$((15000 + SLURM_JOB_ID % 10000))",
         "",
     ]
-    srun = ["srun", "--kill-on-bad-exit=1"]
-    if options.container_image:
-        mounts = dict.fromkeys([f"{here}:{here}", f"{config.parent}:{config.parent}", *options.container_mounts])
-        srun += [f"--container-image={options.container_image}", f"--container-mounts={','.join(mounts)}"]
-        srun += [f"--container-workdir={here}"]
-    python = options.python or ("python" if options.container_image else sys.executable)
-    run = [python, "-u", "-m", "nemo_minitron", command, f"--config-path={config.parent}"]
-    run += [f"--config-name={config.name}", *removed]
-    lines += [f"{shlex.join([*srun, *options.srun_args])} \\", f"  {shlex.join(run)}"]
-    return "\n".join(lines) + "\n"
+    lines += ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over", ""] if job.cpus else []
+    return "\n".join([*lines, *steps]) + "\n"
+
+
+def sbatch(script: Path, *arguments: str) -> str:
+    """Hand a script to ``sbatch``; return the job's number.
+
+    Raises:
+        MinitronError: it refused, in its own words.
+    """
+    done = subprocess.run([*_SBATCH, *arguments, str(script)], capture_output=True, text=True, check=False)
+    number = done.stdout.strip().partition(";")[0]
+    if done.returncode or not number:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        raise MinitronError(f"sbatch refused {script}: {said[-1]}")
+    return number
 
 
 def _with_grid(command: str, cfg: DictConfig) -> DictConfig:
@@ -159,7 +212,12 @@ def _grid(cfg: DictConfig) -> tuple[int, int]:
     return grid[0], grid[1]
 
 
-def _check(options: DictConfig, command: str) -> None:
+def check(options: DictConfig) -> None:
+    """Refuse values of the ``cluster`` section that Slurm cannot take, and a machine without ``sbatch``.
+
+    Raises:
+        MinitronError: naming the key.
+    """
     for key in ("nodes", "ntasks_per_node"):
         if options[key] is not None and options[key] < 1:
             raise MinitronError(f"cluster.{key}: expected at least 1, found {options[key]}")
@@ -182,10 +240,15 @@ def _check(options: DictConfig, command: str) -> None:
     for argument in (*options.sbatch_args, *options.srun_args):
         if not argument.startswith("-"):
             raise MinitronError(f"cluster.sbatch_args, cluster.srun_args: expected options, found '{argument}'")
-    one_line = {str(key): options[key] for key in options if key not in ("setup", "env")}
+    one_line = {str(key): options[key] for key in options if key not in ("setup", "env", "stages")}
     for key, value in one_line.items():
         if any("\n" in str(part) for part in (value if OmegaConf.is_list(value) else [value])):
             raise MinitronError(f"cluster.{key}: expected one line, found a line break")
+    if not options.dry_run and shutil.which("sbatch") is None:
+        raise MinitronError(
+            "cluster: found no sbatch on this machine; submit from a login node of the cluster, or write the script "
+            "with cluster.dry_run=true"
+        )
 
 
 def _write(folder: Path, name: str, config: Callable[[Path], str], script: Callable[[Path], str]) -> Path:

@@ -45,12 +45,10 @@ def begin(stage: Stage, records: Records, say: Say, *, force: bool = False) -> T
     """
     fingerprint = records.fingerprint(stage)
     record = records.read(stage.name)
-    same = record.get("fingerprint") == fingerprint
-    done = same and record.get("state") == "done"
-    if done and not force and stage.outputs and records.outputs(stage) == record.get("outputs"):
+    if not force and _has_done(stage, records, fingerprint):
         say(f"up to date, skipped (took {duration(record['seconds'])})")
         return None
-    resume = same and not done and not force
+    resume = record.get("fingerprint") == fingerprint and record.get("state") != "done" and not force
     if stage.work is not None and not resume and stage.work.exists():
         shutil.rmtree(stage.work)  # checkpoints of another configuration must not be resumed
     resumed = bool(resume and record)
@@ -59,6 +57,21 @@ def begin(stage: Stage, records: Records, say: Say, *, force: bool = False) -> T
     records.write(stage.name, {"state": "started", "fingerprint": fingerprint, "began": turn.began, "resumed": resumed})
     write_file(records.folder / f"{stage.name}.yaml", OmegaConf.to_yaml(stage.config))
     return turn
+
+
+def is_done(stage: Stage, records: Records) -> bool:
+    """Whether ``stage`` is done and unchanged, so that it need not run.
+
+    Raises:
+        MinitronError: an input is absent.
+    """
+    return _has_done(stage, records, records.fingerprint(stage))
+
+
+def _has_done(stage: Stage, records: Records, fingerprint: str) -> bool:
+    record = records.read(stage.name)
+    done = record.get("state") == "done" and record.get("fingerprint") == fingerprint
+    return done and bool(stage.outputs) and records.outputs(stage) == record.get("outputs")
 
 
 def finish(turn: Turn, records: Records, say: Say, code: int, seconds: float, log: Path | None = None) -> None:

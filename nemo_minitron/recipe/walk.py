@@ -14,7 +14,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -47,10 +47,8 @@ def run(cfg: RunConfig, compose: Compose) -> None:
     """
     stages = load_stages(cfg, compose)
     walked = chosen(cfg, stages)
-    run_dir = Path(cfg.run_dir)
-    records = Records(run_dir / ".stages")
-    write_file(run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg.recipe)))
-    print(f"recipe {cfg.recipe['name']}: {len(walked)} stages in {run_dir}", flush=True)
+    records = open_records(cfg)
+    print(f"recipe {cfg.recipe['name']}: {len(walked)} stages in {Path(cfg.run_dir)}", flush=True)
     started = time.monotonic()
     reads, ran = readers(walked), set[str]()
     try:
@@ -60,11 +58,24 @@ def run(cfg: RunConfig, compose: Compose) -> None:
                 ran.add(stage.name)
     finally:
         forget()
-    report(cfg.recipe.get("roles") or {}, stages, run_dir)
+    conclude(cfg, stages)
+    print(f"recipe {cfg.recipe['name']}: done in {duration(time.monotonic() - started)}", flush=True)
+
+
+def open_records(cfg: RunConfig) -> Records:
+    """The records of a run, and ``recipe.yaml`` beside them as it is now."""
+    run_dir = Path(cfg.run_dir)
+    records = Records(run_dir / ".stages")
+    write_file(run_dir / "recipe.yaml", OmegaConf.to_yaml(OmegaConf.create(cfg.recipe)))
+    return records
+
+
+def conclude(cfg: RunConfig, stages: Mapping[str, Stage]) -> None:
+    """Compare the models that there are by now, and say where the report is."""
+    report(cfg.recipe.get("roles") or {}, stages, Path(cfg.run_dir))
     for stage in stages.values():
         if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
             print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
-    print(f"recipe {cfg.recipe['name']}: done in {duration(time.monotonic() - started)}", flush=True)
 
 
 def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False, quiet: bool = False) -> bool:

@@ -14,38 +14,9 @@ from omegaconf import OmegaConf
 from nemo_minitron import cli
 from nemo_minitron.config.compose import CONF_DIR, Source, compose
 from nemo_minitron.config.sections import Cluster
+from tests.jobs.slurm import Slurm
 
 EVALUATE = ["evaluate", "model.restore_from_path=a.nemo", "evaluate.data_prefix=d", "output_path=o.json"]
-RECORD = """\
-#!{python}
-import json, os, sys
-with open({log!r}, "a") as log:
-    names = ("MASTER_ADDR", "MASTER_PORT", "GREETING")
-    env = {{name: os.environ.get(name) for name in names}}
-    log.write(json.dumps({{"argv": [{name!r}, *sys.argv[1:]], "env": env}}) + "\\n")
-{then}
-"""
-
-
-class Slurm:
-    """Stand-ins for Slurm's programs on PATH, which note what they were called with."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "calls"
-        folder.mkdir()
-        self.install("sbatch", "print('4217;main')")
-        self.install("scontrol", "print('node07\\nnode08')")
-        self.install("srun", "")
-
-    def install(self, name: str, then: str) -> None:
-        path = self.folder / name
-        path.write_text(RECORD.format(python=sys.executable, log=str(self.log), name=name, then=then))
-        path.chmod(0o755)
-
-    def calls(self, name: str) -> list[dict]:
-        if not self.log.exists():
-            return []
-        return [call for call in map(json.loads, self.log.read_text().splitlines()) if call["argv"][0] == name]
 
 
 @pytest.fixture
@@ -225,9 +196,14 @@ def test_commands_of_one_process_refuse_a_grid(slurm, capsys):
 
 
 @pytest.mark.parametrize("override", ["+cluster=slurm", "cluster.nodes=2"])
-def test_run_is_not_submitted(slurm, capsys, override):
-    assert cli.main(["run", "recipe=tiny", override]) == 2
+def test_search_is_not_submitted(slurm, capsys, override):
+    assert cli.main(["search", "scores=a", "output_path=b", override]) == 2
     assert "inside an allocation" in capsys.readouterr().err
+
+
+def test_stages_are_for_runs(slurm, home, capsys):
+    assert cli.main([*EVALUATE, "+cluster=slurm", "cluster.stages={distill: {mem: 1G}}"]) == 2
+    assert "cluster.stages: `minitron evaluate` has none" in capsys.readouterr().err and not (home / "slurm").exists()
 
 
 def test_nor_is_a_stage_of_a_recipe(slurm, capsys):
