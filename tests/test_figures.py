@@ -146,6 +146,20 @@ def distillation_costs() -> Iterator[str]:
     yield f"with more memory, {gpu['roomy_seconds'] / liger:.2f}"
 
 
+def teacher_caches() -> Iterator[str]:
+    rows = load("teacher_cache_smollm2_135m")["rows"]
+    for what, name in (
+        ("12 likeliest (`topk`)", "topk:12"),
+        ("64 likeliest", "topk:64"),
+        ("12 drawn with replacement", "replaced:12"),
+        ("12 drawn (`sampled_kl`)", "sampled_kl:12"),
+        ("24 drawn", "sampled_kl:24"),
+    ):
+        errors = [f"{rows[name]['gradient'][str(count)]:.2f}" for count in (1, 64, 1024, 4096)]
+        yield f"| {what} | {rows[name]['bytes']} | {' | '.join(errors)} |"
+    yield f"12 tokens take {rows['sampled_kl:12']['bytes']} bytes a token"
+
+
 def llama_8b() -> Iterator[str]:
     yield from one_gpu_in_short()
     yield f"the latter in {load('quickstart_lr_h100')['recipe']['seconds'] / 60:.0f} minutes"
@@ -346,7 +360,7 @@ CLAIMS = {
     "docs/pruning.md": [pruning, peers, claims],
     "docs/quickstart.md": [quickstart, coder],
     "docs/recovery.md": [how_many_tokens],
-    "docs/running.md": [running, one_gpu, both_devices, distillation_costs],
+    "docs/running.md": [running, one_gpu, both_devices, teacher_caches, distillation_costs],
     "docs/search.md": [search_page],
 }
 OTHER = {
