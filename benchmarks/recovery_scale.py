@@ -65,9 +65,9 @@ class Cell:
     def key(self) -> str:
         return f"{self.target}|{self.arm}|{self.budget}|{self.seed}"
 
-    @property
-    def file(self) -> str:
-        return re.sub(r"[^\w.-]", "_", self.key) + ".pt"
+    def kept(self, work: Path) -> Path:
+        """Where it is put down."""
+        return work / "cells" / (re.sub(r"[^\w.-]", "_", self.key) + ".pt")
 
 
 class Deadline:
@@ -108,7 +108,7 @@ def run_cell(bench: Bench, teacher: Any, cell: Cell, arm: Arm, deadline: Deadlin
     settings = {**arm.settings(), **bench.facts, "steps": steps}
     student = load(bench.student(cell.target, arm.weights), device)
     learner = Learner(student, Mix(**arm.mix), betas=arm.betas, weight_decay=arm.weight_decay)
-    kept = bench.work / "cells" / cell.file
+    kept = cell.kept(bench.work)
     curve: list[dict[str, Any]] = []
     seconds = 0.0
     if kept.is_file():
@@ -143,9 +143,10 @@ def run_cell(bench: Bench, teacher: Any, cell: Cell, arm: Arm, deadline: Deadlin
             if deadline.save_is_due():
                 put_down()
     seconds += time.perf_counter() - begun
-    result = {"curve": curve, "loss": {kind: curve[-1][kind] for kind in KINDS}, "cloze": bench.cloze(student)}
-    kept.unlink(missing_ok=True)
-    return result | {
+    return {
+        "curve": curve,
+        "loss": {kind: curve[-1][kind] for kind in KINDS},
+        "cloze": bench.cloze(student),
         "parameters": sum(one.numel() for one in student.parameters()),
         "seconds": seconds,
         "settings": settings,
@@ -174,6 +175,20 @@ class Cells:
         if found.get("facts", self.facts) != self.facts:
             raise SystemExit(f"{self.path}: expected a table of {self.facts}, found {found['facts']}")
         self.content = {"facts": self.facts, "teacher": {}, "cells": {}} | found
+
+    def has(self, cell: Cell, arm: Arm) -> bool:
+        """Whether a cell is there.
+
+        Raises:
+            SystemExit: it is, but its arm was another one.
+        """
+        if cell.key not in self.content["cells"]:
+            return False
+        found = self.content["cells"][cell.key]["settings"]
+        for name, wanted in arm.settings().items():
+            if found[name] != wanted:
+                raise SystemExit(f"{self.path}: {cell.key} has {name}={found[name]}, not {wanted}; take another --json")
+        return True
 
     def add(self, part: str, values: Mapping[str, Any]) -> None:
         """Write a cell or what the teacher is, with what other runs have written meanwhile."""
@@ -211,7 +226,7 @@ def main(words: Sequence[str]) -> None:
     bench = Bench(given)
     table = Cells(given.json, bench.facts)
     asked = list(cells_of(given, list(arms), targets))
-    left = [cell for cell in asked if cell.key not in table.content["cells"]]
+    left = [cell for cell in asked if not table.has(cell, arms[cell.arm])]
     most = max(cell.budget for cell in asked)
     print(f"{len(left)} of {len(asked)} cells to run", flush=True)
     if most > (seen := len(bench.blocks) * given.length):
@@ -231,6 +246,7 @@ def main(words: Sequence[str]) -> None:
             print(f"stopped in {stopped}; the same command goes on", flush=True)
             break
         table.add("cells", {cell.key: {**vars(cell), **found, "commit": provenance()["commit"]}})
+        cell.kept(bench.work).unlink(missing_ok=True)
         print(f"{cell.key}: {found['loss']}, cloze {found['cloze']}, {found['seconds']:.0f} s", flush=True)
     if table.content["cells"]:
         report(table.content, given.json)

@@ -194,10 +194,17 @@ def recovery() -> Iterator[str]:
 
 def how_many_tokens() -> Iterator[str]:
     from recovery_curves import fit
-    from recovery_scale import arguments
+    from recovery_scale import ARMS, SEEDS_ABOVE, arguments
+
+    from nemo_minitron.distill.duration import RATES
 
     *some, most = arguments(["--json=-", "--show"]).budgets.split(",")
     yield f"on {', '.join(some)} and {most} million tokens"
+    millions = len(ARMS) * (2 * sum(map(float, some)) + float(most))
+    assert [float(one) * 1e6 <= SEEDS_ABOVE for one in (*some, most)] == [True] * len(some) + [False]
+    yield f"are {millions:.1f} million tokens"
+    slow, fast = next(rate for rate in RATES if rate.what.startswith("SmolLM2")).tokens_per_s
+    yield f"that is {millions * 1e6 / fast / 60:.0f} to {millions * 1e6 / slow / 60:.0f} minutes, without"
     found, rows = load("recovery_smollm2_135m"), {}
     tokens, shown = found["tokens"], ("ffn 1536→768", "hidden 576→448")
     assert shown == tuple(found["rows"])

@@ -198,6 +198,9 @@ def test_cells_are_kept_put_down_and_taken_up(inputs, tmp_path, monkeypatch, cap
     assert not list((inputs[1] / "work" / "cells").iterdir())
     with pytest.raises(SystemExit, match="expected a table of"):
         recovery_scale.main([*some, "--blocks=5"])
+    other = ["--arms=", "--arm=ours=resolved,model.optim.lr=3e-4"]
+    with pytest.raises(SystemExit, match=r"ours\|1024\|0 has lr=0.0001, not 0.0003; take another --json"):
+        recovery_scale.main([*some, *other])
 
 
 def test_small_budgets_come_first_and_large_ones_have_one_seed():
