@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from nemo_minitron.cli import main
 from nemo_minitron.data import encode
+from nemo_minitron.data.calibration import _from_prefixes
 from nemo_minitron.data.index import read_index
 from nemo_minitron.data.masks import mask_of, open_mask, prove_mask
 from nemo_minitron.data.preprocess import preprocess, read_facts
@@ -142,12 +143,12 @@ def test_the_command_says_what_counts(tokenizer, tmp_path, capsys):
     assert f"{counted} tokens (" in capsys.readouterr().out
 
 
-def damaged(tokenizer, folder: Path) -> Path:
+def written(tokenizer, folder: Path) -> Path:
     return made(write(folder / "a.jsonl", [{"messages": chat} for chat in CHATS]), folder / "a", tokenizer)
 
 
 def test_masks_that_do_not_go_with_their_tokens_are_refused(tokenizer, tmp_path):
-    prefix = damaged(tokenizer, tmp_path)
+    prefix = written(tokenizer, tmp_path)
     mask, facts = Path(f"{mask_of(prefix)}.bin"), Path(f"{prefix}.json")
     whole, said = mask.read_bytes(), facts.read_text()
     mask.write_bytes(b"\2" + whole[1:])
@@ -180,3 +181,10 @@ def test_masks_that_do_not_go_with_their_tokens_are_refused(tokenizer, tmp_path)
         Path(f"{mask_of(prefix)}{suffix}").write_bytes(Path(f"{mask_of(other)}{suffix}").read_bytes())
     with pytest.raises(MinitronError, match="expected a mask of the same documents"):
         open_mask(prefix)
+
+
+def test_calibration_takes_all_tokens_and_says_so(tokenizer, tmp_path, caplog):
+    prefix = written(tokenizer, tmp_path)
+    (blocks, _), stream = _from_prefixes([(str(prefix), 9)], 1, 16, 1000), open_tokens(prefix).tokens
+    assert blocks.shape == (9, 16) and set(blocks.flatten().tolist()) <= set(stream.tolist())
+    assert f"{prefix}: its mask is for losses; all of its tokens are calibrated on" in caplog.text
