@@ -37,6 +37,8 @@ from nemo_minitron.recipe.walk import open_records
 JOBS = ".jobs.json"
 """Beside the records of a run's stages: the jobs that were submitted last, by stage."""
 
+BY_HAND = "submit.sh"
+
 OF_A_STAGE = tuple(
     item.name
     for item in dataclasses.fields(Cluster)
@@ -63,7 +65,8 @@ def submit(cfg: RunConfig, plain: DictConfig, options: DictConfig, compose: Comp
     sizes = {stage.name: job_of(stage, per_stage[stage.name]) for stage in stages}
     records = open_records(cfg)
     _refuse_waiting(records, cfg.run_dir)
-    wanted = to_run(stages, records, force=cfg.force)
+    reads = readers(stages)
+    wanted = to_run(stages, reads, records, force=cfg.force)
     _tell_done(stages, wanted)
     if not wanted:
         print(f"recipe {cfg.recipe['name']}: all {len(stages)} stages are up to date, nothing to submit")
@@ -75,15 +78,15 @@ def submit(cfg: RunConfig, plain: DictConfig, options: DictConfig, compose: Comp
         files = {"run.yaml": config}
         for stage in (stage for stage in stages if stage.name in wanted):
             job = dataclasses.replace(sizes[stage.name], name=f"{name}-{stage.name}")
-            after = wanted[stage.name]
+            after = reads[stage.name]  # the same whatever is done by now
             files[f"{stage.name}.sh"] = _script(stage, job, per_stage[stage.name], folder, records.folder, after)
-        return files | {"submit.sh": by_hand(wanted, folder, options.dependency)}
+        return files | {BY_HAND: by_hand(wanted, folder, options.dependency)}
 
     folder = _write(Path(options.folder).absolute(), name, texts)
     if options.dry_run:
-        for file in (*(f"{stage}.sh" for stage in wanted), "submit.sh"):
+        for file in (*(f"{stage}.sh" for stage in wanted), BY_HAND):
             print(f"==> {folder / file}\n{(folder / file).read_text()}")
-        print(f"minitron: wrote {folder}; not submitted, bash {folder / 'submit.sh'} does", file=sys.stderr)
+        print(f"minitron: wrote {folder}; not submitted, bash {folder / BY_HAND} does", file=sys.stderr)
         return
     links = [Link(stage, folder / f"{stage}.sh", after) for stage, after in wanted.items()]
     path = records.folder / JOBS
@@ -91,14 +94,18 @@ def submit(cfg: RunConfig, plain: DictConfig, options: DictConfig, compose: Comp
     _tell(numbers, wanted, sizes, folder)
 
 
-def to_run(stages: list[Stage], records: Records, *, force: bool = False) -> dict[str, tuple[str, ...]]:
+def to_run(
+    stages: list[Stage], reads: Mapping[str, tuple[str, ...]], records: Records, *, force: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Stages that a run would not skip, or may not, since they read what one of these writes; each with the latter.
+
+    Args:
+        reads: as :func:`nemo_minitron.recipe.order.readers` gives it.
 
     Raises:
         MinitronError: an input that no stage writes is absent.
     """
     found: dict[str, tuple[str, ...]] = {}
-    reads = readers(stages)
     for stage in stages:
         after = tuple(name for name in reads[stage.name] if name in found)
         if force or after or not is_done(stage, records):
@@ -235,12 +242,13 @@ def _tell(
 
 
 def _write(place: Path, name: str, texts: Any) -> Path:
-    """Write what ``texts`` makes of a folder's path into it: ``NAME``, or ``NAME-2…`` where others' files are there."""
+    """Write what ``texts`` makes of a folder's path into it: ``NAME``, or ``NAME-2…`` where other jobs' scripts are."""
     for number in itertools.count(1):
         folder = place / (name if number == 1 else f"{name}-{number}")
         files = {folder / file: text for file, text in texts(folder).items()}
         try:
-            if any(path.exists() and path.read_text() != text for path, text in files.items()):
+            jobs = {path: text for path, text in files.items() if path.name != BY_HAND}
+            if any(path.exists() and path.read_text() != text for path, text in jobs.items()):
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             for path, text in files.items():

@@ -241,6 +241,7 @@ def test_what_is_done_is_not_submitted_again(slurm, home, capsys):
     (home / "run" / "b.json").unlink()
     assert submit() == 0
     assert jobs(slurm)[3:] == [["second"]] and "up to date, not submitted: first, third" in capsys.readouterr().out
+    assert [path.name for path in (home / "slurm").iterdir()] == ["minitron-demo"], "the scripts are the same"
     (home / "source").write_text("others")
     assert submit("stages=[first,second]") == 0
     assert jobs(slurm)[4:] == [["first"], ["--dependency=afterok:105", "second"]]
