@@ -100,7 +100,8 @@ def _value(record: dict, key: str) -> Text:
         if not isinstance(found, dict):
             raise _Bad(f"json_keys asks for '{key}', found {type(found).__name__} where '{name}' should be")
         if name not in found:
-            raise _Bad(f"json_keys asks for '{key}', found {sorted(found)}.{did_you_mean(name, found)}")
+            chat = "" if not isinstance(found.get("messages"), list) else " Conversations are json_keys=[messages]"
+            raise _Bad(f"json_keys asks for '{key}', found {sorted(found)}.{did_you_mean(name, found) or chat}")
         found = found[name]
     if isinstance(found, list):
         return conversation_of(found, key)

@@ -31,6 +31,7 @@ BAD = {
     '{"text": "torn': "expected one JSON object per line, found Unterminated string",
     '["a"]': "expected one JSON object per line, found a JSON list",
     "NaN": "expected one JSON object per line, found a JSON float",
+    '{"messages": [{"role": "user"}]}': "found ['messages']. Conversations are json_keys=[messages]",
     '{"text": NaN}': "key 'text' must hold text, or a list of messages, found float",
     '{"text": ["a", "b"]}': "text: expected a list of objects with role and content, found ['a', 'b']",
     '{"tex": "a"}': "json_keys asks for 'text', found ['tex']. Did you mean 'tex'?",
