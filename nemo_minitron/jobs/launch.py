@@ -43,7 +43,8 @@ def launch(processes: int, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells every failure three times
+    for part in ("", ".agent.server.api"):  # they tell every failure three times, and a signal in the midst of a line
+        logging.getLogger(f"torch.distributed.elastic{part}").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ[_REPORTING] = "1"
     sys.stdout.flush()

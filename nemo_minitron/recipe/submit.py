@@ -236,8 +236,8 @@ def _tell(
         after = f"after {', '.join(numbers[other] for other in wanted[name])}" if wanted[name] else ""
         print(f"job {number:<{widths[0]}}  {name:<{widths[1]}}  {size:<22}  {after}".rstrip())
     print(
-        f"submitted {len(numbers)} jobs, scripts and output in {folder}; "
-        f"all are cancelled by: scancel {' '.join(numbers.values())}"
+        f"submitted {len(numbers)} job{'s' * (len(numbers) > 1)}, scripts and output in {folder}; "
+        f"to cancel: scancel {' '.join(numbers.values())}"
     )
 
 

@@ -211,7 +211,7 @@ def test_jobs_wait_for_what_they_read(slurm, home, capsys):
     assert out[1].split() == ["job", "102", "second", "2", "processes,", "2", "GPUs", "after", "101"]
     assert out[0].split() == ["job", "101", "first", "1", "process,", "no", "GPU"]
     folder = home / "slurm" / "minitron-demo"
-    assert out[3] == f"submitted 3 jobs, scripts and output in {folder}; all are cancelled by: scancel 101 102 103"
+    assert out[3] == f"submitted 3 jobs, scripts and output in {folder}; to cancel: scancel 101 102 103"
     assert json.loads((home / "run" / ".stages" / JOBS).read_text()) == {
         "first": "101",
         "second": "102",
