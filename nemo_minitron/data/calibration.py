@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from nemo_minitron.data.masks import mask_of
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
-
-log = logging.getLogger(__name__)
+from nemo_minitron.jobs.processes import notice
 
 
 def block_length(calibration: Calibration, reader: NemoReader) -> int:
@@ -96,7 +94,7 @@ def _from_prefixes(parts: Iterable[tuple[str, int]], seed: int, length: int, voc
     facts: list[tuple[str, int]] = []
     for prefix, count in parts:
         if mask_of(prefix) is not None:
-            log.warning("%s: its mask is for losses; all of its tokens are calibrated on", prefix)
+            notice(f"{prefix}: its mask is for losses; all of its tokens are calibrated on")
         drawn = token_blocks(prefix, length, num_samples=count, seed=seed, vocab_size=vocab_size)
         blocks.append(drawn[:, :-1])  # the last token is only a label
         facts.append((data_fingerprint(prefix), count))

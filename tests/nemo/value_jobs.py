@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def observed(command: str, keys: list[str], folder: str) -> dict[str, Any]:
         seen["refused"] = str(error)
     finally:
         MinitronGPTModel.fwd_bwd_step, training.load_model = ours, load
+    if "wandb" in sys.modules:  # a rank just exits: W&B's own process would end with it before it has written
+        sys.modules["wandb"].teardown()
     seen["files"] = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
     tables = list(Path(folder).rglob("csv/metrics.csv"))
     seen["logged"] = sorted(csv.DictReader(tables[0].open()).fieldnames or []) if tables else []

@@ -353,5 +353,5 @@ def test_a_failed_stage_is_named_with_its_last_words(source, tmp_path, stages, m
 
 
 def test_a_search_is_not_submitted_to_a_cluster(source):
-    with pytest.raises(MinitronError, match="`minitron search` is not submitted itself"):
+    with pytest.raises(MinitronError, match="`minitron search` is not submitted: what it runs depends on"):
         compose("search", ["scores=a", "output_path=b", "+cluster=slurm"])
