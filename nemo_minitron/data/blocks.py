@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import check_range, data_fingerprint, open_tokens, token_files
 from nemo_minitron.errors import MinitronError, did_you_mean
-
-log = logging.getLogger(__name__)
+from nemo_minitron.jobs.processes import notice
 
 SPLITS = ("train", "validation", "test")
 
@@ -225,7 +223,7 @@ def text_blocks(
             on_bad_record=on_bad_record,
         )[0]
         if skipped := read_facts(prefix).get("skipped", {}).get("records"):
-            log.warning("%s: %d bad records skipped (on_bad_record=skip)", source, skipped)
+            notice(f"{source}: {skipped} bad records skipped (on_bad_record=skip)")
         try:
             blocks = token_blocks(
                 prefix, seq_length, num_samples=num_samples, seed=seed, shuffle=shuffle, vocab_size=vocab_size

@@ -5,7 +5,6 @@ Nothing in a folder is run, and nothing outside of it is asked for.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,8 +16,7 @@ from nemo_minitron.data.lines import regular_size
 from nemo_minitron.data.tables import SPLITS, saved_files
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.text import parse_plain_yaml
-
-log = logging.getLogger(__name__)
+from nemo_minitron.jobs.processes import notice
 
 _SPLIT_FILE = re.compile(
     rf"(?:wiki\.)?({'|'.join(SPLITS)})(?:-\d+-of-\d+(?:-\w+)?)?\.[a-z]+(?:\.gz|\.bz2|\.xz|\.zst)?", re.IGNORECASE
@@ -82,7 +80,7 @@ def _known(path: Path) -> list[Path]:
     for file in files:
         regular_size(file)
     if len(files) < len(every):
-        log.warning("input: %d files in '%s' have other extensions and are left out", len(every) - len(files), path)
+        notice(f"input: {len(every) - len(files)} files in '{path}' have other extensions and are left out")
     return files
 
 
