@@ -114,13 +114,13 @@ def _same_top(z: Tensor, teacher: Tensor | TopK | Sampled, shard: Shard) -> Tens
     may stand for it, which hardly ever agrees.
     """
     width = z.shape[1]
+    if isinstance(teacher, Tensor):
+        return (z + teacher).amax(-1).eq(0).to(z.dtype) if width else z.new_zeros(z.shape[0])
+    first = teacher.tokens[:, :1]
     if isinstance(teacher, Sampled):
         first = teacher.tokens.gather(-1, teacher.log_probs.argmax(-1, keepdim=True))
-        teacher = TopK(teacher.log_probs, first, teacher.log_weights)
-    if isinstance(teacher, TopK):
-        best, here = shard.columns(teacher.tokens[:, :1], width)
-        return (gather(z, best, here).eq(0) & here).squeeze(-1).to(z.dtype)
-    return (z + teacher).amax(-1).eq(0).to(z.dtype) if width else z.new_zeros(z.shape[0])
+    best, here = shard.columns(first, width)
+    return (gather(z, best, here).eq(0) & here).squeeze(-1).to(z.dtype)
 
 
 def _distance_slope_(z: Tensor, found: Divergence, mix: Mix, weights: Tensor) -> None:

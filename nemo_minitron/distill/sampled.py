@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
-from nemo_minitron.distill.shard import Shard, keep, top
+from nemo_minitron.distill.shard import Shard, keep, likeliest, top
 
 LEAST = -1e4
 """Logarithm that stands for a probability of 0: its weight is 0 as well, and the product must be."""
@@ -55,7 +55,8 @@ def teacher_samples(z: Tensor, k: int, temperature: float, uniform: Tensor, shar
     """
     z.sub_(parallel.all_reduce(top(z), shard.group, op="max").unsqueeze(-1)).div_(temperature).exp_()
     k = min(k, shard.vocab_size)
-    likely, index = _likeliest(z, k, shard)
+    likely, index = likeliest(z, k, shard)
+    likely = likely.double()
     column, ours = shard.columns(index, z.shape[1])
     (rest,) = shard.sums(_without(z, column, ours).sum(-1, dtype=torch.float64))
     # mass from the i-th of the likeliest on; summed from the small end, so that a small tail keeps its digits
@@ -76,21 +77,6 @@ def teacher_samples(z: Tensor, k: int, temperature: float, uniform: Tensor, shar
     each = (mass / (k - certain).clamp(min=1)).log().unsqueeze(-1) - log_total  # log 1/c
     log_probs = log_probs.clamp(min=LEAST)
     return Sampled(log_probs, tokens, torch.where(always, log_probs, each.clamp(min=LEAST)))
-
-
-def _likeliest(e: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
-    """The k largest of ``e [r, v]`` over all ranks, float64, the largest first, and their global ids ``[r, K]``."""
-    value, index = e.topk(min(k, e.shape[1]), dim=-1)
-    index = index + shard.start
-    if parallel.size(shard.group) > 1:
-        pad = (len(e), k - value.shape[1])
-        value = torch.cat([value, value.new_full(pad, -1.0)], -1)
-        index = torch.cat([index, index.new_full(pad, -1)], -1)
-        value = parallel.all_gather(value, shard.group, dim=-1)
-        index = parallel.all_gather(index, shard.group, dim=-1)
-        value, order = value.topk(k, dim=-1)
-        index = index.gather(-1, order)
-    return value.double(), index
 
 
 def _without(e: Tensor, column: Tensor, where: Tensor) -> Tensor:

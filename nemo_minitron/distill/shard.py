@@ -41,6 +41,22 @@ def top(z: Tensor) -> Tensor:
     return z.amax(-1) if z.shape[1] else z.new_full((z.shape[0],), -math.inf)
 
 
+def likeliest(z: Tensor, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """The k largest of ``z [r, v]`` over all ranks and their global ids, ``[r, k]`` each, the largest first; the same
+    on every rank. k is at most the vocabulary's size."""
+    value, index = z.topk(min(k, z.shape[1]), dim=-1)
+    index = index + shard.start
+    if parallel.size(shard.group) > 1:
+        pad = (len(z), k - value.shape[1])
+        value = torch.cat([value, value.new_full(pad, -math.inf)], -1)
+        index = torch.cat([index, index.new_full(pad, -1)], -1)
+        value = parallel.all_gather(value, shard.group, dim=-1)
+        index = parallel.all_gather(index, shard.group, dim=-1)
+        value, order = value.topk(k, dim=-1)
+        index = index.gather(-1, order)
+    return value, index
+
+
 def column_of(values: Tensor, like: Tensor) -> Tensor:
     """One value per token, ``[r]``, as a column ``[r, 1]`` in the dtype of ``like [r, v]``."""
     return values.to(like.dtype).unsqueeze(-1)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nemo_minitron import parallel
-from nemo_minitron.distill.shard import Shard, keep, top
+from nemo_minitron.distill.shard import Shard, keep, likeliest, top
 
 
 class TopK(NamedTuple):
@@ -40,18 +38,8 @@ def top_k_of(a: Tensor, k: int, shard: Shard) -> TopK:
     Args:
         a: ``[r, v]`` logits whose maximum over all ranks is 0; overwritten.
     """
-    rows, width = a.shape
-    k = min(k, shard.vocab_size)
-    value, index = a.topk(min(k, width), dim=-1)
-    if parallel.size(shard.group) > 1:
-        pad = k - value.shape[1]
-        value = torch.cat([value, value.new_full((rows, pad), -math.inf)], -1)
-        index = torch.cat([index + shard.start, index.new_full((rows, pad), -1)], -1)
-        value = parallel.all_gather(value, shard.group, dim=-1)
-        index = parallel.all_gather(index, shard.group, dim=-1)
-        value, order = value.topk(k, dim=-1)
-        index = index.gather(-1, order)
-    column, ours = shard.columns(index, width)
+    value, index = likeliest(a, min(k, shard.vocab_size), shard)
+    column, ours = shard.columns(index, a.shape[1])
     keep(a.exp_(), column, ~ours)
     (tail,) = shard.sums(a.sum(-1))
     value = value.double()
