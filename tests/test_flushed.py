@@ -112,7 +112,9 @@ def write_tokens(out, source):
 
 
 def write_job(out, source):
-    script = slurm._write(out, "job", config=lambda path: "a: 1\n", script=lambda path: "#!/bin/bash\n")
+    texts = {".yaml": "a: 1\n", ".sh": "#!/bin/bash\n"}
+    base = slurm.write_scripts(out, "job", lambda base: {Path(f"{base}{end}"): text for end, text in texts.items()})
+    script = Path(f"{base}.sh")
     return script, script.with_suffix(".yaml")
 
 

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +52,13 @@ def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str 
     check(options)
     removed = [text.partition("=")[0] for text in overrides if text.startswith("~") and not text.startswith("~cluster")]
     folder = Path(options.folder).absolute()
-    script = _write(
-        folder,
-        options.job_name or f"minitron-{command}",
-        config=lambda path: OmegaConf.to_yaml(plain),
-        script=lambda path: render(command, plain, options, path, removed),
-    )
+
+    def texts(base: Path) -> dict[Path, str]:
+        config = Path(f"{base}.yaml")
+        script = render(command, plain, options, config, removed)
+        return {config: OmegaConf.to_yaml(plain), Path(f"{base}.sh"): script}
+
+    script = Path(f"{write_scripts(folder, options.job_name or f'minitron-{command}', texts)}.sh")
     if options.dry_run:
         print(script.read_text(), end="")
         print(f"minitron: wrote {script}; not submitted", file=sys.stderr)
@@ -251,22 +252,32 @@ def check(options: DictConfig) -> None:
         )
 
 
-def _write(folder: Path, name: str, config: Callable[[Path], str], script: Callable[[Path], str]) -> Path:
-    """Write ``NAME.yaml`` and ``NAME.sh``, or ``NAME-2…`` where another job has the name; return the script.
+def write_scripts(
+    folder: Path, name: str, texts: Callable[[Path], Mapping[Path, str]], replaced: Collection[str] = ()
+) -> Path:
+    """Write scripts for jobs, or for those of ``NAME-2…`` where others have the name.
 
-    ``config`` and ``script`` make their texts from the path of the config.
+    Args:
+        texts: makes files with their texts from ``FOLDER/NAME``, on which their paths begin.
+        replaced: names of files that are written anew whatever they held.
+
+    Returns:
+        The ``FOLDER/NAME`` that was taken.
+
+    Raises:
+        MinitronError: the folder cannot be written.
     """
     for number in itertools.count(1):
-        base = name if number == 1 else f"{name}-{number}"
-        paths = [folder / f"{base}.yaml", folder / f"{base}.sh"]
-        texts = dict(zip(paths, (config(paths[0]), script(paths[0])), strict=True))
+        base = folder / (name if number == 1 else f"{name}-{number}")
+        files = texts(base)
         try:
-            if any(path.exists() and path.read_text() != text for path, text in texts.items()):
+            kept = {path: text for path, text in files.items() if path.name not in replaced}
+            if any(path.exists() and path.read_text() != text for path, text in kept.items()):
                 continue
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, text in texts.items():
+            for path, text in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_file(path, text)
         except OSError as error:
             raise MinitronError(f"cluster.folder: cannot write '{folder}': {error.strerror}") from None
         break
-    return paths[1]
+    return base

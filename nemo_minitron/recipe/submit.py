@@ -9,7 +9,6 @@ one of a grid has its processes started by srun, between two steps that decide, 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import re
 import shlex
@@ -25,7 +24,7 @@ from nemo_minitron.config.schema import COMPOSITE, RunConfig
 from nemo_minitron.config.sections import Cluster, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.staging import write_file
-from nemo_minitron.jobs.slurm import Job, Steps, check, script_of
+from nemo_minitron.jobs.slurm import Job, Steps, check, script_of, write_scripts
 from nemo_minitron.jobs.slurm_chain import Link, submit_chain, waiting
 from nemo_minitron.recipe.job import UP_TO_DATE
 from nemo_minitron.recipe.order import readers
@@ -74,15 +73,16 @@ def submit(cfg: RunConfig, plain: DictConfig, options: DictConfig, compose: Comp
     name = options.job_name or re.sub(r"[^A-Za-z0-9._-]", "-", f"minitron-{cfg.recipe['name']}")
     config = OmegaConf.to_yaml(plain)
 
-    def texts(folder: Path) -> dict[str, str]:
+    def texts(folder: Path) -> dict[Path, str]:
         files = {"run.yaml": config}
         for stage in (stage for stage in stages if stage.name in wanted):
             job = dataclasses.replace(sizes[stage.name], name=f"{name}-{stage.name}")
             after = reads[stage.name]  # the same whatever is done by now
             files[f"{stage.name}.sh"] = _script(stage, job, per_stage[stage.name], folder, records.folder, after)
-        return files | {BY_HAND: by_hand(wanted, folder, options.dependency)}
+        files[BY_HAND] = by_hand(wanted, folder, options.dependency)
+        return {folder / file: text for file, text in files.items()}
 
-    folder = _write(Path(options.folder).absolute(), name, texts)
+    folder = write_scripts(Path(options.folder).absolute(), name, texts, [BY_HAND])
     if options.dry_run:
         for file in (*(f"{stage}.sh" for stage in wanted), BY_HAND):
             print(f"==> {folder / file}\n{(folder / file).read_text()}")
@@ -239,21 +239,3 @@ def _tell(
         f"submitted {len(numbers)} job{'s' * (len(numbers) > 1)}, scripts and output in {folder}; "
         f"to cancel: scancel {' '.join(numbers.values())}"
     )
-
-
-def _write(place: Path, name: str, texts: Any) -> Path:
-    """Write what ``texts`` makes of a folder's path into it: ``NAME``, or ``NAME-2…`` where other jobs' scripts are."""
-    for number in itertools.count(1):
-        folder = place / (name if number == 1 else f"{name}-{number}")
-        files = {folder / file: text for file, text in texts(folder).items()}
-        try:
-            jobs = {path: text for path, text in files.items() if path.name != BY_HAND}
-            if any(path.exists() and path.read_text() != text for path, text in jobs.items()):
-                continue
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, text in files.items():
-                write_file(path, text)
-        except OSError as error:
-            raise MinitronError(f"cluster.folder: cannot write '{place}': {error.strerror}") from None
-        break
-    return folder

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 RECORD = """\
 #!{python}
@@ -47,3 +49,12 @@ class Slurm:
         if not self.log.exists():
             return []
         return [call for call in map(json.loads, self.log.read_text().splitlines()) if call["argv"][0] == name]
+
+
+def on_path(folder: Path, monkeypatch: Any, numbered: bool = True) -> Slurm:
+    """Programs in ``folder``, first on PATH; ``numbered``: as :meth:`Slurm.number_jobs`."""
+    fake = Slurm(folder)
+    if numbered:
+        fake.number_jobs()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return fake

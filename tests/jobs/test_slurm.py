@@ -14,16 +14,14 @@ from omegaconf import OmegaConf
 from nemo_minitron import cli
 from nemo_minitron.config.compose import CONF_DIR, Source, compose
 from nemo_minitron.config.sections import Cluster
-from tests.jobs.slurm import Slurm
+from tests.jobs.slurm import on_path
 
 EVALUATE = ["evaluate", "model.restore_from_path=a.nemo", "evaluate.data_prefix=d", "output_path=o.json"]
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    fake = Slurm(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
-    return fake
+    return on_path(tmp_path / "bin", monkeypatch, numbered=False)
 
 
 @pytest.fixture(autouse=True)

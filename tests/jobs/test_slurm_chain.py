@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.slurm_chain import Link, cancel, submit_chain, waiting
-from tests.jobs.slurm import Slurm
+from tests.jobs.slurm import Slurm, on_path
 
 LINKS = [
     Link("a", Path("a.sh")),
@@ -21,10 +20,7 @@ LINKS = [
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    fake = Slurm(tmp_path / "bin")
-    fake.number_jobs()
-    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
-    return fake
+    return on_path(tmp_path / "bin", monkeypatch)
 
 
 def submitted(slurm: Slurm) -> list[list[str]]:

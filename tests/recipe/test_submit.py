@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from nemo_minitron import cli
 from nemo_minitron.config.compose import Source, compose
 from nemo_minitron.recipe.submit import JOBS
-from tests.jobs.slurm import Slurm
+from tests.jobs.slurm import Slurm, on_path
 
 FILE = """
 name: demo
@@ -88,10 +88,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    fake = Slurm(tmp_path / "bin")
-    fake.number_jobs()
-    monkeypatch.setenv("PATH", f"{fake.folder}:{os.environ['PATH']}")
-    return fake
+    return on_path(tmp_path / "bin", monkeypatch)
 
 
 def submit(*words: str) -> int:
