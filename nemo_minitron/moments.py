@@ -284,6 +284,23 @@ def metric_root(metric: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def loss_shares(norms: Tensor, counted: Tensor) -> Tensor:
+    """Weight of each token's error where only some positions count in the loss: ``[…, s]`` → ``[…, s]`` float32.
+
+    An error e costs ``(g . e)^2``, g the loss's gradient there. Moments that are not weighted take g for alike at all
+    tokens. That holds of positions that count, which weigh 1; the others, a prompt's, weigh what the loss depends on
+    them beside these, ``|g|^2`` by its mean over those that count in the sample, at most 1. Behind the last one that
+    counts, and of a sample without any, that is 0.
+
+    Args:
+        norms: of the gradients g. counted: bool, of the same size.
+    """
+    squared = norms.float().square()
+    mean = squared.masked_fill(~counted, 0.0).sum(dim=-1, keepdim=True) / counted.sum(dim=-1, keepdim=True).clamp_min(1)
+    shares = (squared / mean.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+    return shares.masked_fill(counted, 1.0)
+
+
 def stream_weights(stream: Tensor) -> Tensor:
     """Weight of each token's error in a residual stream ``[…, H]`` → ``[…]``: the inverse mean square.
 

@@ -10,6 +10,7 @@ import torch
 from nemo_minitron.moments import (
     SingularMoments,
     elimination_order,
+    loss_shares,
     metric_root,
     quantum,
     ridge_solve,
@@ -156,3 +157,15 @@ def test_several_at_once_are_ranked_like_one_by_one_where_they_do_not_interact()
 def test_stream_weights_undo_the_scale_of_a_token():
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     torch.testing.assert_close(stream_weights(10 * x), stream_weights(x) / 100, check_dtype=False)
+
+
+def test_tokens_that_do_not_count_weigh_what_the_loss_depends_on_them():
+    norms = torch.tensor([[3.0, 1.0, 2.0, 4.0, 0.0], [0.0] * 5])
+    counted = torch.tensor([[False, True, False, True, False], [False] * 5])
+    expected = [[1.0, 1.0, 4.0 / 8.5, 1.0, 0.0], [0.0] * 5]  # 8.5 is the mean of 1 and 16, and less than 9
+    torch.testing.assert_close(loss_shares(norms, counted), torch.tensor(expected))
+    some = torch.tensor([[0.0, 0.0], [1e-12, 2e-12]])
+    assert torch.equal(loss_shares(some, torch.tensor([[True, True], [True, True]])), torch.ones(2, 2))
+    assert torch.equal(
+        loss_shares(torch.zeros(1, 3), torch.tensor([[False, True, False]])), torch.tensor([[0.0, 1, 0]])
+    )

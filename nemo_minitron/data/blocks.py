@@ -5,21 +5,37 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nemo_minitron.config.keys import SEED
 from nemo_minitron.config.sections import Calibration
-from nemo_minitron.data.masks import open_mask, prove_mask
+from nemo_minitron.data.masks import open_mask, prove_mask, with_masks
 from nemo_minitron.data.sources import Source
 from nemo_minitron.data.tokenizer import TokenizerSpec
-from nemo_minitron.data.tokens import check_range, data_fingerprint, open_tokens, token_files
+from nemo_minitron.data.tokens import TokenStream, check_range, data_fingerprint, open_tokens, token_files
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.jobs.processes import notice
 
 SPLITS = ("train", "validation", "test")
+
+
+class Drawn(NamedTuple):
+    """Samples to calibrate on.
+
+    Attributes:
+        tokens: ``[n, s]`` int64, unpadded, on the CPU.
+        counted: ``[n, s]`` bool: True at position t where token t + 1, which is predicted there, counts in a loss. Of
+            the last position that is the token behind the sample. Each row has a True before its last column, where
+            that is not the only one. None where all are True.
+        fingerprint: of the data that they come from, and of what counts in it.
+    """
+
+    tokens: torch.Tensor
+    counted: torch.Tensor | None
+    fingerprint: str
 
 
 def token_blocks(
@@ -49,19 +65,79 @@ def token_blocks(
     Raises:
         MinitronError: too few blocks, ids out of range (naming the document), missing or truncated files.
     """
+    stream, available, wanted = _open(prefix, seq_length, num_samples)
+    width = seq_length + 1
+    starts = _order(available, wanted, seed, shuffle) * width
+    return _checked_rows(stream, prefix, starts, width, vocab_size)
+
+
+def counted_blocks(
+    prefix: str | Path,
+    seq_length: int,
+    *,
+    num_samples: int | None = None,
+    seed: int = SEED,
+    shuffle: bool = True,
+    vocab_size: int | None = None,
+) -> Drawn:
+    """Inputs of :func:`token_blocks`, and which of their positions predict a token that counts.
+
+    Of a prefix with a mask, blocks in which no label counts are passed over, and those that follow in the same order
+    are taken in their place: the data are cut without regard to documents, and a long prompt may fill a whole block.
+
+    Args: as for :func:`token_blocks`.
+
+    Raises:
+        MinitronError: as :func:`token_blocks` and :func:`nemo_minitron.data.masks.prove_mask`; too few blocks with a
+            label that counts.
+    """
+    content, of_mask = data_fingerprint(prefix), prove_mask(prefix)
+    fingerprint = with_masks({str(prefix): content}, {str(prefix): of_mask})[str(prefix)]
+    mask = open_mask(prefix)
+    if mask is None:
+        blocks = token_blocks(
+            prefix, seq_length, num_samples=num_samples, seed=seed, shuffle=shuffle, vocab_size=vocab_size
+        )
+        return Drawn(blocks[:, :-1], None, fingerprint)  # the last token is only a label
+    stream, available, wanted = _open(prefix, seq_length, num_samples)
+    width, labels = seq_length + 1, slice(1, max(2, seq_length))
+    starts: list[int] = []
+    for start in (_order(available, available, seed, shuffle) * width).tolist():
+        if len(starts) == wanted:
+            break
+        if mask.tokens[start : start + width][labels].any():
+            starts.append(start)
+    if len(starts) < (1 if num_samples is None else wanted):
+        raise MinitronError(
+            f"{prefix}: asked for {wanted} blocks of {width} tokens (seq_length {seq_length} + 1) of which a label "
+            f"counts, available {len(starts)} (of {available} blocks)"
+        )
+    places = np.array(starts, dtype=np.int64)
+    blocks = _checked_rows(stream, prefix, places, width, vocab_size)
+    counted = torch.from_numpy(_rows(mask.tokens, places, width)[:, 1:]).bool()
+    return Drawn(blocks[:, :-1], None if counted.all() else counted, fingerprint)
+
+
+def _open(prefix: str | Path, seq_length: int, num_samples: int | None) -> tuple[TokenStream, int, int]:
+    """The tokens of a prefix, how many blocks they have, and how many are wanted."""
     for name, value in (("seq_length", seq_length), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise MinitronError(f"{name} must be at least 1, found {value}")
     stream = open_tokens(prefix)
-    width = seq_length + 1
-    available = len(stream.tokens) // width
+    available = len(stream.tokens) // (seq_length + 1)
     wanted = available if num_samples is None else num_samples
     if wanted > available or not available:
         raise MinitronError(
-            f"{prefix}: asked for {max(wanted, 1)} blocks of {width} tokens (seq_length {seq_length} + 1), "
+            f"{prefix}: asked for {max(wanted, 1)} blocks of {seq_length + 1} tokens (seq_length {seq_length} + 1), "
             f"available {available} ({len(stream.tokens)} tokens)"
         )
-    starts = _order(available, wanted, seed, shuffle) * width
+    return stream, available, wanted
+
+
+def _checked_rows(
+    stream: TokenStream, prefix: str | Path, starts: np.ndarray, width: int, vocab_size: int | None
+) -> torch.Tensor:
+    """int64 ``[n, width]`` tokens, a row from each of ``starts``, all of the vocabulary."""
     blocks = _rows(stream.tokens, starts, width)
     check_range(blocks, starts, stream, prefix, vocab_size)
     return torch.from_numpy(blocks)
@@ -204,10 +280,11 @@ def text_blocks(
     shuffle: bool = True,
     vocab_size: int | None = None,
     on_bad_record: str = Calibration.on_bad_record,
-) -> tuple[torch.Tensor, str]:
-    """Blocks as :func:`token_blocks` gives them, straight from text, and the :func:`data_fingerprint` of its tokens.
+) -> Drawn:
+    """What :func:`counted_blocks` gives, straight from text.
 
-    The tokens are those that :func:`preprocess` would write (``append_eod`` where there is an EOD); no file is kept.
+    The tokens are those that :func:`preprocess` would write (``append_eod`` where there is an EOD), and so is what
+    counts where ``text`` of a record is a list of messages; no file is kept.
     """
     from nemo_minitron.data.preprocess import preprocess, read_facts
 
@@ -225,9 +302,8 @@ def text_blocks(
         if skipped := read_facts(prefix).get("skipped", {}).get("records"):
             notice(f"{source}: {skipped} bad records skipped (on_bad_record=skip)")
         try:
-            blocks = token_blocks(
+            return counted_blocks(
                 prefix, seq_length, num_samples=num_samples, seed=seed, shuffle=shuffle, vocab_size=vocab_size
             )
         except MinitronError as error:  # said of the text, which the user knows, not of a temporary file
             raise MinitronError(str(error).replace(str(prefix), str(source))) from None
-        return blocks, data_fingerprint(prefix)

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.config.sections import Calibration
-from nemo_minitron.data.blocks import split_lists, text_blocks, token_blocks
-from nemo_minitron.data.masks import mask_of
+from nemo_minitron.data.blocks import Drawn, counted_blocks, split_lists, text_blocks
 from nemo_minitron.data.tokenizer import TokenizerSpec
-from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.jobs.processes import notice
 
 
 def block_length(calibration: Calibration, reader: NemoReader) -> int:
@@ -38,15 +34,13 @@ def block_length(calibration: Calibration, reader: NemoReader) -> int:
 
 def draw_blocks(
     calibration: Calibration, length: int, reader: NemoReader, tokenizer: Mapping[str, Any] | None = None
-) -> tuple[Tensor, str]:
+) -> Drawn:
     """Draw calibration blocks without replacement from the whole stream of each text.
+
+    Of conversations only blocks are drawn in which the assistant says something.
 
     Args:
         tokenizer: the run's ``model.tokenizer``, for text where the checkpoint carries none.
-
-    Returns:
-        Token ids ``[n, length]`` int64, unpadded, on the CPU, and the fingerprint of the data that they come from. All
-        tokens of a conversation are drawn from, whichever of them count in a loss.
 
     Raises:
         MinitronError: a setting that cannot be; missing or too little data; tokens that the model does not have.
@@ -89,23 +83,25 @@ def shares(calibration: Calibration) -> list[tuple[str, int]]:
     return [(prefix, count) for prefix, count in zip(prefixes, counts, strict=True) if count]
 
 
-def _from_prefixes(parts: Iterable[tuple[str, int]], seed: int, length: int, vocab_size: int) -> tuple[Tensor, str]:
-    blocks: list[Tensor] = []
+def _from_prefixes(parts: Iterable[tuple[str, int]], seed: int, length: int, vocab_size: int) -> Drawn:
+    found: list[Drawn] = []
     facts: list[tuple[str, int]] = []
     for prefix, count in parts:
-        if mask_of(prefix) is not None:
-            notice(f"{prefix}: its mask is for losses; all of its tokens are calibrated on")
-        drawn = token_blocks(prefix, length, num_samples=count, seed=seed, vocab_size=vocab_size)
-        blocks.append(drawn[:, :-1])  # the last token is only a label
-        facts.append((data_fingerprint(prefix), count))
-    if len(facts) == 1:
-        return blocks[0], facts[0][0]
-    return torch.cat(blocks), hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        found.append(counted_blocks(prefix, length, num_samples=count, seed=seed, vocab_size=vocab_size))
+        facts.append((found[-1].fingerprint, count))
+    if len(found) == 1:
+        return found[0]
+    counted = None
+    if any(one.counted is not None for one in found):
+        every = (torch.ones_like(one.tokens, dtype=torch.bool) if one.counted is None else one.counted for one in found)
+        counted = torch.cat(list(every))
+    tokens = torch.cat([one.tokens for one in found])
+    return Drawn(tokens, counted, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
 
 
 def _from_text(
     path: str, calibration: Calibration, length: int, reader: NemoReader, tokenizer: Mapping[str, Any] | None
-) -> tuple[Tensor, str]:
+) -> Drawn:
     if not Path(path).exists():
         raise MinitronError(f"calibration.path: no file or folder '{path}'")
     folder = choose(reader, tokenizer, "model.tokenizer")
@@ -114,7 +110,7 @@ def _from_text(
             f"calibration.path: '{reader.path}' carries no tokenizer; give one with model.tokenizer.type, or give "
             "calibration.data_prefix"
         )
-    drawn, fingerprint = text_blocks(
+    return text_blocks(
         path,
         TokenizerSpec("huggingface", str(folder), None, calibration.split_special_tokens),
         length,
@@ -123,4 +119,3 @@ def _from_text(
         seed=calibration.seed,
         vocab_size=reader.shape.vocab_size,
     )
-    return drawn[:, :-1], fingerprint

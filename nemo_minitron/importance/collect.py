@@ -12,6 +12,10 @@ hidden         outputs of the norms                     ``[s, b, H]``, or      n
 residual       layer inputs, last layer's output        as hidden              sum over TP (SP); joined over PP
 =============  =======================================  =====================  ================================
 
+Where only some tokens count in a loss, an activation counts where the token that it helps to predict does: at position
+t, where token t + 1 counts. All means are over such positions alone, those of cosines and second moments too, and a
+sample without any is none. Of a prompt is seen what attention brings to these positions.
+
 Hooks only reduce; collectives run after each forward pass, in the same order on every rank, so that they cannot
 cross Megatron's pipeline messages. Rows of layers on other stages are added over PP, samples over DP.
 """
@@ -100,7 +104,7 @@ def collect(
 
     Args:
         model: Megatron-Core ``GPTModel`` (this rank's shard and stage), or a module tree of the same names.
-        batches: token ids ``[b, s]`` int64 on the model's device, or pairs with a mask ``[b, s]``, True for tokens
+        batches: token ids ``[b, s]`` int64 on the model's device, or pairs with a mask ``[b, s]``, True for positions
             that count. Ranks of one TP x PP group see the same batches, data-parallel ranks their own share.
         shape: of the whole model.
         sequence_parallel: norms and residual stream hold this rank's slice of the sequence.
@@ -109,7 +113,7 @@ def collect(
 
     Returns:
         The arrays of :class:`nemo_minitron.importance.scores.Scores` by name, float64, full-size, the same on every
-        rank; and counts: ``samples`` and ``tokens`` of all data-parallel ranks.
+        rank; and counts: ``samples`` and ``tokens`` of all data-parallel ranks, those that count.
 
     Raises:
         MinitronError: no tokens, or a model without the modules named above.

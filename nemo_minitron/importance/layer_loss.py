@@ -24,7 +24,7 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import LayerReader, Rotary, read_head, read_layer, rms_norm
-from nemo_minitron.model.next_token import loss_sums
+from nemo_minitron.model.next_token import label_count, loss_sums, next_labels
 from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, stream_weights, two_pass_moments, with_ones
 
 Removed = frozenset[int]
@@ -54,6 +54,8 @@ class LayerLoss:
         stand_ins: ``[m, s]``, this process's samples to fit linear stand-ins of removed layers on; a map of H x H wants
             many more tokens than a loss does, and those of 2,048 tokens chose layers at 0.54 nats where those of 32,768
             chose at 0.32 (SmolLM2-135M, 6 of 30 layers). None: removed layers are passed by.
+        counted: ``[n, s]`` bool, the positions of ``tokens`` whose loss is counted; None: all.
+        weights: ``[L, m, s]``, of the tokens of ``stand_ins`` in each layer's fit; None: all alike.
         half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
         group: the processes that share the samples.
         progress: told after each layer of each set that is run, and of the fit.
@@ -65,6 +67,8 @@ class LayerLoss:
         tokens: Tensor,
         *,
         stand_ins: Tensor | None = None,
+        counted: Tensor | None = None,
+        weights: Tensor | None = None,
         half: bool = False,
         group: parallel.Group = None,
         progress: Callable[[int], None] = lambda layers: None,
@@ -74,9 +78,11 @@ class LayerLoss:
         self._autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=half)
         self._rotary = Rotary.of(self.shape, tokens.shape[1], tokens.device)
         self._table = reader.tensor(layout.EMBEDDING)
-        self._count = int(parallel.all_reduce(torch.tensor(tokens[:, 1:].numel(), device=tokens.device), group))
+        self._labels = next_labels(tokens, counted)
+        count = torch.tensor(label_count(tokens, counted), device=tokens.device)
+        self._count = int(parallel.all_reduce(count, group))
         self._known: dict[Removed, float] = {}
-        self._stand_ins = None if stand_ins is None else self._fit(stand_ins)
+        self._stand_ins = None if stand_ins is None else self._fit(stand_ins, weights)
 
     @torch.no_grad()
     def __call__(self, sets: Iterable[Removed]) -> list[float]:
@@ -88,14 +94,14 @@ class LayerLoss:
             sample_bytes = 4 * self.tokens.shape[1] * self.shape.hidden_size
             at_once = max(1, STREAM_BYTES // (sample_bytes * 2 * len(new)))
             with self._autocast:
-                for tokens in self.tokens.split(at_once):
-                    sums += self._losses(tokens, new)
+                for tokens, labels in zip(self.tokens.split(at_once), self._labels.split(at_once), strict=True):
+                    sums += self._losses(tokens, labels, new)
             sums = parallel.all_reduce(sums, self.group) / self._count
             self._known |= dict(zip(new, sums.tolist(), strict=True))
         return [self._known[removed] for removed in sets]
 
-    def _losses(self, tokens: Tensor, sets: Sequence[Removed]) -> Tensor:
-        """Summed losses of each set on some samples, ``[sets]`` float64."""
+    def _losses(self, tokens: Tensor, labels: Tensor, sets: Sequence[Removed]) -> Tensor:
+        """Summed losses of each set on some samples' ``labels [n, s-1]``, ``[sets]`` float64."""
         streams = {Removed(): self._embed(tokens)}
         for layer in range(self.shape.num_layers):
             weights = read_layer(self.reader, layer, tokens.device)
@@ -109,7 +115,7 @@ class LayerLoss:
                 self.progress(1)
             streams = following
         norm, head = read_head(self.reader, tokens.device)
-        return torch.stack([self._head(streams[removed], tokens, norm, head) for removed in sets])
+        return torch.stack([self._head(streams[removed], labels, norm, head) for removed in sets])
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._table[tokens.cpu()].to(tokens.device, torch.float32)
@@ -121,16 +127,17 @@ class LayerLoss:
         added = rms_norm(x, None, self.shape.layernorm_epsilon) @ weight.T
         return x + added if bias is None else x + added + bias
 
-    def _head(self, x: Tensor, tokens: Tensor, norm: Tensor, head: Tensor) -> Tensor:
+    def _head(self, x: Tensor, labels: Tensor, norm: Tensor, head: Tensor) -> Tensor:
         """Sum of the next-token losses of ``x [n, s, H]``, float64."""
         total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for sample, labels in zip(x, tokens[:, 1:], strict=True):
-            total += loss_sums(sample[:-1], labels, norm, head, self.shape.layernorm_epsilon)[0]
+        for sample, following in zip(x, labels, strict=True):
+            total += loss_sums(sample[:-1], following, norm, head, self.shape.layernorm_epsilon)[0]
         return total
 
     @torch.no_grad()
-    def _fit(self, tokens: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square.
+    def _fit(self, tokens: Tensor, given: Tensor | None = None) -> list[tuple[Tensor, Tensor | None]]:
+        """Stand-in of every layer, ``[H, H]`` float32, each token weighted by its stream's inverse mean square, times
+        what is ``given [L, m, s]``.
 
         Where linear layers that write to the stream have a bias, which re-solving uses, it has one too, ``[H]``.
         """
@@ -148,8 +155,11 @@ class LayerLoss:
                 with self._autocast:
                     after[sample_slice] = weights.forward(x[sample_slice], rotary)
 
-            def parts(sample: int, x: Tensor = x, after: Tensor = after) -> tuple[Tensor, Tensor, Tensor]:
+            def parts(
+                sample: int, x: Tensor = x, after: Tensor = after, layer: int = layer
+            ) -> tuple[Tensor, Tensor, Tensor]:
                 normed, added, weights = self._parts(x[sample], after[sample])
+                weights = weights if given is None else weights * given[layer, sample]
                 return with_ones(normed) if biased else normed, added, weights
 
             moment, cross = two_pass_moments(parts, len(x), (width + biased, width), device, self.group)

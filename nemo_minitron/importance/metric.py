@@ -12,7 +12,8 @@ is told these facts and asked for its ranking at the end. What there is to obser
 ``weight_gradients`` the same, and of every weight; :meth:`Observer.outside`       the same
 ===================  ============================================================  ================================
 
-The loss is the next-token loss, summed over the calibration tokens. Sharding: an observer never sees a shard.
+The loss is the next-token loss, summed over the calibration tokens; of conversations over those that the assistant
+says. Statistics are taken where these are predicted. Sharding: an observer never sees a shard.
 Statistics are joined over the grid; all else comes from a walk over whole layers, one at a time, in which each process
 of the job has its share of the samples (:mod:`nemo_minitron.importance.walk`). What an observer adds up over samples it
 must add over ``Job.group`` itself, by :func:`nemo_minitron.parallel.all_reduce`, in the same order on every process;
@@ -44,8 +45,8 @@ class Job:
 
     Attributes:
         shape: of the model. device: on which samples come.
-        tokens: calibration tokens of the walk, of all processes; predicted: those whose loss is counted, one less of
-            each sample.
+        tokens: calibration tokens, of all processes: of a walk all that pass, of statistics those that they are taken
+            at. predicted: those whose loss is counted; where all are, one less of each sample.
         group: the processes that share the samples; None for one alone.
     """
 
@@ -67,6 +68,8 @@ class SamplePass:
         entering, middle, leaving: residual stream ``[1, s, H]`` before the layer, after its attention, after its FFN.
         entering_gradient, middle_gradient, leaving_gradient: of the loss with respect to these; None where only
             activations are observed.
+        counted: ``[1, s]`` bool, at which positions the loss is counted of the token that follows
+            (:class:`nemo_minitron.data.blocks.Drawn`); None: at all.
     """
 
     layer: int
@@ -82,6 +85,7 @@ class SamplePass:
     entering_gradient: Tensor | None = None
     middle_gradient: Tensor | None = None
     leaving_gradient: Tensor | None = None
+    counted: Tensor | None = None
 
 
 @dataclass(frozen=True)

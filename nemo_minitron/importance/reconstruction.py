@@ -5,6 +5,9 @@ see that. Here a unit's worth is its place in a backward elimination (:func:`nem
 whose error is measured by the loss: the output metric is the Fisher information of the residual stream,
 ``G = E[g g^T]``, g the gradient of the next-token loss (its Kronecker form as in arXiv 1503.05671).
 
+Where only some tokens count in the loss, g is that loss's gradient, which weighs the outputs, and inputs are weighted
+by :func:`nemo_minitron.moments.loss_shares`: units that a prompt alone needs are worth what the answers need of it.
+
 All of it is observed on one walk through the layers, forward and backward (:mod:`nemo_minitron.importance.walk`).
 """
 
@@ -28,6 +31,7 @@ from nemo_minitron.moments import (
     TOKENS_AT_ONCE,
     around_mean,
     elimination_order,
+    loss_shares,
     metric_root,
     quantum,
     second_moment,
@@ -65,6 +69,7 @@ def measure(
     tokens: Tensor,
     metrics: Mapping[str, Metric],
     *,
+    counted: Tensor | None = None,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> tuple[dict[str, Ranking], Compensation | None]:
@@ -74,18 +79,19 @@ def measure(
         reader: the checkpoint; its layers are read twice.
         tokens: ``[n, s]`` int64, unpadded, this process's samples; forward and backward run on their device.
         metrics: by name; where :data:`RECONSTRUCTION` is one, what compensation needs is measured as well.
+        counted: ``[n, s]`` bool, the positions whose loss counts (:class:`nemo_minitron.data.blocks.Drawn`); None: all.
         group: the processes that share the samples; all get the same arrays, but for ``sensitivity``.
         progress: told after each layer, of 2L.
 
     Raises:
         MinitronError: a loss whose gradient is not finite.
     """
-    job = job_of(reader, tokens, group)
+    job = job_of(reader, tokens, group, counted)
     observers = {name: metric.start(job) for name, metric in metrics.items() if metric.observes != "statistics"}
     found = observers.get(RECONSTRUCTION)
     slopes = Sensitivity(job.shape, tokens) if found is not None else None
     observed = {observer: metrics[name].observes for name, observer in observers.items()}
-    walk(reader, tokens, job, observed | ({} if slopes is None else {slopes: "gradients"}), progress)
+    walk(reader, tokens, job, observed | ({} if slopes is None else {slopes: "gradients"}), progress, counted)
     rankings: dict[str, Ranking] = {name: as_arrays(observer) for name, observer in observers.items()}
     if not isinstance(found, Elimination) or slopes is None:
         return rankings, None
@@ -119,8 +125,8 @@ class Elimination(Observer):
         shape = self._job.shape
         fc2_input = with_ones(seen.fc2_input) if shape.mlp_bias else seen.fc2_input
         proj_input = with_ones(seen.proj_input) if shape.proj_bias else seen.proj_input
-        gathered.ffn.add(fc2_input * stream_weights(seen.leaving).sqrt()[..., None])
-        gathered.proj.add(proj_input * stream_weights(seen.middle).sqrt()[..., None])
+        gathered.ffn.add(fc2_input * _weights(seen.leaving, seen.leaving_gradient, seen.counted).sqrt()[..., None])
+        gathered.proj.add(proj_input * _weights(seen.middle, seen.middle_gradient, seen.counted).sqrt()[..., None])
         gathered.ffn_metric.add(seen.leaving_gradient)
         gathered.proj_metric.add(seen.middle_gradient)
         self.moment.sample(seen)
@@ -141,9 +147,17 @@ class Elimination(Observer):
         return self._ranks | {"hidden": self.moment.total().diagonal().copy()}
 
 
+def _weights(stream: Tensor, gradient: Tensor | None, counted: Tensor | None) -> Tensor:
+    """Weights ``[1, s]`` of the tokens of a stream ``[1, s, H]``, by its size and by the loss's share in it."""
+    if counted is None or gradient is None:
+        return stream_weights(stream)
+    return stream_weights(stream) * loss_shares(gradient.norm(dim=-1), counted)
+
+
 class StreamMoment(Observer):
-    """``sum x x^T / mean(x^2)`` over tokens of the residual streams after attention and FFN of every layer, and of the
-    embeddings, which count as ``EMBEDDING_SHARE`` of the others together; the same bits on every grid."""
+    """``sum w x x^T / mean(x^2)`` over tokens of the residual streams after attention and FFN of every layer, and of
+    the embeddings, which count as ``EMBEDDING_SHARE`` of the others together; the same bits on every grid. w is 1, or
+    where only some tokens count :func:`nemo_minitron.moments.loss_shares`."""
 
     def __init__(self, job: Job) -> None:
         shape = job.shape
@@ -154,14 +168,16 @@ class StreamMoment(Observer):
         self._quantum = quantum(bound, bound)
 
     def sample(self, seen: SamplePass) -> None:
-        self._add(seen.middle[0])
-        self._add(seen.leaving[0])
+        self._add(seen.middle, seen.middle_gradient, seen.counted)
+        self._add(seen.leaving, seen.leaving_gradient, seen.counted)
         if seen.layer == 0:
-            self._add(seen.entering[0], 2 * self._job.shape.num_layers * EMBEDDING_SHARE)
+            share = 2 * self._job.shape.num_layers * EMBEDDING_SHARE
+            self._add(seen.entering, seen.entering_gradient, seen.counted, share)
 
-    def _add(self, stream: Tensor, weight: float = 1.0) -> None:
-        """``[s, H]`` of one sample."""
-        second_moment(stream, stream, weight * stream_weights(stream), self._quantum, out=self._sum)
+    def _add(self, stream: Tensor, gradient: Tensor | None, counted: Tensor | None, weight: float = 1.0) -> None:
+        """``[1, s, H]`` of one sample."""
+        weights = weight * _weights(stream, gradient, counted)
+        second_moment(stream, stream, weights, self._quantum, out=self._sum)
 
     def total(self) -> np.ndarray:
         """``[H, H]`` float64, of all processes."""
@@ -184,13 +200,16 @@ class Sensitivity(Observer):
             self._norms[2 * seen.layer + half, seen.sample] = gradient[0].norm(dim=-1)
 
 
-def clipped(sensitivity: np.ndarray) -> np.ndarray:
+def clipped(sensitivity: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """``sensitivity [2L, n, s]`` of all samples with the largest thousandth of each row cut to what bounds it.
 
-    Gradients have a long tail; one token of a hundred times the mean would decide a regression.
+    Gradients have a long tail; one token of a hundred times the mean would decide a regression. Where only the
+    positions ``counted [n, s]`` count in the loss, the bound is that of their thousandth: beside many tokens on which
+    it hardly depends, all of them would be the largest.
     """
     flat = sensitivity.reshape(len(sensitivity), -1)
-    bound = np.quantile(flat, 0.999, axis=1).astype(sensitivity.dtype)
+    known = flat if counted is None else flat[:, counted.reshape(-1)]
+    bound = np.quantile(known, 0.999, axis=1).astype(sensitivity.dtype)
     return np.minimum(flat, bound[:, None]).reshape(sensitivity.shape)
 
 

@@ -86,6 +86,8 @@ class Scores:
         tokens: ``[n, s]`` int32, the calibration samples that gradients were taken on and compensation works with;
             sensitivity: ``[2L, n, s]`` float32, how much an error in the residual stream matters at each of them, after
             the attention and after the FFN of each layer. Both or neither.
+        counted: ``[n, s]`` bool, at which positions of ``tokens`` the loss was counted of the token that follows
+            (:class:`nemo_minitron.data.blocks.Drawn`); None where at all. Only beside ``tokens``.
 
     Raises:
         MinitronError: from the constructor, where an array has the wrong size or holds a NaN or infinity, a ranking has
@@ -107,6 +109,7 @@ class Scores:
     stream_moment: np.ndarray | None = None
     tokens: np.ndarray | None = None
     sensitivity: np.ndarray | None = None
+    counted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rankings", _checked_rankings(self.shape, self.rankings))
@@ -131,6 +134,8 @@ class Scores:
             weights = _checked("sensitivity", self.sensitivity, size_of_weights).astype(np.float32)
             weights.setflags(write=False)
             object.__setattr__(self, "sensitivity", weights)
+        if self.counted is not None:
+            object.__setattr__(self, "counted", _checked_counted(self.counted, self.tokens))
 
     @property
     def published(self) -> Ranking:
@@ -168,11 +173,14 @@ class Scores:
         return int(self.calibration.get("own_samples") or 0)
 
     def tokens_fingerprint(self) -> str | None:
-        """SHA-256 of ``tokens``; None without them."""
+        """SHA-256 of ``tokens``, and of ``counted`` where not all are; None without tokens."""
         if self.tokens is None:
             return None
         size = str(list(self.tokens.shape)).encode()
-        return hashlib.sha256(size + np.ascontiguousarray(self.tokens).astype("<i4").tobytes()).hexdigest()
+        digest = hashlib.sha256(size + np.ascontiguousarray(self.tokens).astype("<i4").tobytes())
+        if self.counted is not None:
+            digest.update(b"counted" + np.ascontiguousarray(self.counted).astype("i1").tobytes())
+        return digest.hexdigest()
 
     def fingerprint(self) -> str:
         """SHA-256 over arrays and metadata, independent of how they are stored.
@@ -222,7 +230,7 @@ class Scores:
         """
         folder = Path(folder)
         stored = StoredArrays(
-            self.rankings, self._statistics(), self.stream_moment, self.tokens, self.sensitivity
+            self.rankings, self._statistics(), self.stream_moment, self.tokens, self.sensitivity, self.counted
         ).by_name()
         np.savez(folder / NPZ, **stored)  # type: ignore[arg-type]
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint(), **self._metadata()}
@@ -260,6 +268,7 @@ class Scores:
                 stream_moment=arrays.stream_moment,
                 tokens=arrays.tokens,
                 sensitivity=arrays.sensitivity,
+                counted=arrays.counted,
                 **arrays.statistics,
             )
             fingerprint = scores.fingerprint()
@@ -303,6 +312,21 @@ def _checked_rankings(shape: ModelShape, rankings: Mapping[str, Ranking]) -> dic
         name: {axis: _checked(f"{name}/{axis}", rankings[name][axis], sizes[axis]) for axis in in_order(rankings[name])}
         for name in order
     }
+
+
+def _checked_counted(counted: np.ndarray, tokens: np.ndarray | None) -> np.ndarray | None:
+    """A read-only bool copy of the size of the tokens; None where all count."""
+    found, size = np.array(counted), None if tokens is None else tokens.shape
+    if found.shape != size or not np.isin(found, (0, 1)).all():
+        raise MinitronError(
+            f"scores: 'counted' must be 0 or 1 for each of the tokens {list(size or ())}, "
+            f"found size {list(found.shape)} with values up to {found.max(initial=0)}"
+        )
+    if not found[:, :-1].any():
+        raise MinitronError("scores: 'counted': expected tokens whose loss counts, found none")
+    found = found.astype(bool)
+    found.setflags(write=False)
+    return None if found.all() else found
 
 
 def _checked(name: str, array: np.ndarray | None, size: tuple[int, ...]) -> np.ndarray:

@@ -1,8 +1,11 @@
 """How scores lie in ``arrays.npz``: names and sizes of its arrays, read with every size checked before it is allocated.
 
 Format 2 has an array for every axis of every ranking, ``rankings/NAME/AXIS``, so that a reader takes rankings that it
-does not know. Format 1, of earlier versions, had the published ranking under the names of the axes and that by
-reconstruction under ``AXIS_rank``; it is still read. Statistics and tokens have the same names in both.
+does not know. Where the loss was counted of some tokens alone, as of conversations, ``counted [n, s]`` int8 lies beside
+``tokens``: 1 at each position whose next token counts, else 0.
+
+Format 1, of earlier versions, had the published ranking under the names of the axes and that by reconstruction under
+``AXIS_rank``; it is still read. Statistics and tokens have the same names in both.
 """
 
 from __future__ import annotations
@@ -62,6 +65,7 @@ class StoredArrays:
     stream_moment: np.ndarray | None
     tokens: np.ndarray | None
     sensitivity: np.ndarray | None
+    counted: np.ndarray | None = None
 
     def by_name(self) -> dict[str, np.ndarray]:
         """Names and arrays of the file, in format 2."""
@@ -70,7 +74,12 @@ class StoredArrays:
             for name, ranking in self.rankings.items()
             for axis, array in ranking.items()
         }
-        optional = {"stream_moment": self.stream_moment, "tokens": self.tokens, "sensitivity": self.sensitivity}
+        optional = {
+            "stream_moment": self.stream_moment,
+            "tokens": self.tokens,
+            "sensitivity": self.sensitivity,
+            "counted": None if self.counted is None else self.counted.astype("i1"),
+        }
         return found | dict(self.statistics) | {name: array for name, array in optional.items() if array is not None}
 
 
@@ -87,19 +96,21 @@ def read_arrays(arrays: ArrayFile, shape: ModelShape, version: str) -> StoredArr
         FORMAT_1: _rankings_1,
     }
     moment = (shape.hidden_size, shape.hidden_size)
-    tokens = sensitivity = None
+    tokens = sensitivity = counted = None
     if "tokens" in arrays.names:
         size = arrays.describe("tokens")[1]
         if math.prod(size) > _MOST_TOKENS:
             raise MinitronError(f"array 'tokens' must have at most {_MOST_TOKENS} values, found {list(size)}")
         tokens = _bounded(arrays, "tokens", size)
         sensitivity = _bounded(arrays, "sensitivity", (2 * shape.num_layers, *size))
+        counted = _bounded(arrays, "counted", size) if "counted" in arrays.names else None
     return StoredArrays(
         rankings=readers[version](arrays, shape),
         statistics={name: _bounded(arrays, name, size) for name, size in statistic_sizes(shape).items()},
         stream_moment=_bounded(arrays, "stream_moment", moment) if "stream_moment" in arrays.names else None,
         tokens=tokens,
         sensitivity=sensitivity,
+        counted=counted,
     )
 
 

@@ -34,6 +34,7 @@ def stream_collect(
     reader: LayerReader,
     tokens: Tensor,
     *,
+    counted: Tensor | None = None,
     aggregation: Aggregation | None = None,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
@@ -43,6 +44,7 @@ def stream_collect(
     Args:
         reader: the checkpoint; its layers are read once for every ``FILE_BYTES`` of streams.
         tokens: ``[n, s]`` int64, unpadded, this process's samples; all work is done on their device, in float32.
+        counted: ``[n, s]`` bool, the positions that count (:class:`nemo_minitron.data.blocks.Drawn`); None: all.
         group: the processes that share the samples; all get the same arrays.
         progress: told after each sample has passed a layer, of n * L.
 
@@ -57,11 +59,12 @@ def stream_collect(
     at_once = max(1, bound // (4 * (shape.num_layers + 1) * length * shape.hidden_size))
     totals: dict[str, Tensor] = {}
     with tensor_cores(device):
-        for some in tokens.split(at_once):
+        for number, some in enumerate(tokens.split(at_once)):
             with Streams(shape.num_layers, (length, len(some), shape.hidden_size), device, beside) as streams:
                 seen = Pass()
-                seen.unpadded = True
-                seen.mask = seen.part = torch.ones(length, len(some), dtype=torch.bool, device=device)
+                seen.unpadded = counted is None
+                every = torch.ones_like(some, dtype=torch.bool) if counted is None else counted.split(at_once)[number]
+                seen.mask = seen.part = every.t()
                 _carry(reader, some, rotary, streams, seen, progress)
                 add(totals, reduce(seen, shape, Groups(), False, aggregation))
     return finish(totals, shape, Groups(data=group), False, aggregation)
@@ -116,4 +119,5 @@ def _keep(seen: Pass, name: str, row: int, x: Tensor, sample: int, samples: int)
     """Reduce ``[1, s, C]`` over the sequence into its sample of ``seen``."""
     if row not in seen.sums[name]:
         seen.sums[name][row] = torch.zeros(3, samples, x.shape[-1], dtype=torch.float64, device=x.device)
-    seen.sums[name][row][:, sample] = sequence_sums(x.transpose(0, 1))[:, 0]
+    mask = None if seen.unpadded or seen.mask is None else seen.mask[:, sample : sample + 1]
+    seen.sums[name][row][:, sample] = sequence_sums(x.transpose(0, 1), mask)[:, 0]

@@ -12,7 +12,7 @@ as :mod:`nemo_minitron.model.next_token` bounds them. Weights' gradients take 12
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from nemo_minitron.importance.streams import Streams
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, LayerReader, Rotary, read_head, read_layer, rms_norm
 from nemo_minitron.model.layout import Parameter
-from nemo_minitron.model.next_token import HEAD_BYTES, loss_gradient
+from nemo_minitron.model.next_token import HEAD_BYTES, IGNORED, label_count, loss_gradient, next_labels
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.moments import tensor_cores
 
@@ -32,9 +32,10 @@ TABLE_BYTES = 256 << 20
 """Bounds the float64 gradient of embedding and output layer, which come some rows at a time."""
 
 
-def job_of(reader: LayerReader, tokens: Tensor, group: parallel.Group = None) -> Job:
-    """The measurement of ``tokens [n, s]`` of each process."""
-    counts = parallel.all_reduce(torch.tensor([tokens.numel(), tokens[:, 1:].numel()], device=tokens.device), group)
+def job_of(reader: LayerReader, tokens: Tensor, group: parallel.Group = None, counted: Tensor | None = None) -> Job:
+    """The measurement of ``tokens [n, s]`` of each process, and the positions ``counted [n, s]`` whose loss counts."""
+    mine = [tokens.numel(), label_count(tokens, counted)]
+    counts = parallel.all_reduce(torch.tensor(mine, device=tokens.device), group)
     return Job(reader.shape, tokens.device, int(counts[0]), int(counts[1]), group)
 
 
@@ -45,6 +46,7 @@ def walk(
     job: Job,
     observers: Mapping[Observer, Observes],
     progress: Callable[[int], None] = lambda layers: None,
+    counted: Tensor | None = None,
 ) -> None:
     """Tell observers what passes through each layer.
 
@@ -54,12 +56,14 @@ def walk(
         job: as :func:`job_of` made it of the same tokens.
         observers: with what each observes; ``statistics`` are not for here.
         progress: told after each layer, of 2L.
+        counted: ``[n, s]`` bool, the positions whose loss counts; None: all.
 
     Raises:
         MinitronError: a loss whose gradient is not finite.
     """
     shape, wanted = reader.shape, set(observers.values())
     rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
+    labels = next_labels(tokens, counted)
     of_weights = "weight_gradients" in wanted
     beside = workspace(shape, tokens, of_weights)
     with (
@@ -70,13 +74,13 @@ def walk(
     ):
         forward = _Forward(reader, tokens, rotary, streams)
         forward.run(progress)
-        gradient = None if wanted <= {"activations"} else _head_gradient(reader, streams[shape.num_layers], tokens)
+        gradient = None if wanted <= {"activations"} else _head_gradient(reader, streams[shape.num_layers], labels)
         if not of_weights:
             streams.drop(shape.num_layers)
         for number in reversed(range(shape.num_layers)):
             forward.again(number)
             layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, of_weights)
-            layer.run(streams[number], gradient, list(observers))
+            layer.run(streams[number], gradient, list(observers), counted)
             streams.drop(number)
             seen = LayerPass(number, layer.weights, layer.summed(job.group))
             for observer in observers:
@@ -86,7 +90,7 @@ def walk(
             progress(1)
         outside = [observer for observer, what in observers.items() if what == "weight_gradients"]
         if outside and gradient is not None:
-            _Tables(reader, tokens, streams[shape.num_layers], gradient, job.group).tell(outside)
+            _Tables(reader, tokens, labels, streams[shape.num_layers], gradient, job.group).tell(outside)
 
 
 def workspace(shape: ModelShape, tokens: Tensor, weight_gradients: bool = False) -> int:
@@ -137,15 +141,15 @@ class _Forward:
         self._streams.release()
 
 
-def _head_gradient(reader: LayerReader, final: Tensor, tokens: Tensor) -> Tensor:
-    """Gradient of the summed next-token loss with respect to the stream after the last layer, ``[n, s, H]`` on the
-    device of ``tokens``."""
+def _head_gradient(reader: LayerReader, final: Tensor, labels: Tensor) -> Tensor:
+    """Gradient of the summed loss of ``labels [n, s-1]`` with respect to the stream after the last layer, ``[n, s, H]``
+    on their device."""
     shape = reader.shape
-    norm, head = read_head(reader, tokens.device)
-    gradient = torch.zeros(final.shape, device=tokens.device)
-    for sample, labels in enumerate(tokens[:, 1:]):
-        x = final[sample, :-1].to(tokens.device)
-        gradient[sample, :-1] = loss_gradient(x, labels, norm, head, shape.layernorm_epsilon)
+    norm, head = read_head(reader, labels.device)
+    gradient = torch.zeros(final.shape, device=labels.device)
+    for sample, following in enumerate(labels):
+        x = final[sample, :-1].to(labels.device)
+        gradient[sample, :-1] = loss_gradient(x, following, norm, head, shape.layernorm_epsilon)
     if not torch.isfinite(gradient).all():
         raise MinitronError("importance: the gradient of the loss on the calibration tokens is not finite")
     return gradient
@@ -162,12 +166,15 @@ class _LayerWalk:
         self._run = Layer(weights.shape, self._leaves or weights.tensors)
         self._sums = {key: torch.zeros_like(leaf, dtype=torch.float64) for key, leaf in self._leaves.items()}
 
-    def run(self, x: Tensor, gradient: Tensor | None, observers: Sequence[Observer]) -> None:
+    def run(
+        self, x: Tensor, gradient: Tensor | None, observers: Sequence[Observer], counted: Tensor | None = None
+    ) -> None:
         """Take ``x [n, s, H]`` through the layer, and ``gradient [n, s, H]`` of what leaves it back to what enters, in
-        place."""
+        place; observers are told ``counted [n, s]`` too."""
         for sample in range(len(x)):
             sample_slice = slice(sample, sample + 1)
             seen = self._sample(sample, x[sample_slice], None if gradient is None else gradient[sample_slice])
+            seen = seen if counted is None else replace(seen, counted=counted[sample_slice])
             for observer in observers:
                 observer.sample(seen)
             if gradient is not None and seen.entering_gradient is not None:
@@ -219,16 +226,19 @@ class _LayerWalk:
 class _Tables:
     """Gradients of what lies outside of the layers, some rows of the tables at a time.
 
-    With ``p = softmax(logits) - onehot(label)`` the output layer's gradient is ``sum p h^T`` over tokens, h being the
-    normed stream ``x / rms(x) * g``; the final norm's is ``sum_v W_v * (sum p x / rms(x))_v``, of which each chunk of
-    rows v has a part. The embedding's rows get the gradient of the stream where their token stands.
+    With ``p = softmax(logits) - onehot(label)``, or 0 where the label does not count, the output layer's gradient is
+    ``sum p h^T`` over tokens, h being the normed stream ``x / rms(x) * g``; the final norm's is
+    ``sum_v W_v * (sum p x / rms(x))_v``, of which each chunk of rows v has a part. The embedding's rows get the
+    gradient of the stream where their token stands.
 
     Attributes:
+        labels: ``[n, s-1]``, as :func:`nemo_minitron.model.next_token.next_labels` gives them.
         final: ``[n, s, H]``, stream after the last layer. gradient: ``[n, s, H]``, of the stream before the first.
     """
 
     reader: LayerReader
     tokens: Tensor
+    labels: Tensor
     final: Tensor
     gradient: Tensor
     group: parallel.Group
@@ -269,9 +279,10 @@ class _Tables:
         total = torch.zeros_like(head, dtype=torch.float64)
         for sample, denominators in enumerate(log_sums):
             difference = (self._normed(sample, norm) @ head.T - denominators[:, None]).exp()
-            labels = self.tokens[sample, 1:] - rows.start
-            (here,) = ((labels >= 0) & (labels < len(head))).nonzero(as_tuple=True)
-            difference[here, labels[here]] -= 1
+            labels = self.labels[sample]
+            (here,) = ((labels >= rows.start) & (labels < rows.start + len(head))).nonzero(as_tuple=True)
+            difference[here, labels[here] - rows.start] -= 1
+            difference[labels == IGNORED] = 0
             total += difference.T @ self._normed(sample, None)
         return total
 

@@ -23,6 +23,22 @@ IGNORED = -100
 _PER_NAT = 2.0**20
 
 
+def next_labels(tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """The token that follows each position but the last, or ``IGNORED``: ``[…, s]`` → ``[…, s-1]`` int64.
+
+    Args:
+        counted: ``[…, s]`` bool, which positions predict a token that counts
+            (:class:`nemo_minitron.data.blocks.Drawn`); None: all.
+    """
+    labels = tokens[..., 1:]
+    return labels if counted is None else labels.masked_fill(~counted[..., :-1], IGNORED)
+
+
+def label_count(tokens: Tensor, counted: Tensor | None) -> int:
+    """How many of :func:`next_labels` count."""
+    return tokens[..., 1:].numel() if counted is None else int(counted[..., :-1].sum())
+
+
 def loss_sums(
     x: Tensor, labels: Tensor, norm: Tensor, head: Tensor, epsilon: float, scales: Sequence[float] = (1.0,)
 ) -> Tensor:

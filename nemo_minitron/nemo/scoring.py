@@ -15,6 +15,7 @@ from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid, Machines
 from nemo_minitron.config.sections import Calibration
+from nemo_minitron.data.blocks import Drawn
 from nemo_minitron.data.calibration import block_length, draw_blocks
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
@@ -29,6 +30,7 @@ from nemo_minitron.importance.measure import (
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
 from nemo_minitron.importance.scores_format import statistic_sizes
 from nemo_minitron.jobs.progress import progress_bar
+from nemo_minitron.model.next_token import label_count
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.model import MinitronGPTModel
@@ -64,17 +66,18 @@ def measure_and_save(
     staged = Staging(output, folder=True, replaceable=(JSON, NPZ)) if runtime.rank() == 0 else nullcontext()
     try:
         with staged as staging, NemoReader(source) as reader:
-            blocks, data = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
+            drawn = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
+            blocks, counted, data = drawn
             if stream:
                 _check_processes(blocks)
-                arrays, counts = collect_by_layer(reader, blocks)
+                arrays, counts = collect_by_layer(reader, blocks, counted)
             else:
                 _check_grid(calibration, blocks, Grid.of(model))
-                arrays, counts = collect_on_grid(source, blocks, calibration.micro_batch_size, model, trainer)
-            rankings = rank_by_statistics(reader.shape, arrays, counts, chosen)
-            kept, own, compensation = None, 0, None
+                arrays, counts = collect_on_grid(source, drawn, calibration.micro_batch_size, model, trainer)
+            rankings = rank_by_statistics(reader.shape, arrays, counts, chosen, label_count(blocks, counted))
+            kept, compensation = None, None
             if len(rankings) < len(chosen):
-                kept, own = kept_tokens(reader, blocks, calibration)
+                kept = kept_tokens(reader, blocks, calibration, counted)
                 by_walk, compensation = rank_by_walk(reader, kept, chosen)
                 rankings |= by_walk
             if not calibration.reconstruction:  # they were ranked on, and nothing is to be re-solved on them
@@ -83,10 +86,11 @@ def measure_and_save(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
                 data_fingerprint=data,
-                calibration={**_record(calibration, blocks, trainer, None if kept is None else own), **counts},
+                calibration={**_record(calibration, blocks, trainer, None if kept is None else kept.own), **counts},
                 rankings=rankings,
                 stream_moment=None if compensation is None else compensation.stream_moment,
-                tokens=None if kept is None else kept.numpy(),
+                tokens=None if kept is None else kept.tokens.numpy(),
+                counted=None if kept is None or kept.counted is None else kept.counted.numpy(),
                 sensitivity=None if compensation is None else compensation.sensitivity,
                 **{name: arrays[name] for name in statistic_sizes(reader.shape)},
             )
@@ -95,7 +99,8 @@ def measure_and_save(
     except OSError as error:
         raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
     if staging is not None:
-        print(f"importance: {counts['tokens']:,} tokens in {counts['samples']} samples -> {output}")
+        all_of_them = "" if counted is None else f" that count, of {blocks.numel():,},"
+        print(f"importance: {counts['tokens']:,} tokens{all_of_them} in {counts['samples']} samples -> {output}")
     return scores
 
 
@@ -112,18 +117,18 @@ def _record(calibration: Calibration, blocks: Tensor, trainer: Section, own: int
 
 
 def collect_on_grid(
-    source: Path, blocks: Tensor, micro_batch_size: int, model: Section, trainer: Section
+    source: Path, drawn: Drawn, micro_batch_size: int, model: Section, trainer: Section
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Build the model on this job's grid and :func:`collect` on ``blocks [n, s]``, shared out to the data ranks."""
+    """Build the model on this job's grid and :func:`collect` on what was drawn, shared out to the data ranks."""
     ranks = Grid.of(model).data_ranks(runtime.world_size())
     batches = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size * ranks}  # one for each rank
-    built = load_for_forward(source, {**model, **batches}, trainer, blocks.shape[1])
+    built = load_for_forward(source, {**model, **batches}, trainer, drawn.tokens.shape[1])
     from megatron.core import parallel_state
 
     (stage,) = built.get_model_module_list()
     return collect(
         stage,
-        micro_batches(blocks, micro_batch_size, "importance"),
+        _batches(drawn, micro_batch_size),
         built.shape,
         groups=Groups(
             parallel_state.get_tensor_model_parallel_group(),
@@ -133,6 +138,15 @@ def collect_on_grid(
         sequence_parallel=bool(stage.config.sequence_parallel),
         forward=lambda tokens: forward_micro_batch(stage, tokens, lambda logits: None),
     )
+
+
+def _batches(drawn: Drawn, size: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    """This data rank's micro-batches, with the positions that count where not all do."""
+    if drawn.counted is None:
+        yield from micro_batches(drawn.tokens, size, "importance")
+        return
+    for pair in micro_batches(torch.stack((drawn.tokens, drawn.counted.long()), dim=1), size, "importance"):
+        yield pair[:, 0].contiguous(), pair[:, 1].bool()
 
 
 def load_for_forward(source: Path, model: Section, trainer: Section, seq_length: int) -> MinitronGPTModel:

@@ -16,6 +16,7 @@ from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import rms_norm
 from nemo_minitron.model.layout import Parameter
+from nemo_minitron.model.next_token import label_count
 from nemo_minitron.moments import ridge_solve, ridge_solve_with_bias, two_pass_moments, with_ones
 from nemo_minitron.prune.cut import TensorReader, TensorWriter, kept, refuse_non_finite, rewrite
 from nemo_minitron.prune.plan import Compensation, Plan
@@ -33,7 +34,7 @@ class Frame:
     """A plan's source and student, and this process's calibration samples.
 
     Args:
-        reader, plan, tokens, sensitivity, stream_moment, writer, dtype, group: as
+        reader, plan, tokens, sensitivity, stream_moment, writer, dtype, group, counted: as
             :func:`nemo_minitron.prune.resolve.compensate` takes them.
         ridge: the plan's compensation.
         held_out: how many of the last samples nothing is solved on.
@@ -56,9 +57,11 @@ class Frame:
         ridge: Compensation,
         group: parallel.Group,
         held_out: int = 0,
+        counted: Tensor | None = None,
     ) -> None:
         self.reader, self.plan, self.writer = reader, plan, writer
         self.tokens, self.sensitivity = tokens, sensitivity.pow(ridge.weighting)
+        self.counted = counted
         self.dtype, self.ridge, self.group = dtype, ridge, group
         self.device, self.samples = tokens.device, range(len(tokens))
         self.solved = range(len(tokens) - held_out)
@@ -67,8 +70,9 @@ class Frame:
 
     @cached_property
     def token_count(self) -> int:
-        """Number of the job's tokens that are solved on; every process must ask at the same place."""
-        count = self.tokens[: len(self.solved)].numel()
+        """Number of the job's tokens that are solved on and count; every process must ask at the same place."""
+        solved = len(self.solved)
+        count = self.tokens[:solved].numel() if self.counted is None else int(self.counted[:solved].sum())
         return int(parallel.all_reduce(torch.tensor([count], device=self.device), self.group))
 
     def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:
@@ -126,7 +130,8 @@ class Frame:
         return self.basis.project(stream) if self.turned else stream[..., list(self.plan.hidden)]
 
     def next_tokens(self, student: Tensor, most: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """Choose positions whose next tokens are predicted, evenly spread over the job's solved samples.
+        """Choose positions whose next tokens are predicted, evenly spread over those of the job's solved samples that
+        count.
 
         Args:
             student: ``[n, s, k]``, a stream of this process's samples.
@@ -135,9 +140,14 @@ class Frame:
         Returns:
             By a sample's number: its stream there, ``[t, k]``, and the tokens that follow, ``[t]`` int64.
         """
-        positions = torch.tensor([self.tokens[: len(self.solved), 1:].numel()], device=self.device)
-        every = max(1, int(parallel.all_reduce(positions, self.group)) // most)
-        return lambda sample: (student[sample, :-1:every], self.tokens[sample, 1::every])
+        counted, solved = self.counted, len(self.solved)
+        count = label_count(self.tokens[:solved], None if counted is None else counted[:solved])
+        positions = parallel.all_reduce(torch.tensor([count], device=self.device), self.group)
+        every = max(1, int(positions) // most)
+        if counted is None:
+            return lambda sample: (student[sample, :-1:every], self.tokens[sample, 1::every])
+        places = [row.nonzero()[::every, 0] for row in counted[:solved, :-1]]
+        return lambda sample: (student[sample, places[sample]], self.tokens[sample, places[sample] + 1])
 
     def moments(self, parts: Parts, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
         """``sum w x x^T [inputs, inputs]`` and ``sum w x y^T [inputs, outputs]`` over the job's solved samples."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_minitron import parallel
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import Layer, Rotary
-from nemo_minitron.model.next_token import loss_sums
+from nemo_minitron.model.next_token import IGNORED, loss_sums, next_labels
 from nemo_minitron.prune.cut import rewrite
 from nemo_minitron.prune.frame import Frame
 from nemo_minitron.prune.measured import KINDS, Measured
@@ -33,6 +33,7 @@ class Guard:
         self.first = len(frame.solved)
         """Number of the first sample that is held back."""
         self.tokens = frame.tokens[self.first :]
+        self.labels = next_labels(self.tokens, None if frame.counted is None else frame.counted[self.first :])
         table = rewrite(self.plan, layout.EMBEDDING, None, embedding)
         self.cut = frame.rounded(table[self.tokens])
 
@@ -45,7 +46,7 @@ class Guard:
             self.cut[sample : sample + 1] = layer.forward(self.cut[sample : sample + 1], rotary)
 
     def measure(self, teacher: Tensor, student: Tensor, gain: Tensor, table: Tensor) -> dict[str, Measured]:
-        """What the three lose, by kind; the same bits on every process and grid.
+        """What the three lose on tokens that count, by kind; the same bits on every process and grid.
 
         Args:
             teacher: ``[n, s, H]`` and student: ``[n, s, k]`` float32, the streams of all samples after the last layer.
@@ -61,7 +62,9 @@ class Guard:
         )
         sums.append(self._sums(self.cut, cut_norm, cut[: source.vocab_size]))
         sums.append(self._sums(student[self.first :], gain, table))
-        counts = [(self.tokens.shape[1] - 1) * self.own.count(wrote) for wrote in (False, True)]
+        counts = [0, 0]
+        for labels, own in zip(self.labels, self.own, strict=True):
+            counts[int(own)] += int((labels != IGNORED).sum())
         mine = torch.cat([torch.tensor([counts], dtype=torch.float64, device=frame.device), torch.stack(sums)])
         totals = parallel.all_reduce(mine, frame.group).T.tolist()
         return {
@@ -73,6 +76,6 @@ class Guard:
     def _sums(self, stream: Tensor, norm: Tensor, table: Tensor) -> Tensor:
         """Summed losses of one model by kind, ``[2]``."""
         found = torch.zeros(2, dtype=torch.float64, device=stream.device)
-        for x, tokens, own in zip(stream, self.tokens, self.own, strict=True):
-            found[int(own)] += loss_sums(x[:-1], tokens[1:], norm, table, self.plan.source.layernorm_epsilon)[0]
+        for x, labels, own in zip(stream, self.labels, self.own, strict=True):
+            found[int(own)] += loss_sums(x[:-1], labels, norm, table, self.plan.source.layernorm_epsilon)[0]
         return found

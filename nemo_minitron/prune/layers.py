@@ -24,6 +24,7 @@ from nemo_minitron.importance.layer_loss import (
 )
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.jobs.progress import progress_bar
+from nemo_minitron.moments import loss_shares
 
 BY_LOSS: dict[str, Callable[[LayerLoss, int, int], list[Step]]] = {
     "leave_one_out": lambda losses, count, beam: leave_one_out(losses, count),
@@ -68,6 +69,8 @@ def layers_by_loss(
     """Loss of the whole model and without up to ``count`` layers, on about ``tokens`` tokens of the scores.
 
     Half of them the model wrote itself, where scores have such; stand-ins of removed layers are fitted on all tokens.
+    Where only some tokens count, the loss is theirs, and the others weigh in the fit what it depends on them
+    (:func:`nemo_minitron.moments.loss_shares`).
 
     Every process of the job takes part, each with its share of the samples; progress is shown.
 
@@ -79,7 +82,7 @@ def layers_by_loss(
     Raises:
         MinitronError: the scores hold no calibration tokens.
     """
-    if scores is None or scores.tokens is None:
+    if scores is None or scores.tokens is None or scores.sensitivity is None:
         raise MinitronError(
             f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
             "run `minitron importance calibration.reconstruction=true`"
@@ -92,11 +95,24 @@ def layers_by_loss(
     mine = slice(runtime.rank(), None, parallel.size(world))
     tried = _both_kinds(everything, scores.own_samples, samples)
     share, fitted = (part[mine].to(runtime.device()) for part in (tried, everything))
+    counted = weights = None
+    if scores.counted is not None:
+        counts = torch.tensor(scores.counted)
+        counted = _both_kinds(counts, scores.own_samples, samples)[mine].to(runtime.device())
+        after = torch.tensor(scores.sensitivity[1::2])[:, mine]  # of the stream that leaves each layer
+        weights = loss_shares(after, counts[mine].expand_as(after)).to(runtime.device())
     sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
     work = sets * reader.shape.num_layers
     with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
         losses = LayerLoss(
-            reader, share, stand_ins=fitted if stand_ins else None, half=half, group=world, progress=bar.update
+            reader,
+            share,
+            stand_ins=fitted if stand_ins else None,
+            counted=counted,
+            weights=weights,
+            half=half,
+            group=world,
+            progress=bar.update,
         )
         (whole,) = losses([Removed()])
         steps = BY_LOSS[selection](losses, count, beam)

@@ -51,6 +51,7 @@ def compensate(
     sensitivity: Tensor,
     writer: TensorWriter | None,
     *,
+    counted: Tensor | None = None,
     stream_moment: Tensor | None = None,
     held_out: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -65,6 +66,7 @@ def compensate(
         tokens: ``[n, s]`` int64, unpadded, this process's calibration samples; all work is done on their device.
         sensitivity: ``[2L, n, s]`` of these samples, as ``Scores.sensitivity``.
         writer: opened for ``plan.target``; None on processes that only contribute samples.
+        counted: ``[n, s]`` bool of these samples, as ``Scores.counted``; None, on all processes alike: all count.
         stream_moment: ``[H, H]`` of the scores, which a plan that turns the stream needs.
         held_out: ``[m]`` bool: nothing is solved on the last m samples, 0 or more, on which the student is compared
             with a cut one, and which of them the model wrote itself; None, on all processes alike: solve on all.
@@ -87,7 +89,8 @@ def compensate(
         raise ValueError("the plan asks for no compensation")
     with tensor_cores(tokens.device):
         count = 0 if held_out is None else len(held_out)
-        frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, plan.compensation, group, count)
+        ridge = plan.compensation
+        frame = Frame(reader, plan, tokens, sensitivity, stream_moment, writer, dtype, ridge, group, count, counted)
         return _Walk(frame, held_out).run(progress)
 
 

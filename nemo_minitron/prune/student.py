@@ -134,6 +134,7 @@ def _filled(reader: NemoReader, plan: Plan, writer: NemoWriter | None, scores: S
             torch.from_numpy(scores.tokens[order].astype("int64")).to(device),  # type: ignore[index]
             torch.tensor(scores.sensitivity)[:, order].to(device),
             writer,
+            counted=None if scores.counted is None else torch.tensor(scores.counted)[order].to(device),
             stream_moment=moment,
             held_out=own if held_out else None,
             dtype=reader.dtype,

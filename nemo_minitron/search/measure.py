@@ -277,6 +277,7 @@ def fewer_tokens(scores: Scores, tokens: int) -> Scores:
         calibration={**scores.calibration, **({"own_samples": own} if scores.own_samples else {})},
         tokens=scores.tokens[some],
         sensitivity=scores.sensitivity[:, some],
+        counted=None if scores.counted is None else scores.counted[some],
     )
 
 

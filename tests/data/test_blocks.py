@@ -11,7 +11,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_minitron.data.blocks import document_heads, split_lists, text_blocks, token_blocks
+from nemo_minitron.data.blocks import counted_blocks, document_heads, split_lists, text_blocks, token_blocks
+from nemo_minitron.data.masks import mask_prefix, prove_mask, with_masks
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.data.tokens import data_fingerprint
@@ -30,6 +31,17 @@ def write(prefix: Path, lengths=tuple(LENGTHS)) -> tuple[Path, np.ndarray]:
         builder.add_document(part, [len(part)])
     builder.finalize(f"{prefix}.idx")
     return prefix, stream
+
+
+def add_mask(prefix: Path, mask: np.ndarray, lengths=tuple(LENGTHS)) -> None:
+    """Which tokens count, beside what :func:`write` wrote."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{mask_prefix(prefix)}.bin", dtype=np.uint8)
+    for part in np.split(mask, np.cumsum(lengths)[:-1]):
+        builder.add_document(part, [len(part)])
+    builder.finalize(f"{mask_prefix(prefix)}.idx")
+    Path(f"{prefix}.json").write_text(json.dumps({"mask": {"name": mask_prefix(prefix).name}}))
 
 
 @pytest.fixture
@@ -117,8 +129,8 @@ def test_damaged_files(data, tmp_path):
 def test_text_blocks_equal_those_of_its_files(hf, jsonl, tmp_path):
     (prefix,) = preprocess(jsonl, tmp_path / "out", tokenizer_type=str(hf))
     spec = TokenizerSpec(type=str(hf))
-    blocks, fingerprint = text_blocks(jsonl, spec, 16, num_samples=5)
-    assert torch.equal(blocks, token_blocks(prefix, 16, num_samples=5))
+    blocks, counted, fingerprint = text_blocks(jsonl, spec, 16, num_samples=5)
+    assert torch.equal(blocks, token_blocks(prefix, 16, num_samples=5)[:, :-1]) and counted is None
     assert fingerprint == data_fingerprint(prefix)
     with pytest.raises(MinitronError, match=r"docs.jsonl: asked for 9999 blocks"):
         text_blocks(jsonl, spec, 16, num_samples=9999)
@@ -130,12 +142,46 @@ def test_text_blocks_take_what_preprocess_takes(hf, tmp_path, capsys):
     spec = TokenizerSpec(type=str(hf), split_special_tokens=True)
     with pytest.raises(MinitronError, match=r"a.jsonl:1: expected Unicode text"):
         text_blocks(text, spec, 16)
-    blocks, fingerprint = text_blocks(text, spec, 16, on_bad_record="skip")
+    blocks, _, fingerprint = text_blocks(text, spec, 16, on_bad_record="skip")
     assert "1 bad records skipped" in capsys.readouterr().err
     options = {"tokenizer_type": str(hf), "split_special_tokens": True, "on_bad_record": "skip"}
     (prefix,) = preprocess(text, tmp_path / "out", **options)
-    assert fingerprint == data_fingerprint(prefix) and torch.equal(blocks, token_blocks(prefix, 16))
-    assert fingerprint != text_blocks(text, TokenizerSpec(type=str(hf)), 16, on_bad_record="skip")[1]
+    assert fingerprint == data_fingerprint(prefix) and torch.equal(blocks, token_blocks(prefix, 16)[:, :-1])
+    assert fingerprint != text_blocks(text, TokenizerSpec(type=str(hf)), 16, on_bad_record="skip").fingerprint
+
+
+def test_blocks_without_a_label_that_counts_are_passed_over(data):
+    """Tokens are their places in the stream, so that they tell what the mask says of them."""
+    prefix, stream = data
+    mask = (stream % 11 == 3) | (stream % 17 == 4)
+    every = token_blocks(prefix, 4, seed=6)
+    counts = torch.from_numpy(mask)[every]
+    some = counts[:, 1:-1].any(1)  # the last token of a block is behind the sample
+    assert 3 < some.sum() < len(every) - 3 and (counts.any(1) & ~some).any()
+    plain = counted_blocks(prefix, 4, num_samples=3, seed=6)
+    assert torch.equal(plain.tokens, every[:3, :-1]) and plain.counted is None
+    assert plain.fingerprint == data_fingerprint(prefix)
+    add_mask(prefix, mask.astype(np.uint8))
+    found = counted_blocks(prefix, 4, num_samples=3, seed=6)
+    assert torch.equal(found.tokens, every[some][:3, :-1]) and not torch.equal(found.tokens, plain.tokens)
+    assert torch.equal(found.counted, counts[some][:3, 1:]) and found.counted.dtype == torch.bool
+    assert found.fingerprint == with_masks({"": data_fingerprint(prefix)}, {"": prove_mask(prefix)})[""]
+    assert found.fingerprint != plain.fingerprint
+    whole = counted_blocks(prefix, 4, seed=6)
+    assert torch.equal(whole.tokens, every[some][:, :-1])
+    message = rf"asked for {some.sum() + 1} blocks of 5 tokens .* a label counts, available {some.sum()} \(of 16"
+    with pytest.raises(MinitronError, match=message):
+        counted_blocks(prefix, 4, num_samples=int(some.sum()) + 1)
+    with pytest.raises(MinitronError, match=r"token \d+, out of range for the model.s vocabulary of 50"):
+        counted_blocks(prefix, 4, vocab_size=50)
+
+
+def test_a_mask_of_all_tokens_is_none(data):
+    prefix, stream = data
+    plain = counted_blocks(prefix, 4, num_samples=9)
+    add_mask(prefix, np.ones(len(stream), np.uint8))
+    found = counted_blocks(prefix, 4, num_samples=9)
+    assert torch.equal(found.tokens, plain.tokens) and found.counted is None
 
 
 def test_split_lists_accepts_each_form(data, tmp_path):

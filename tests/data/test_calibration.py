@@ -36,12 +36,13 @@ def reader(model):
 
 def test_the_same_is_drawn_from_text_as_from_its_tokens(model, reader):
     prefix = f"{model}/tokens_text_document"
-    tokens, data = draw_blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader)
+    tokens, counted, data = draw_blocks(Calibration(data_prefix=prefix, num_samples=5), 32, reader)
     from_text = draw_blocks(Calibration(path=f"{model}/text.txt", num_samples=5), 32, reader)
     assert torch.equal(tokens, token_blocks(prefix, 32, num_samples=5, seed=Calibration().seed)[:, :-1])
-    assert torch.equal(from_text[0], tokens) and from_text[1] == data == data_fingerprint(prefix)
-    mixed, both = draw_blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
+    assert torch.equal(from_text.tokens, tokens) and from_text.fingerprint == data == data_fingerprint(prefix)
+    mixed, counts, both = draw_blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
     assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
+    assert counted is from_text.counted is counts is None
 
 
 def test_weights_share_out_every_sample(model):

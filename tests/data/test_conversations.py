@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from nemo_minitron.cli import main
 from nemo_minitron.data import encode
+from nemo_minitron.data.blocks import counted_blocks, text_blocks, token_blocks
 from nemo_minitron.data.calibration import _from_prefixes
 from nemo_minitron.data.index import read_index
 from nemo_minitron.data.masks import mask_of, open_mask, prove_mask
 from nemo_minitron.data.preprocess import preprocess, read_facts
-from nemo_minitron.data.tokens import open_tokens
+from nemo_minitron.data.tokenizer import TokenizerSpec
+from nemo_minitron.data.tokens import data_fingerprint, open_tokens
 from nemo_minitron.errors import MinitronError
 from tests.data.chats import CHATML, TURNS, user_first, with_template
 
@@ -183,8 +187,31 @@ def test_masks_that_do_not_go_with_their_tokens_are_refused(tokenizer, tmp_path)
         open_mask(prefix)
 
 
-def test_calibration_takes_all_tokens_and_says_so(tokenizer, tmp_path, capsys):
-    prefix = written(tokenizer, tmp_path)
-    (blocks, _), stream = _from_prefixes([(str(prefix), 9)], 1, 16, 1000), open_tokens(prefix).tokens
-    assert blocks.shape == (9, 16) and set(blocks.flatten().tolist()) <= set(stream.tolist())
-    assert f"{prefix}: its mask is for losses; all of its tokens are calibrated on" in capsys.readouterr().err
+def test_calibration_knows_what_the_assistant_says(tokenizer, tmp_path, capsys):
+    prefix = str(written(tokenizer, tmp_path))
+    drawn = counted_blocks(prefix, 16, num_samples=9, seed=1)
+    text, mask = open_tokens(prefix).tokens, open_mask(prefix).tokens
+    rows = torch.from_numpy(text[: len(text) // 17 * 17].reshape(-1, 17).astype(np.int64))
+    counts = torch.from_numpy(mask[: rows.numel()].reshape(-1, 17)[:, 1:])
+    for sample, counted in zip(drawn.tokens, drawn.counted, strict=True):
+        places = (rows[:, :-1] == sample).all(1).nonzero()[:, 0]
+        assert any(torch.equal(counts[place].bool(), counted) for place in places)
+    assert 0 < drawn.counted.sum() < drawn.counted.numel() and drawn.counted[:, :-1].any(1).all()
+    assert not capsys.readouterr().err
+    plain = made(write(tmp_path / "b.jsonl", [{"messages": chat} for chat in CHATS]), tmp_path / "b", tokenizer,
+                 loss_on="all")  # fmt: skip
+    mixed = _from_prefixes([(str(plain), 3), (prefix, 9)], 1, 16, 1000)
+    assert torch.equal(mixed.tokens, torch.cat([token_blocks(plain, 16, num_samples=3, seed=1)[:, :-1], drawn.tokens]))
+    assert mixed.counted[:3].all() and torch.equal(mixed.counted[3:], drawn.counted)
+    content = json.dumps([(data_fingerprint(plain), 3), (drawn.fingerprint, 9)])
+    assert mixed.fingerprint == hashlib.sha256(content.encode()).hexdigest()
+    assert _from_prefixes([(str(plain), 3), (str(plain), 2)], 1, 16, 1000).counted is None
+
+
+def test_calibration_reads_conversations_under_text(tokenizer, tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"text": chat} for chat in CHATS])
+    (prefix,) = preprocess(source, tmp_path / "a", tokenizer_type=str(tokenizer))
+    found = text_blocks(source, TokenizerSpec(type=str(tokenizer)), 16, seed=2)
+    expected = counted_blocks(prefix, 16, seed=2)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.counted, expected.counted)
+    assert found.fingerprint == expected.fingerprint and found.counted.any() and not found.counted.all()

@@ -9,6 +9,30 @@ from torch import Tensor
 from tests.canonical import Memory, to_transformers
 
 
+def answers(samples: int, length: int) -> Tensor:
+    """Positions that count, bool ``[n, s]``: of the first sample all, of the others one to three stretches, of which
+    no one, of the second sample, reaches its end."""
+    counted = torch.zeros(samples, length, dtype=torch.bool)
+    counted[0] = True
+    for sample in range(1, samples):
+        for start in range(2 + sample % 5, length - 6, 11 + sample % 3):
+            counted[sample, start : start + 3 + sample % 4] = True
+        counted[sample, -2:] = sample % 3 == 2
+    return counted
+
+
+def counted_loss(logits: Tensor, tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """Summed loss of the tokens that count, one position after the other."""
+    chances = torch.log_softmax(logits, dim=-1)
+    places = [
+        (sample, at)
+        for sample in range(tokens.shape[0])
+        for at in range(tokens.shape[1] - 1)
+        if counted is None or counted[sample, at]
+    ]
+    return -torch.stack([chances[sample, at, tokens[sample, at + 1]] for sample, at in places]).sum()
+
+
 def activations(model: Memory, tokens: Tensor) -> dict[str, np.ndarray]:
     """``[rows, n, s, C]`` per kind, all samples at once."""
     reference, seen = to_transformers(model), {"ffn": [], "proj": [], "norm": [], "residual": []}

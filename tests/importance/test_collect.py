@@ -15,12 +15,13 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import make_plan
 from tests.canonical import random_model
 from tests.importance.megatron import scores_on_grid
-from tests.importance.reference import dense_scores
+from tests.importance.reference import answers, dense_scores
 from tests.ranks import run_ranks
 
 SHAPE = ModelShape(4, 24, 20, 8, 4, 8, 64, 64, max_position_embeddings=64)
 TOKENS = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(6, 16, dtype=torch.bool)
+ANSWERS = answers(6, 16)
 MASK[1, :5] = MASK[2, 11:] = MASK[4] = False  # left padding, right padding, nothing but padding
 
 
@@ -36,6 +37,7 @@ def _settings():
         "plain": scores_on_grid(SHAPE, TOKENS, None, 2, (1, 1, False), default),
         "other batches": scores_on_grid(SHAPE, TOKENS.flip(0), None, 3, (1, 1, False), default),
         "masked": scores_on_grid(SHAPE, TOKENS, MASK, 2, (1, 1, False), default),
+        "answers": scores_on_grid(SHAPE, TOKENS, ANSWERS, 2, (1, 1, False), default),
         "no tokens": _message(lambda: scores_on_grid(SHAPE, TOKENS, MASK & False, 2, (1, 1, False), default)),
         "no batch": _message(lambda: scores_on_grid(SHAPE, TOKENS[:0], None, 2, (1, 1, False), default)),
     }
@@ -69,6 +71,11 @@ def test_definitions(one_process):
 def test_padding_does_not_count(one_process):
     check(one_process["masked"], dense_scores(random_model(SHAPE), TOKENS, MASK))
     assert one_process["masked"][1] == {"samples": 5, "tokens": int(MASK.sum())}
+
+
+def test_positions_between_others_count_alone(one_process):
+    check(one_process["answers"], dense_scores(random_model(SHAPE), TOKENS, ANSWERS))
+    assert one_process["answers"][1] == {"samples": 6, "tokens": int(ANSWERS.sum())}
 
 
 @pytest.mark.parametrize("batch", HOW)

@@ -14,6 +14,7 @@ from nemo_minitron.model import layout, next_token
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import random_model
+from tests.importance.reference import answers, counted_loss
 from tests.llamas import SHAPES
 
 SHAPE = ModelShape(4, 24, 20, 6, 3, 8, 40, 48, max_position_embeddings=64)
@@ -51,6 +52,36 @@ def test_loss_is_that_of_the_model_without_the_layers(name, tmp_path, monkeypatc
         logits = model(tokens, use_cache=False).logits
         wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
         assert loss == pytest.approx(float(wanted), abs=2e-5), removed
+
+
+def test_only_labels_that_count_are_lost(tmp_path, monkeypatch):
+    shape = SHAPES["gqa"]
+    folder = make_llama(tmp_path / "hf", shape)
+    tokens = torch.randint(0, shape.vocab_size, (5, 40), generator=torch.Generator().manual_seed(5))
+    counted, sets = answers(5, 40), [Removed(), Removed({1}), Removed({0, 2})]
+    with HfReader(folder) as reader:
+        found = LayerLoss(reader, tokens, counted=counted)(sets)
+        monkeypatch.setattr(layer_loss, "STREAM_BYTES", 1)
+        in_parts = LayerLoss(reader, tokens, counted=counted)(sets)
+    np.testing.assert_allclose(in_parts, found, atol=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+    layers = list(model.model.layers)
+    for removed, loss in zip(sets, found, strict=True):
+        model.model.layers = torch.nn.ModuleList(layers[at] for at in range(len(layers)) if at not in removed)
+        wanted = counted_loss(model(tokens, use_cache=False).logits, tokens, counted) / counted[:, :-1].sum()
+        assert loss == pytest.approx(float(wanted), abs=2e-5), removed
+
+
+def test_stand_ins_are_fitted_to_weighted_tokens():
+    """Of tokens without weight nothing is left, and those of one kind are followed where they weigh more."""
+    model = as_float32(random_model(SHAPE))
+    tokens = torch.randint(0, 40, (64, 33), generator=torch.Generator().manual_seed(2))
+    weights = torch.ones(4, *tokens.shape)
+    weights[:, 32:] = 0
+    maps = [LayerLoss(model, tokens[:32], stand_ins=given, weights=w)._stand_ins[0][0]
+            for given, w in ((tokens[:32], None), (tokens, weights), (tokens, None))]  # fmt: skip
+    torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-5)
+    assert float((maps[2] - maps[0]).abs().max()) > 1e-2
 
 
 def test_sets_share_the_streams_of_the_layers_they_agree_on():

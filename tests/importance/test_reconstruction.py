@@ -7,14 +7,18 @@ from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoint import HfReader
 from nemo_minitron.importance.reconstruction import clipped, measure
+from nemo_minitron.moments import elimination_order, metric_root
 from nemo_minitron.registry import METRICS
 from nemo_minitron.synthetic import make_llama
+from tests.importance.reference import answers, counted_loss
 from tests.llamas import SHAPES
+from tests.ranks import run_ranks
 
 
-def reconstruct(reader, tokens):
+def reconstruct(reader, tokens, counted=None):
     """The ranking by reconstruction, and what compensation needs."""
-    rankings, compensation = measure(reader, tokens, {"reconstruction": METRICS.get("reconstruction")})
+    metrics = {"reconstruction": METRICS.get("reconstruction")}
+    rankings, compensation = measure(reader, tokens, metrics, counted=counted)
     return rankings["reconstruction"], compensation
 
 
@@ -47,6 +51,107 @@ def test_sensitivity_is_the_gradient_of_the_loss(name, tmp_path):
     np.testing.assert_array_equal(ranking["hidden"], found.stream_moment.diagonal())
     for unit, count in (("ffn", shape.ffn_hidden_size), ("heads", 8), ("groups", shape.num_query_groups)):
         assert np.array_equal(np.sort(ranking[unit], axis=1), np.tile(np.arange(count), (3, 1)))
+
+
+def passed(folder, shape, tokens, counted):
+    """What transformers computes in float64: streams, their gradients, inputs of o_proj and down_proj, weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double()
+    for module in [model.model, *model.model.layers]:  # transformers' own norm rounds to float32
+        for name, norm in list(module.named_children()):
+            if name.endswith("norm"):
+                exact = torch.nn.RMSNorm(shape.hidden_size, eps=shape.layernorm_epsilon, dtype=torch.float64)
+                exact.weight = norm.weight
+                setattr(module, name, exact)
+    streams, inputs = [], []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: streams.append(args[0]))
+        layer.register_forward_hook(lambda _, __, out: streams.append(out if torch.is_tensor(out) else out[0]))
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model(tokens)  # fills the lists
+    loss = counted_loss(model.lm_head(model.model.norm(streams[-1])), tokens, counted)
+    gradients = torch.autograd.grad(loss, streams)
+    weights = [part.weight for layer in model.model.layers for part in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    return [x.detach() for x in streams], gradients, inputs, [weight.detach() for weight in weights]
+
+
+def by_hand(stream, gradient, counted):
+    """Weight of each token's error, one by one: by its stream, and by its share in the loss."""
+    weights = torch.zeros(stream.shape[:2], dtype=torch.float64)
+    squares = gradient.square().sum(-1)
+    for sample in range(len(stream)):
+        mean = squares[sample][counted[sample]].mean()
+        for at in range(stream.shape[1]):
+            share = 1.0 if counted[sample, at] else min(1.0, float(squares[sample, at] / mean))
+            weights[sample, at] = share / stream[sample, at].square().mean()
+    return weights
+
+
+def test_prompts_weigh_what_the_answers_need_of_them(tmp_path):
+    """Sensitivities, the stream's moment and ranks, by hand and in float64 from gradients of the answers' loss."""
+    shape = SHAPES["gqa"]
+    folder = make_llama(tmp_path / "hf", shape)
+    tokens = torch.randint(0, shape.vocab_size, (8, 40), generator=torch.Generator().manual_seed(5))
+    counted = answers(8, 40)
+    with HfReader(folder) as reader:
+        ranking, found = reconstruct(reader, tokens, counted)
+        every, _ = reconstruct(reader, tokens)
+    streams, gradients, inputs, linear = passed(folder, shape, tokens, counted)
+    norms = torch.stack([gradient.norm(dim=-1) for gradient in gradients[1:]])
+    np.testing.assert_allclose(found.sensitivity, norms.numpy(), rtol=1e-3, atol=1e-6)
+    assert (found.sensitivity[-1][~counted.numpy()] == 0).all(), "nothing reads what leaves the last layer there"
+    assert (found.sensitivity[0][~counted.numpy()] > 0).any(), "attention reads prompts"
+    behind = counted.flip(1).long().cumsum(1).flip(1) == 0
+    assert behind.any() and (found.sensitivity[:, behind.numpy()] == 0).all(), "nothing that counts comes after them"
+    weights = [by_hand(x, g, counted) for x, g in zip(streams, gradients, strict=True)]
+    moments = [torch.einsum("bt,bti,btj->ij", w, x, x) for w, x in zip(weights, streams, strict=True)]
+    moment = sum(moments[1:]) + 0.3 * 2 * shape.num_layers * moments[0]
+    np.testing.assert_allclose(found.stream_moment, moment.numpy(), rtol=1e-3, atol=1e-2)
+    np.testing.assert_array_equal(ranking["hidden"], found.stream_moment.diagonal())
+    for layer in range(shape.num_layers):
+        for name, place, unit, ridge in (("heads", 0, shape.kv_channels, 0.4), ("ffn", 1, 1, 0.03)):
+            at = 2 * layer + place
+            x, metric = inputs[at], gradients[1 + at].flatten(0, 1)
+            size = torch.einsum("bt,bti,btj->ij", weights[1 + at], x, x)
+            output = metric_root(metric.T @ metric) @ linear[at]
+            expected = elimination_order(size, output, ridge, unit=unit).numpy()
+            off = np.abs(ranking[name][layer] - expected)
+            assert off.mean() < 0.05, (name, layer, off)
+            if name == "ffn":
+                assert np.abs(every[name][layer] - expected).mean() > 1, "or this test could not tell"
+
+
+def test_all_positions_that_count_are_no_mask(tmp_path):
+    folder = make_llama(tmp_path / "hf", SHAPES["gqa"])
+    tokens = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(5))
+    with HfReader(folder) as reader:
+        ranking, found = reconstruct(reader, tokens)
+        same, also = reconstruct(reader, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    for axis, worth in ranking.items():
+        assert np.array_equal(worth, same[axis]), axis
+    assert np.array_equal(found.stream_moment, also.stream_moment)
+    assert np.array_equal(found.sensitivity, also.sensitivity)
+
+
+def _shares(folder, tokens, counted):
+    mine = slice(torch.distributed.get_rank(), None, 2)
+    metrics = {name: METRICS.get(name) for name in ("reconstruction", "taylor")}
+    with HfReader(folder) as reader:
+        return measure(reader, tokens[mine], metrics, counted=counted[mine], group=torch.distributed.group.WORLD)
+
+
+def test_processes_share_the_samples(tmp_path):
+    folder = make_llama(tmp_path / "hf", SHAPES["gqa"])
+    tokens = torch.randint(0, 300, (5, 40), generator=torch.Generator().manual_seed(5))
+    counted = answers(5, 40)
+    with HfReader(folder) as reader:
+        alone, found = reconstruct(reader, tokens, counted)
+    for rank, (rankings, also) in enumerate(run_ranks(_shares, 2, folder, tokens, counted)):
+        assert np.array_equal(also.stream_moment, found.stream_moment)
+        assert np.array_equal(also.sensitivity, found.sensitivity[:, rank::2])
+        for axis, worth in alone.items():
+            assert np.array_equal(rankings["reconstruction"][axis], worth), axis
 
 
 def test_neurons_that_do_nothing_and_copies_go_first(tmp_path):
@@ -93,3 +198,16 @@ def test_the_longest_gradients_are_cut():
     cut = clipped(values)
     assert cut.dtype == np.float32 and cut.max() < 1.01
     assert (cut == values).mean() > 0.998
+
+
+def test_what_is_long_is_told_beside_the_tokens_that_count():
+    """One token of a thousand counts, and the loss depends on a few others a little."""
+    values = np.zeros((1, 100, 1000), np.float32)
+    counted = np.zeros((100, 1000), bool)
+    counted[:, 500] = True
+    values[0, :, 500] = np.linspace(1, 2, 100)
+    values[0, 7, 300] = 9.0
+    cut = clipped(values, counted)
+    bound = np.quantile(np.linspace(1, 2, 100), 0.999)
+    np.testing.assert_allclose(cut[0], np.minimum(values[0], bound), rtol=1e-6)
+    assert clipped(values)[0, 7, 300] < 1.95

@@ -154,6 +154,22 @@ HOSTILE = {
         {"tokens": npy(np.zeros((1, 2), np.int32)), "sensitivity": npy(np.zeros((4, 9, 9), np.float32))},
         "'sensitivity' must have size",
     ),
+    "what counted of other tokens": (
+        {
+            "tokens": npy(np.zeros((1, 2), np.int32)),
+            "sensitivity": npy(np.zeros((4, 1, 2), np.float32)),
+            "counted": npy(np.ones((2, 1), np.int8)),
+        },
+        "'counted' must have size",
+    ),
+    "what counted neither 0 nor 1": (
+        {
+            "tokens": npy(np.zeros((1, 2), np.int32)),
+            "sensitivity": npy(np.zeros((4, 1, 2), np.float32)),
+            "counted": npy(np.full((1, 2), 7, np.int8)),
+        },
+        "'counted' must be 0 or 1 for each of the tokens",
+    ),
     "a moment of another size": ({"stream_moment": npy(np.zeros((16, 17)))}, "'stream_moment' must have size"),
 }
 HOSTILE_RANKINGS = {
@@ -290,6 +306,50 @@ def tokens_and_sensitivity():
         "tokens": np.arange(6, dtype=np.int32).reshape(2, 3),
         "sensitivity": np.linspace(0, 1, 24, dtype=np.float32).reshape(4, 2, 3),
     }
+
+
+COUNTED = np.array([[1, 0, 1], [0, 1, 0]], bool)
+
+
+def test_what_counted_is_kept_with_the_tokens(tmp_path):
+    scores = make(True, **tokens_and_sensitivity(), counted=COUNTED)
+    scores.write(tmp_path)
+    loaded = Scores.load(tmp_path)
+    assert loaded.counted.dtype == bool and np.array_equal(loaded.counted, COUNTED)
+    with np.load(tmp_path / "arrays.npz") as file:
+        assert file["counted"].tolist() == COUNTED.astype(int).tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.counted[0, 0] = False
+    plain, other = make(True, **tokens_and_sensitivity()), make(True, **tokens_and_sensitivity(), counted=~COUNTED)
+    assert loaded.fingerprint() == scores.fingerprint()
+    assert len({one.fingerprint() for one in (scores, plain, other)}) == 3
+    assert len({one.tokens_fingerprint() for one in (scores, plain, other)}) == 3
+
+
+def test_where_all_count_nothing_is_kept(tmp_path):
+    every = make(True, **tokens_and_sensitivity(), counted=np.ones((2, 3), np.int8))
+    every.write(tmp_path)
+    assert every.counted is None and Scores.load(tmp_path).counted is None
+    plain = make(True, **tokens_and_sensitivity())
+    assert every.fingerprint() == plain.fingerprint() and every.tokens_fingerprint() == plain.tokens_fingerprint()
+    with np.load(tmp_path / "arrays.npz") as file:
+        assert "counted" not in file.files
+
+
+@pytest.mark.parametrize(
+    ("counted", "message"),
+    [
+        (np.ones((3, 2)), r"0 or 1 for each of the tokens \[2, 3\], found size \[3, 2\]"),
+        (np.full((2, 3), 2), r"0 or 1 for each of the tokens \[2, 3\], found size \[2, 3\] with values up to 2"),
+        (np.full((2, 3), np.nan), "0 or 1 for each"),
+        (np.array([[0, 0, 1], [0, 0, 1]]), "expected tokens whose loss counts, found none"),
+    ],
+)
+def test_what_cannot_have_counted_is_refused(counted, message):
+    with pytest.raises(MinitronError, match=message):
+        make(True, **tokens_and_sensitivity(), counted=counted)
+    with pytest.raises(MinitronError, match=r"each of the tokens \[\], found"):
+        make(counted=counted)
 
 
 @pytest.mark.parametrize("reconstruction", [False, True])

@@ -298,6 +298,9 @@ def test_calibration_tokens_can_be_fewer():
     half = replace(scores, calibration={**scores.calibration, "own_samples": 2})
     assert measure.fewer_tokens(half, 7).tokens.tolist() == tokens[[0, 2]].tolist(), "one of each kind"
     assert measure.fewer_tokens(half, 7).own_samples == 1
+    counted = np.eye(4, 3, dtype=bool) | (np.arange(3) == 1)
+    some = replace(half, counted=counted)
+    assert measure.fewer_tokens(some, 7).counted.tolist() == counted[[0, 2]].tolist()
     with pytest.raises(MinitronError, match=r"search\.tokens: the scores hold no calibration tokens"):
         measure.fewer_tokens(make_scores(), 7)
 

@@ -10,6 +10,7 @@ from nemo_minitron.importance import walk
 from nemo_minitron.importance.reconstruction import measure
 from nemo_minitron.registry import METRICS
 from nemo_minitron.synthetic import make_llama
+from tests.importance.reference import answers, counted_loss
 from tests.llamas import DTYPES, SHAPES
 from tests.ranks import run_ranks
 
@@ -20,14 +21,15 @@ def tokens_of(shape):
     return torch.randint(0, shape.vocab_size, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(5))
 
 
-def taylor(folder, tokens, group=None):
+def taylor(folder, tokens, group=None, counted=None):
+    metrics = {"taylor": METRICS.get("taylor")}
     with HfReader(folder) as reader:
-        rankings, compensation = measure(reader, tokens, {"taylor": METRICS.get("taylor")}, group=group)
+        rankings, compensation = measure(reader, tokens, metrics, counted=counted, group=group)
     assert compensation is None
     return rankings["taylor"]
 
 
-def dense(folder, tokens, shape):
+def dense(folder, tokens, shape, counted=None):
     """|w dL/dw| of every weight by transformers' names, added up unit by unit."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").double()
     for module in [model.model, *model.model.layers]:  # transformers' own norm rounds to float32
@@ -36,8 +38,8 @@ def dense(folder, tokens, shape):
                 exact = torch.nn.RMSNorm(shape.hidden_size, eps=shape.layernorm_epsilon, dtype=torch.float64)
                 exact.weight = norm.weight
                 setattr(module, name, exact)
-    logits = model(tokens).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    count = tokens[:, 1:].numel() if counted is None else int(counted[:, :-1].sum())
+    (counted_loss(model(tokens).logits, tokens, counted) / count).backward()
     sizes = {name: (weight * weight.grad).abs().detach() for name, weight in model.named_parameters()}
     assert ("lm_head.weight" in sizes) != shape.share_embeddings_and_output_weights
     d, r = shape.kv_channels, shape.heads_per_group
@@ -77,15 +79,28 @@ def test_worth_is_that_of_dense_autograd(name, tmp_path, monkeypatch):
         np.testing.assert_allclose(found[axis], worth, rtol=2e-4, err_msg=axis)
 
 
-def share(folder, world):
-    tokens = tokens_of(SHAPES["gqa"])
-    return taylor(folder, tokens[torch.distributed.get_rank() :: world], torch.distributed.group.WORLD)
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_worth_is_that_of_the_loss_of_tokens_that_count(name, tmp_path, monkeypatch):
+    shape = SHAPES[name]
+    folder = make_llama(tmp_path / "hf", shape)
+    tokens, counted = tokens_of(shape), answers(SAMPLES, LENGTH)
+    monkeypatch.setattr(walk, "TABLE_BYTES", 8 * shape.hidden_size * 100)
+    found, expected = taylor(folder, tokens, counted=counted), dense(folder, tokens, shape, counted)
+    for axis, worth in expected.items():
+        np.testing.assert_allclose(found[axis], worth, rtol=2e-4, err_msg=axis)
 
 
-def test_processes_that_share_the_samples_get_the_same(tmp_path):
+def share(folder, world, counted):
+    tokens, mine = tokens_of(SHAPES["gqa"]), slice(torch.distributed.get_rank(), None, world)
+    some = None if counted is None else counted[mine]
+    return taylor(folder, tokens[mine], torch.distributed.group.WORLD, some)
+
+
+@pytest.mark.parametrize("counted", [None, answers(SAMPLES, LENGTH)], ids=["all", "some"])
+def test_processes_that_share_the_samples_get_the_same(counted, tmp_path):
     folder = make_llama(tmp_path / "hf", SHAPES["gqa"])
-    alone = taylor(folder, tokens_of(SHAPES["gqa"]))
-    ranks = run_ranks(share, 2, folder, 2)
+    alone = taylor(folder, tokens_of(SHAPES["gqa"]), counted=counted)
+    ranks = run_ranks(share, 2, folder, 2, counted)
     for axis, worth in alone.items():
         assert np.array_equal(ranks[0][axis], ranks[1][axis])
         np.testing.assert_allclose(ranks[0][axis], worth, rtol=1e-12)
