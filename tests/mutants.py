@@ -41,6 +41,10 @@ _LEAN = "nemo/test_lean.py::"
 _GENERATE = "test_generate.py::"
 _DOCTOR = "test_doctor.py::"
 _CHAT, _DOCUMENTS, _PACKED = "data/test_chat.py::", "nemo/test_documents.py::", "nemo/test_packed_chats.py::"
+_COUNTED = "data/test_blocks.py::test_blocks_without_a_label_that_counts_are_passed_over"
+_PROMPTS = "importance/test_reconstruction.py::test_prompts_weigh_what_the_answers_need_of_them"
+_IMPORTANCE = "test_prune.py::test_importance_counts_what_the_mask_says"
+_FITTED = "prune/test_layers.py::test_only_what_counts_is_lost_and_prompts_weigh_in_the_fit_what_they_are_worth"
 _REDUCED = "importance/test_reductions.py::"
 _DROPPED = "prune/test_resolve.py::test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it"
 
@@ -90,6 +94,149 @@ MUTANTS = [
         "angles[self._rotary_positions.t()].squeeze(2)",
         "angles",
         _PACKED + "test_positions_restart_where_documents_are_attended_to_together",
+    ),
+    # calibration on conversations
+    Mutant(
+        "data/blocks.py",
+        "_rows(mask.tokens, places, width)[:, 1:]).bool()",
+        "_rows(mask.tokens, places, width)[:, :-1]).bool()",
+        _COUNTED,
+    ),
+    Mutant(
+        "data/blocks.py",
+        "if mask.tokens[start : start + width][labels].any():",
+        "if mask.tokens[start : start + width].any():",
+        _COUNTED,
+    ),
+    Mutant(
+        "data/calibration.py",
+        "torch.ones_like(one.tokens, dtype=torch.bool) if",
+        "torch.zeros_like(one.tokens, dtype=torch.bool) if",
+        "data/test_conversations.py::test_calibration_knows_what_the_assistant_says",
+    ),
+    Mutant("model/next_token.py", "~counted[..., :-1], IGNORED", "~counted[..., 1:], IGNORED", _PROMPTS),
+    Mutant(
+        "importance/walk.py", "labels = next_labels(tokens, counted)", "labels = next_labels(tokens, None)", _PROMPTS
+    ),
+    Mutant(
+        "importance/walk.py",
+        "            difference[labels == IGNORED] = 0\n",
+        "",
+        "importance/metrics/test_taylor.py::test_worth_is_that_of_the_loss_of_tokens_that_count",
+    ),
+    Mutant(
+        "importance/walk.py",
+        "mine = [tokens.numel(), label_count(tokens, counted)]",
+        "mine = [tokens.numel(), label_count(tokens, None)]",
+        "importance/metrics/test_taylor.py::test_worth_is_that_of_the_loss_of_tokens_that_count",
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "return stream_weights(stream) * loss_shares(gradient.norm(dim=-1), counted)",
+        "return stream_weights(stream) * counted",
+        _PROMPTS,
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "_weights(seen.leaving, seen.leaving_gradient, seen.counted)",
+        "_weights(seen.leaving, seen.leaving_gradient, None)",
+        _PROMPTS,
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "self._add(seen.entering, seen.entering_gradient, seen.counted, share)",
+        "self._add(seen.entering, seen.entering_gradient, None, share)",
+        _PROMPTS,
+    ),
+    Mutant(
+        "importance/reconstruction.py",
+        "flat if counted is None else flat[:, counted.reshape(-1)]",
+        "flat",
+        "importance/test_reconstruction.py::test_what_is_long_is_told_beside_the_tokens_that_count",
+    ),
+    Mutant(
+        "moments.py",
+        "squared.masked_fill(~counted, 0.0).sum(dim=-1",
+        "squared.sum(dim=-1",
+        "test_moments.py::test_tokens_that_do_not_count_weigh_what_the_loss_depends_on_them",
+    ),
+    Mutant(
+        "importance/stream.py",
+        "seen.mask[:, sample : sample + 1]",
+        "seen.mask[:, :1]",
+        "importance/test_stream.py::test_positions_that_count",
+    ),
+    Mutant(
+        "importance/stream.py",
+        "counted.split(at_once)[number]",
+        "counted.split(at_once)[0]",
+        "importance/test_stream.py::test_positions_that_count",
+    ),
+    Mutant(
+        "importance/measure.py",
+        "torch.ones(count, length, dtype=torch.bool)",
+        "torch.zeros(count, length, dtype=torch.bool)",
+        _IMPORTANCE,
+    ),
+    Mutant("importance/measure.py", "counted[: len(drawn)]", "counted[-len(drawn) :]", _IMPORTANCE),
+    Mutant("nemo/scoring.py", "pair[:, 1].bool()", "pair[:, 1].bool() | True", _IMPORTANCE),
+    Mutant(
+        "importance/scores.py",
+        'digest.update(b"counted" + ',
+        'digest.copy().update(b"counted" + ',
+        "importance/test_scores.py::test_what_counted_is_kept_with_the_tokens",
+    ),
+    Mutant(
+        "importance/layer_loss.py",
+        "self._labels = next_labels(tokens, counted)",
+        "self._labels = next_labels(tokens, None)",
+        "importance/test_layer_loss.py::test_only_labels_that_count_are_lost",
+    ),
+    Mutant(
+        "importance/layer_loss.py",
+        "weights * given[layer, sample]",
+        "weights",
+        "importance/test_layer_loss.py::test_stand_ins_are_fitted_to_weighted_tokens",
+    ),
+    Mutant("prune/layers.py", "scores.sensitivity[1::2]", "scores.sensitivity[::2]", _FITTED),
+    Mutant(
+        "prune/layers.py", "_both_kinds(counts, scores.own_samples, samples)[mine]", "counts[:samples][mine]", _FITTED
+    ),
+    Mutant(
+        "prune/frame.py",
+        "row.nonzero()[::every, 0] for row in counted[:solved, :-1]",
+        "row.nonzero()[::every, 0] for row in counted[:solved, :-1] | True",
+        "prune/test_gain.py::test_the_step_is_that_of_dense_float64",
+    ),
+    Mutant(
+        "prune/frame.py",
+        "None if counted is None else counted[:solved])",
+        "None)",
+        "prune/test_gain.py::test_fewer_of_those_that_count_are_evenly_spread",
+    ),
+    Mutant(
+        "prune/guard.py",
+        "frame.counted[self.first :]",
+        "frame.counted[: len(self.tokens)]",
+        "prune/test_guard.py::test_losses_are_those_of_tokens_that_count",
+    ),
+    Mutant(
+        "prune/guard.py",
+        "int((labels != IGNORED).sum())",
+        "len(labels)",
+        "prune/test_guard.py::test_losses_are_those_of_tokens_that_count",
+    ),
+    Mutant(
+        "prune/student.py",
+        "torch.tensor(scores.counted)[order]",
+        "torch.tensor(scores.counted)[sorted(order)]",
+        "prune/test_student.py::test_what_is_measured_is_what_the_files_lose",
+    ),
+    Mutant(
+        "search/measure.py",
+        "else scores.counted[some]",
+        "else scores.counted[: len(some)]",
+        "search/test_rounds.py::test_calibration_tokens_can_be_fewer",
     ),
     # linear layers with a bias
     Mutant(
@@ -417,9 +564,9 @@ MUTANTS = [
         "importance/test_scores.py::test_a_folder_of_format_1_is_read_with_the_same_meaning_and_fingerprints",
     ),
     Mutant(
-        "importance/layer_loss.py",
-        "zip(x, tokens[:, 1:], strict=True)",
-        "zip(x, tokens[:, :-1], strict=True)",
+        "model/next_token.py",
+        "labels = tokens[..., 1:]",
+        "labels = tokens[..., :-1]",
         "importance/test_layer_loss.py::test_loss_is_that_of_the_model_without_the_layers",
     ),
     Mutant(

@@ -18,17 +18,19 @@ from transformers import LlamaForCausalLM
 from nemo_minitron.checkpoint import NemoReader, each_tensor
 from nemo_minitron.cli import main
 from nemo_minitron.convert import convert
-from nemo_minitron.data.blocks import token_blocks
+from nemo_minitron.data.blocks import counted_blocks, token_blocks
 from nemo_minitron.data.preprocess import preprocess
-from nemo_minitron.data.tokens import data_fingerprint
+from nemo_minitron.data.tokens import data_fingerprint, open_tokens
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.importance.scores_format import AXES, statistic_sizes
 from nemo_minitron.prune.choose import make_plan
 from nemo_minitron.prune.plan import Compensation, Plan
 from nemo_minitron.synthetic import make_llama
 from tests.canonical import Memory
+from tests.data.test_blocks import add_mask
 from tests.importance.made import made
 from tests.importance.reference import dense_scores
+from tests.importance.test_reconstruction import passed
 from tests.llamas import GQA
 
 TEXTS = [
@@ -291,6 +293,55 @@ def test_prune_computes_the_published_metric_in_nemo(teacher, tmp_path):
     assert json.loads((tmp_path / "student.scores" / "scores.json").read_text())["calibration"]["tokens"] == 192
     assert plan.layers == tuple(best(expected["block_influence"], 2))
     assert plan.ffn[0] == tuple(best(expected["ffn"][plan.layers[0]], 50))
+
+
+@pytest.fixture(scope="module")
+def chats(teacher, tmp_path_factory):
+    """The same tokens, of which some stretches count, and none for a while."""
+    folder = tmp_path_factory.mktemp("chats")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{teacher}/tokens_text_document{suffix}", folder / f"tokens_text_document{suffix}")
+    prefix = folder / "tokens_text_document"
+    stream = open_tokens(prefix)
+    place = np.arange(len(stream.tokens))
+    mask = ((place // 5 % 3 == 1) | (place % 97 == 0)) & (place // 200 % 2 == 0)
+    add_mask(prefix, mask.astype(np.uint8), np.diff(stream.ends, prepend=0))
+    return str(prefix)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["built", "streamed"])
+def test_importance_counts_what_the_mask_says(teacher, chats, stream, prune, tmp_path, capsys):
+    """Statistics and sensitivities against dense float64, beside the model's own text, all of which counts."""
+    drawn = counted_blocks(chats, 32, num_samples=12, seed=1234, vocab_size=GQA.vocab_size)
+    assert not drawn.counted.any(1).all() or drawn.counted.sum() < drawn.counted.numel() / 2
+    keys = [f"model.restore_from_path={teacher}/teacher.nemo", f"calibration.data_prefix={chats}"]
+    sizes = ["calibration.num_samples=12", "calibration.seq_length=32", "calibration.reconstruction_tokens=256"]
+    sizes += ["calibration.own_samples=2", f"importance.stream={stream}"]
+    assert main(["importance", *keys, *sizes, f"output_path={tmp_path}/scores"]) == 0
+    said, count = capsys.readouterr(), int(drawn.counted.sum())
+    assert f"importance: {count:,} tokens that count, of 384, in 12 samples" in said.out and "mask" not in said.err
+    scores = Scores.load(tmp_path / "scores")
+    with NemoReader(teacher / "teacher.nemo") as reader:
+        tensors = {(p.key, layer): reader.tensor(p, layer).double() for p, layer in each_tensor(reader.shape)}
+        expected = dense_scores(Memory(reader.shape, tensors), drawn.tokens, drawn.counted)
+    for name, array in expected.items():
+        found = scores.published[name] if name in AXES else getattr(scores, name)
+        np.testing.assert_allclose(found, array, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert scores.calibration["tokens"] == count and scores.data_fingerprint == drawn.fingerprint
+    assert np.array_equal(scores.tokens[:8], drawn.tokens[:8]) and scores.own_samples == 2
+    assert np.array_equal(scores.counted, np.concatenate([drawn.counted[:8], np.ones((2, 32), bool)]))
+    tokens, counted = torch.tensor(scores.tokens).long(), torch.tensor(scores.counted)
+    _, gradients, _, _ = passed(teacher / "hf", scores.shape, tokens, counted)
+    norms = torch.stack([gradient.norm(dim=-1) for gradient in gradients[1:]]).numpy()
+    bounds = np.quantile(norms[:, scores.counted], 0.999, axis=1)[:, None, None]
+    np.testing.assert_allclose(scores.sensitivity, np.minimum(norms, bounds), rtol=2e-3, atol=1e-6)
+    status, said = prune(f"prune.scores={tmp_path}/scores", "prune.ffn_hidden_size=50", "prune.hidden_size=48")
+    assert status == 0, said
+    (held,) = {int(counted[7, :-1].sum())}
+    assert {kind: found.tokens for kind, found in Plan.load(tmp_path / "out/student.plan.yaml").measured.items()} == {
+        "calibration": held,
+        "own": 31,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -70,9 +70,8 @@ class Frame:
 
     @cached_property
     def token_count(self) -> int:
-        """Number of the job's tokens that are solved on and count; every process must ask at the same place."""
-        solved = len(self.solved)
-        count = self.tokens[:solved].numel() if self.counted is None else int(self.counted[:solved].sum())
+        """Number of the job's tokens that are solved on; every process must ask at the same place."""
+        count = self.tokens[: len(self.solved)].numel()
         return int(parallel.all_reduce(torch.tensor([count], device=self.device), self.group))
 
     def _basis(self, moment: Tensor | None) -> tuple[Basis, bool]:

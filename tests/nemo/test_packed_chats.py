@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +15,7 @@ from nemo_minitron.checkpoint.fuse import fuse
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model import layout
 from nemo_minitron.model.shape import ModelShape, RopeScaling
 from nemo_minitron.synthetic import make_llama
@@ -221,6 +223,35 @@ def test_evaluation_measures_on_the_tokens_that_count(zygote, chats, documents, 
     found = zygote.run("tests.nemo.grid_jobs:evaluate", world, str(chats / "student.nemo"), prefix, str(tmp_path), grid)
     assert found == pytest.approx([((losses * mask.flatten()).sum() / mask.sum()).item()] * world, rel=1e-6)
     assert json.loads((tmp_path / "out.json").read_text())["tokens"] == mask.sum() < mask.numel() / 2
+
+
+@pytest.fixture(scope="module")
+def scored(zygote, chats):
+    out = chats / "scored"
+    out.mkdir()
+    source, prefix = str(chats / "student.nemo"), str(chats / "data_messages_document")
+    zygote.run("tests.nemo.grid_jobs:scores_and_student", 1, source, prefix, str(out), (1, 1, False), SIZES)
+    return out
+
+
+SIZES = ["hidden_size=24", "ffn_hidden_size=48", "num_query_groups=2"]
+
+
+@pytest.mark.parametrize("grid,world", GRIDS[1:], ids=str)
+def test_scores_and_student_are_the_same_on_every_grid(zygote, chats, scored, grid, world, tmp_path):
+    source, prefix = str(chats / "student.nemo"), str(chats / "data_messages_document")
+    zygote.run("tests.nemo.grid_jobs:scores_and_student", world, source, prefix, str(tmp_path), grid, SIZES)
+    ours, expected = Scores.load(tmp_path / "scores"), Scores.load(scored / "scores")
+    assert np.array_equal(ours.counted, expected.counted) and 0 < ours.counted[:8].mean() < 0.5
+    assert expected.counted[8:].all() and ours.tokens_fingerprint() == expected.tokens_fingerprint()
+    assert ours.data_fingerprint == expected.data_fingerprint and ours.calibration == expected.calibration
+    assert np.array_equal(ours.sensitivity, expected.sensitivity)
+    assert np.array_equal(ours.stream_moment, expected.stream_moment)
+    for axis, worth in expected.published.items():
+        np.testing.assert_allclose(ours.published[axis], worth, rtol=1e-5, atol=0, err_msg=axis)
+        assert np.array_equal(ours.rankings["reconstruction"][axis], expected.rankings["reconstruction"][axis]), axis
+    for name in ("student.plan.yaml", "student.nemo"):
+        assert (tmp_path / name).read_bytes() == (scored / name).read_bytes(), name
 
 
 def apart_by(found, expected) -> float:

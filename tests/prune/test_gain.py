@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from nemo_minitron.model import layout
 from nemo_minitron.model.decoder import rms_norm
 from nemo_minitron.prune import gain
+from tests.importance.reference import answers
 from tests.prune.test_resolve import (
     EVEN,
     SHAPE,
@@ -24,32 +25,34 @@ NORM = (layout.FINAL_NORM.key, None)
 GIVEN = {"ffn": 0.3, "attention": 0.5, "read": 0.03, "rescale": True}
 
 
-def pair(shape, target, tokens, dtype=torch.float32):
+def pair(shape, target, tokens, dtype=torch.float32, counted=None):
     """A student before and after its final norm's channels are weighted anew."""
     model, weights = model_in_float32(shape), torch.ones(6, *tokens.shape)
     plans = (plan_for(shape, TARGETS[target], regain=regain, **GIVEN) for regain in (False, True))
-    return tuple(student_of(model, plan, tokens, weights, dtype=dtype) for plan in plans)
+    return tuple(student_of(model, plan, tokens, weights, dtype=dtype, counted=counted) for plan in plans)
 
 
-def loss_of(student, tokens, norm):
+def loss_of(student, tokens, norm, counted=None):
     """Of the next tokens, summed, dense in float64, and the normed stream that it is made of."""
     shape = student.shape
     row = layout.EMBEDDING if shape.share_embeddings_and_output_weights else layout.OUTPUT
     h = rms_norm(stream(student, tokens), None, shape.layernorm_epsilon).double()[:, :-1].flatten(0, 1)
     table = student.tensor(row)[: shape.vocab_size].double()
-    return lambda change: F.cross_entropy(h * norm.double() * (1 + change) @ table.T, tokens[:, 1:].flatten(),
-                                          reduction="none")  # fmt: skip
+    some = slice(None) if counted is None else counted[:, :-1].flatten()
+    return lambda change: F.cross_entropy(h[some] * norm.double() * (1 + change) @ table.T,
+                                          tokens[:, 1:].flatten()[some], reduction="none")  # fmt: skip
 
 
+@pytest.mark.parametrize("counted", [None, answers(48, 33)], ids=["all", "some"])
 @pytest.mark.parametrize("target", ["ffn", "hidden", "layers"])
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
-def test_the_step_is_that_of_dense_float64(shape, target):
+def test_the_step_is_that_of_dense_float64(shape, target, counted):
     model = model_in_float32(shape)
     tokens = written_by(model)
-    plain, found = pair(shape, target, tokens)
+    plain, found = pair(shape, target, tokens, counted=counted)
     for slot, tensor in plain.tensors.items():
         assert slot == NORM or torch.equal(tensor, found.tensors[slot]), slot
-    losses = loss_of(plain, tokens, plain.tensors[NORM])
+    losses = loss_of(plain, tokens, plain.tensors[NORM], counted)
     zero = torch.zeros(plain.shape.hidden_size, dtype=torch.float64)
     each = torch.autograd.functional.jacobian(losses, zero)  # gradients of every token's loss
     fisher = each.T @ each + gain.GAIN_PULL * torch.eye(len(zero), dtype=torch.float64)
@@ -79,6 +82,19 @@ def test_fewer_tokens_are_evenly_spread(monkeypatch):
     monkeypatch.setattr(gain, "GAIN_TOKENS", TOKENS[:, 1:].numel() // 8)
     pair(SHAPE, "ffn", TOKENS)
     assert seen == [4] * len(TOKENS)
+
+
+def test_fewer_of_those_that_count_are_evenly_spread(monkeypatch):
+    """A bound of a third of the labels that count looks at every third of each sample."""
+    counted, seen = answers(12, 33), []
+    real = gain.norm_gradients
+    monkeypatch.setattr(gain, "norm_gradients", lambda x, labels, *o: seen.append(labels) or real(x, labels, *o))
+    count = int(counted[:, :-1].sum())
+    monkeypatch.setattr(gain, "GAIN_TOKENS", count // 3)
+    pair(SHAPE, "ffn", TOKENS, counted=counted)
+    for sample, labels in enumerate(seen):
+        expected = [int(TOKENS[sample, at + 1]) for at in range(32) if counted[sample, at]][::3]
+        assert labels.tolist() == expected, sample
 
 
 @pytest.mark.parametrize(("worse_until", "part"), [(0, 1.0), (1, 0.5), (2, 0.25), (3, 0.0)])

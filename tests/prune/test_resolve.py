@@ -15,6 +15,7 @@ from nemo_minitron.prune.head import SCALE_PULL
 from nemo_minitron.prune.plan import Compensation, Plan
 from nemo_minitron.prune.resolve import compensate
 from tests.canonical import FINGERPRINT, Memory, logits, random_model
+from tests.importance.reference import answers
 from tests.prune.test_cut import scores_with
 
 SHAPE = ModelShape(3, 24, 20, 6, 3, 8, 40, 48, max_position_embeddings=64)
@@ -51,9 +52,9 @@ def plan_for(shape, target, **strengths):
     return make_plan(shape, scores(shape), target, source_fingerprint=FINGERPRINT, compensation=how)
 
 
-def student_of(model, plan, tokens=TOKENS, weights=EVEN, dtype=torch.float32):
+def student_of(model, plan, tokens=TOKENS, weights=EVEN, dtype=torch.float32, counted=None):
     writer = Memory(plan.target)
-    compensate(model, plan, tokens, weights, writer, dtype=dtype)
+    compensate(model, plan, tokens, weights, writer, counted=counted, dtype=dtype)
     assert set(writer.tensors) == {(row.key, at) for row, at in layout.slots(plan.target)}, (
         "every tensor of the student, and no other"
     )
@@ -165,13 +166,23 @@ def test_fc2_before_a_dropped_layer_weighs_tokens_by_the_stream_after_it():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_same_bits_whoever_sees_which_sample():
+@pytest.mark.parametrize("counted", [None, answers(12, 33)], ids=["all", "some"])
+def test_the_same_bits_whoever_sees_which_sample(counted):
     """Moments of two halves, added in either order, as two processes would."""
     model = model_in_float32(SHAPE)
-    plan = plan_for(SHAPE, TARGETS["all"], rescale=True)
-    reference = student_of(model, plan)
+    plan = plan_for(SHAPE, TARGETS["all"], rescale=True, regain=True)
+    reference = student_of(model, plan, counted=counted)
     order = torch.randperm(len(TOKENS), generator=torch.Generator().manual_seed(6))
-    other = student_of(model, plan, tokens=TOKENS[order], weights=EVEN[:, order])
+    some = None if counted is None else counted[order]
+    other = student_of(model, plan, tokens=TOKENS[order], weights=EVEN[:, order], counted=some)
+    for slot, tensor in reference.tensors.items():
+        assert torch.equal(tensor, other.tensors[slot]), slot
+
+
+def test_all_positions_that_count_are_no_mask():
+    model = model_in_float32(SHAPE)
+    plan = plan_for(SHAPE, TARGETS["all"], rescale=True, regain=True)
+    reference, other = (student_of(model, plan, counted=c) for c in (None, torch.ones_like(TOKENS, dtype=torch.bool)))
     for slot, tensor in reference.tensors.items():
         assert torch.equal(tensor, other.tensors[slot]), slot
 
@@ -230,17 +241,18 @@ def written_by(model, samples=48, length=33):
     return tokens
 
 
+@pytest.mark.parametrize("counted", [None, answers(48, 33)], ids=["all", "some"])
 @pytest.mark.parametrize("target", ["ffn", "hidden", "layers"])
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
-def test_the_final_norm_is_scaled_to_the_least_cross_entropy(shape, target):
+def test_the_final_norm_is_scaled_to_the_least_cross_entropy(shape, target, counted):
     """Against a dense float64 search over scales a thousandth apart."""
     model = model_in_float32(shape)
     model.tensors[layout.FINAL_NORM.key, None] *= 1.5  # sure of what follows: there is something to be too sure of
     tokens = written_by(model)
     weights = torch.ones(6, *tokens.shape)
     given = {"ffn": 0.3, "attention": 0.5, "read": 0.03}
-    plain = student_of(model, plan_for(shape, TARGETS[target], **given), tokens, weights)
-    scaled = student_of(model, plan_for(shape, TARGETS[target], rescale=True, **given), tokens, weights)
+    plans = (plan_for(shape, TARGETS[target], rescale=rescale, **given) for rescale in (False, True))
+    plain, scaled = (student_of(model, plan, tokens, weights, counted=counted) for plan in plans)
     norm = (layout.FINAL_NORM.key, None)
     for slot, tensor in plain.tensors.items():
         assert slot == norm or torch.equal(tensor, scaled.tensors[slot]), slot
@@ -248,7 +260,8 @@ def test_the_final_norm_is_scaled_to_the_least_cross_entropy(shape, target):
     torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
     found = predictions(plain, tokens)[:, :-1, : shape.vocab_size].double()
     grid = torch.arange(0.75, 1.1255, 0.001, dtype=torch.float64)
-    sums = [F.cross_entropy((a * found).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") for a in grid]
+    some = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if counted is None else counted[:, :-1]
+    sums = [F.cross_entropy(a * found[some], tokens[:, 1:][some], reduction="sum") for a in grid]
     best = grid[(torch.stack(sums) + SCALE_PULL * (grid - 1).square()).argmin()]
     assert float(ratio.mean()) == pytest.approx(float(best), abs=3e-3)
     assert float(best) < 0.99
