@@ -238,6 +238,12 @@ MUTANTS = [
         "else scores.counted[: len(some)]",
         "search/test_rounds.py::test_calibration_tokens_can_be_fewer",
     ),
+    Mutant(
+        "distill/activations.py",
+        "+ run.value * run.pairs",
+        "+ run.pairs",
+        "nemo/test_memory.py::test_a_model_keeps_what_the_plan_says",
+    ),
     # linear layers with a bias
     Mutant(
         "prune/frame.py",

@@ -22,6 +22,8 @@ def kept(shape: ModelShape, run: Run, layers: int) -> int:
     if not run.recompute:
         return layers * layer_activations(shape, run) + final
     whole = layer_activations(shape, replace(run, recompute=False))
+    final += run.pairs  # layers that are computed again share the mask, a byte a pair, and each token's angles
+    final += 4 * run.tokens * shape.kv_channels if run.positions_restart else 0
     if run.recompute_block:
         again = min(run.recompute_layers, layers)
         return again * layer_activations(shape, run) + (layers - again) * whole + final
@@ -46,8 +48,9 @@ def layer_activations(shape: ModelShape, run: Run) -> int:
 
     Two norms and their outputs; queries and keys after RoPE, values and keys repeated to all heads, the attention's
     result, which is the projection's input too, and its log-sums in float32; fc1's two halves, the gate's activation
-    where that is a kernel of its own, and the product (3 or 4 F); RoPE's tables, two for queries and two for keys.
-    Where A = G, values are a part of ``linear_qkv``'s output, all of which then stays.
+    where that is a kernel of its own, and the product (3 or 4 F); RoPE's tables, two for queries and two for keys; the
+    mask of documents, of which torch's attention makes numbers in each layer anew, the same on every rank. Where A = G,
+    values are a part of ``linear_qkv``'s output, all of which then stays.
     """
     tokens, hidden = run.tokens, shape.hidden_size
     if run.recompute:
@@ -56,7 +59,8 @@ def layer_activations(shape: ModelShape, run: Run) -> int:
     attention, heads = _attention(shape, run), shape.num_attention_heads
     ffn = (3 if run.fused_swiglu else 4) * run.value * shape.ffn_hidden_size
     parts = (attention + 4 * heads + ffn) / run.tensor_parallel
-    return int(tokens * (norms + parts) + 4 * run.value * run.seq_length * shape.kv_channels)
+    rotary = run.tokens if run.positions_restart else run.seq_length
+    return int(tokens * (norms + parts) + 4 * run.value * rotary * shape.kv_channels) + run.value * run.pairs
 
 
 def _attention(shape: ModelShape, run: Run) -> int:

@@ -21,6 +21,8 @@ class Run:
         recompute: full activation recomputation, in groups of ``recompute_layers`` layers; or, with
             ``recompute_block``, of the first ``recompute_layers`` layers alone. Selective recomputation, which is of
             the attention proper, keeps as much as none of it does, and counts as none.
+        documents_apart: attention gets a mask of documents (``model.data.reset_attention_mask``); positions_restart:
+            every token has its own row of RoPE's tables (``model.data.reset_position_ids``).
         fused_norms: norms and attention are Transformer Engine's.
         fused_swiglu: the gate and its product are one kernel (``model.bias_activation_fusion``).
         process: bytes that are there before any model: libraries, CUDA's context.
@@ -43,6 +45,8 @@ class Run:
     recompute: bool = False
     recompute_block: bool = False
     recompute_layers: int = 1
+    documents_apart: bool = False
+    positions_restart: bool = False
     fused_norms: bool = False
     fused_swiglu: bool = False
     device: str = "cpu"
@@ -53,6 +57,11 @@ class Run:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.seq_length * self.micro_batch_size
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of tokens of a micro-batch's samples, each of which a mask of documents has a value for."""
+        return self.seq_length * self.tokens if self.documents_apart else 0
 
     @property
     def value(self) -> int:

@@ -54,6 +54,7 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
     from nemo_minitron.nemo.spec import has_transformer_engine
 
     model: Mapping[str, Any] = cfg.model
+    data: Mapping[str, Any] = model["data"]
     grid, machines = Grid.of(model), Machines.of(cfg.trainer)
     ranks = machines.devices * machines.num_nodes
     if ranks % (grid.tensor * grid.pipeline):
@@ -72,7 +73,7 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
     return Run(
         student=student,
         teacher=teacher,
-        seq_length=int(model["data"]["seq_length"]),
+        seq_length=int(data["seq_length"]),
         micro_batch_size=micro,
         micro_batches=max(1, int(model["global_batch_size"]) // (micro * data_ranks)),
         tensor_parallel=grid.tensor,
@@ -86,6 +87,8 @@ def run_of(cfg: FinetuneConfig | DistillConfig, student: ModelShape, teacher: Mo
         recompute=model.get("activations_checkpoint_granularity") == "full",
         recompute_block=model.get("activations_checkpoint_method") == "block",
         recompute_layers=int(model.get("activations_checkpoint_num_layers") or 1),
+        documents_apart=bool(data.get("reset_attention_mask")),
+        positions_restart=bool(data.get("reset_position_ids")),
         fused_norms=on_gpu and has_transformer_engine(),
         fused_swiglu=on_gpu and model.get("bias_activation_fusion") is not False,
         device="cuda" if on_gpu else "cpu",

@@ -51,20 +51,36 @@ def storages(module: torch.nn.Module, run: Callable[[], torch.Tensor]) -> tuple[
     return sum(saved.values()), output
 
 
-def test_a_model_keeps_what_the_plan_says(pair, trainer):
+APART = {"documents_apart": True, "positions_restart": True}
+
+
+@pytest.mark.parametrize("how", [{}, APART, APART | {"recompute": True}], ids=["together", "apart", "recomputed"])
+def test_a_model_keeps_what_the_plan_says(how, pair, trainer, monkeypatch):
     """Storages that autograd saves in the decoder, without parameters; the output is the final norm's last part."""
+    from nemo_minitron.nemo.documents import attention_mask
     from nemo_minitron.nemo.restore import load_model
 
     _, nemo, shape = pair
     (module,) = load_model(nemo, trainer).get_model_module_list()
     tokens = torch.randint(0, shape.vocab_size, (2, 64))
     positions = torch.arange(64).expand(2, -1)
+    inputs = {
+        "attention_mask": attention_mask(torch.arange(64).expand(2, -1) // 24),
+        "rotary_positions": positions % 24,
+    }
+    inputs = inputs if how else {"attention_mask": None}
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    for name, value in recompute.items() if "recompute" in how else ():
+        monkeypatch.setattr(module.config, name, value)
     found, hidden = storages(
-        module, lambda: module(input_ids=tokens, position_ids=positions, attention_mask=None, hidden_only=True)
+        module.train(), lambda: module(input_ids=tokens, position_ids=positions, hidden_only=True, **inputs)
     )
-    run = Run(shape, None, seq_length=64, micro_batch_size=2, micro_batches=1)
+    run = Run(shape, None, seq_length=64, micro_batch_size=2, micro_batches=1, **how)
     assert hidden.requires_grad
     assert found + hidden.nbytes == pytest.approx(kept(shape, run, shape.num_layers), rel=0.02)
+    if how:  # or this test could not tell
+        least = 2 * 64 * 64 * (1 if "recompute" in how else 4 * shape.num_layers)
+        assert found + hidden.nbytes > 1.02 * kept(shape, replace(run, documents_apart=False), shape.num_layers) > least
 
 
 LAYERS = {
@@ -159,6 +175,8 @@ def test_the_command_plans_for_this_machine_and_for_others(models, trainer):
     assert re.search(rf"teacher +{memory(run)['teacher'] / 2**20:,.0f} MiB", text)
     assert f"\n\n{table(run)}\n\n" in text and "allocated" not in text
     assert text.endswith(duration.table(run, 100, torch.cuda.get_device_name() if torch.cuda.is_available() else None))
+    apart = run_of(configure("distill", [*overrides, *KEPT_APART]), GQA, GQA, on_gpu=False)
+    assert apart == replace(run, documents_apart=True, positions_restart=True, process=apart.process)
     cfg.trainer["max_steps"] = -1
     assert plan_memory(cfg).endswith(table(run)), "no time of a run without an end"
     split = configure("distill", [*overrides, "model.optim.name=adamw_8bit", "model.tensor_model_parallel_size=2",
@@ -209,16 +227,18 @@ def line_of(name: str, cells: Sequence[str], items: Mapping[str, int] | None = N
     return f"{name:<20}" + "".join(f"{cell:>12}" for cell in (*cells, whole)).rstrip()
 
 
-# (seq_length, micro-batch, global batch): many tokens, many weights, accumulation, the lean mode
+# (seq_length, micro-batch, global batch): many tokens, many weights, accumulation, the lean mode, a mask of documents
 MEASURED = {
     "activations": ("narrow", 512, 8, 8),
     "weights": ("wide", 64, 1, 2),
     "accumulation": ("narrow", 256, 8, 16),
     "lean": ("wide", 256, 1, 2),
+    "documents": ("narrow", 2048, 2, 2),
 }
+KEPT_APART = ["model.data.reset_attention_mask=true", "model.data.reset_position_ids=true"]
 LEAN = ["trainer.precision=bf16", "model.megatron_amp_O2=true", "model.optim.name=adamw_8bit"]
 SHAPES = {
-    "narrow": ModelShape(8, 256, 1024, 8, 4, 32, 8000, 8064, True, 10000.0, None, 512),
+    "narrow": ModelShape(8, 256, 1024, 8, 4, 32, 8000, 8064, True, 10000.0, None, 2048),
     "wide": ModelShape(6, 1024, 3072, 16, 4, 64, 8000, 8064, False, 10000.0, None, 512),
 }
 
@@ -230,7 +250,7 @@ def journey(request, tmp_path_factory):
     make_llama(folder / "hf", SHAPES[name], seed=1)
     convert(folder / "hf", folder / "model.nemo")
     preprocess("pydoc_topics", folder / "data", tokenizer_type=str(folder / "hf"))
-    return folder, sizes, LEAN if request.param == "lean" else []
+    return folder, sizes, {"lean": LEAN, "documents": KEPT_APART}.get(request.param, [])
 
 
 @pytest.mark.slow
