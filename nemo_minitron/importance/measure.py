@@ -56,7 +56,7 @@ class Kept:
 
 
 def kept_tokens(reader: NemoReader, blocks: Tensor, calibration: Calibration, counted: Tensor | None = None) -> Kept:
-    """Of ``blocks [n, s]`` as many as have ``calibration.reconstruction_tokens``, at least one; beside them
+    """Keep as many of ``blocks [n, s]`` as have ``calibration.reconstruction_tokens``, at least one; beside them
     ``calibration.own_samples`` blocks of the model's own, or as many again where it is null. The same on every rank.
 
     Of ``blocks`` the positions ``counted [n, s]`` count, of the model's own text all.

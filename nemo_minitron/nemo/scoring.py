@@ -21,14 +21,17 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.importance.collect import Groups, collect
 from nemo_minitron.importance.measure import (
+    Kept,
     chosen_metrics,
     collect_by_layer,
     kept_tokens,
     rank_by_statistics,
     rank_by_walk,
 )
+from nemo_minitron.importance.metric import Metric
+from nemo_minitron.importance.reconstruction import Compensation
 from nemo_minitron.importance.scores import JSON, NPZ, Scores
-from nemo_minitron.importance.scores_format import statistic_sizes
+from nemo_minitron.importance.scores_format import Ranking, statistic_sizes
 from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.model.next_token import label_count
 
@@ -67,26 +70,21 @@ def measure_and_save(
     try:
         with staged as staging, NemoReader(source) as reader:
             drawn = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
-            blocks, counted, data = drawn
             if stream:
-                _check_processes(blocks)
-                arrays, counts = collect_by_layer(reader, blocks, counted)
+                _check_processes(drawn.tokens)
+                arrays, counts = collect_by_layer(reader, drawn.tokens, drawn.counted)
             else:
-                _check_grid(calibration, blocks, Grid.of(model))
+                _check_grid(calibration, drawn.tokens, Grid.of(model))
                 arrays, counts = collect_on_grid(source, drawn, calibration.micro_batch_size, model, trainer)
-            rankings = rank_by_statistics(reader.shape, arrays, counts, chosen, label_count(blocks, counted))
-            kept, compensation = None, None
-            if len(rankings) < len(chosen):
-                kept = kept_tokens(reader, blocks, calibration, counted)
-                by_walk, compensation = rank_by_walk(reader, kept, chosen)
-                rankings |= by_walk
-            if not calibration.reconstruction:  # they were ranked on, and nothing is to be re-solved on them
-                kept, compensation = None, None
+            rankings, kept, compensation = _rank(reader, drawn, calibration, chosen, arrays, counts)
             scores = Scores(
                 shape=reader.shape,
                 source_fingerprint=reader.fingerprint(),
-                data_fingerprint=data,
-                calibration={**_record(calibration, blocks, trainer, None if kept is None else kept.own), **counts},
+                data_fingerprint=drawn.fingerprint,
+                calibration={
+                    **_record(calibration, drawn.tokens, trainer, None if kept is None else kept.own),
+                    **counts,
+                },
                 rankings=rankings,
                 stream_moment=None if compensation is None else compensation.stream_moment,
                 tokens=None if kept is None else kept.tokens.numpy(),
@@ -99,9 +97,29 @@ def measure_and_save(
     except OSError as error:
         raise MinitronError(f"output_path: cannot write '{output}': {error.strerror or error}") from None
     if staging is not None:
-        all_of_them = "" if counted is None else f" that count, of {blocks.numel():,},"
+        all_of_them = "" if drawn.counted is None else f" that count, of {drawn.tokens.numel():,},"
         print(f"importance: {counts['tokens']:,} tokens{all_of_them} in {counts['samples']} samples -> {output}")
     return scores
+
+
+def _rank(
+    reader: NemoReader,
+    drawn: Drawn,
+    calibration: Calibration,
+    metrics: Mapping[str, Metric],
+    arrays: Mapping[str, np.ndarray],
+    counts: Mapping[str, int],
+) -> tuple[dict[str, Ranking], Kept | None, Compensation | None]:
+    """Rankings by all of ``metrics``; where weights are to be re-solved, also what on and with what."""
+    blocks, counted = drawn.tokens, drawn.counted
+    rankings = rank_by_statistics(reader.shape, arrays, counts, metrics, label_count(blocks, counted))
+    if len(rankings) == len(metrics):
+        return rankings, None, None
+    kept = kept_tokens(reader, blocks, calibration, counted)
+    by_walk, compensation = rank_by_walk(reader, kept, metrics)
+    if not calibration.reconstruction:  # they were ranked on, and nothing is to be re-solved on them
+        return rankings | by_walk, None, None
+    return rankings | by_walk, kept, compensation
 
 
 def _record(calibration: Calibration, blocks: Tensor, trainer: Section, own: int | None) -> dict[str, str | int]:

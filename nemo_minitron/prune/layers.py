@@ -82,7 +82,7 @@ def layers_by_loss(
     Raises:
         MinitronError: the scores hold no calibration tokens.
     """
-    if scores is None or scores.tokens is None or scores.sensitivity is None:
+    if scores is None or scores.tokens is None:
         raise MinitronError(
             f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
             "run `minitron importance calibration.reconstruction=true`"
@@ -95,12 +95,7 @@ def layers_by_loss(
     mine = slice(runtime.rank(), None, parallel.size(world))
     tried = _both_kinds(everything, scores.own_samples, samples)
     share, fitted = (part[mine].to(runtime.device()) for part in (tried, everything))
-    counted = weights = None
-    if scores.counted is not None:
-        counts = torch.tensor(scores.counted)
-        counted = _both_kinds(counts, scores.own_samples, samples)[mine].to(runtime.device())
-        after = torch.tensor(scores.sensitivity[1::2])[:, mine]  # of the stream that leaves each layer
-        weights = loss_shares(after, counts[mine].expand_as(after)).to(runtime.device())
+    counted, weights = _counted(scores, samples, mine)
     sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
     work = sets * reader.shape.num_layers
     with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
@@ -118,6 +113,17 @@ def layers_by_loss(
         steps = BY_LOSS[selection](losses, count, beam)
         bar.total = bar.done
     return whole, steps
+
+
+def _counted(scores: Scores, samples: int, mine: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which positions of this process's tried samples count, and weights ``[L, m, s]`` of those that stand-ins are
+    fitted on; None where all count."""
+    if scores.counted is None or scores.sensitivity is None:
+        return None, None
+    counts, device = torch.tensor(scores.counted), runtime.device()
+    after = torch.tensor(scores.sensitivity[1::2])[:, mine]  # of the stream that leaves each layer
+    weights = loss_shares(after, counts[mine].expand_as(after))
+    return _both_kinds(counts, scores.own_samples, samples)[mine].to(device), weights.to(device)
 
 
 def _both_kinds(tokens: torch.Tensor, own: int, samples: int) -> torch.Tensor:
