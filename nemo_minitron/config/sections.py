@@ -19,6 +19,7 @@ DOCUMENTS = ("article", "line", "file")
 HELDOUT_PARTS = ("train", "heldout")
 LOSS_ON = ("responses", "all")
 """Which tokens of a conversation a loss counts (:mod:`nemo_minitron.data.chat`)."""
+GROUP_SELECTIONS = ("loss", "ranking")
 HIDDEN_LOSSES = ("cosine", "mse")
 """Distances between hidden states (:mod:`nemo_minitron.distill.hidden`)."""
 
@@ -88,7 +89,13 @@ class Prune:
         "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
         tuple(LAYER_SELECTIONS),
     )
-    layer_tokens: int = key(4096, "calibration tokens on which layers are chosen by loss")
+    layer_tokens: int = key(4096, "calibration tokens on which layers and query groups are chosen by loss")
+    group_selection: str | None = key(
+        None,
+        "how query groups are chosen: by the loss without each, or by prune.ranking; when null: by loss where weights "
+        "are re-solved and prune.ranking is null",
+        GROUP_SELECTIONS,
+    )
     beam_width: int = key(3, "of prune.layer_selection=beam: sets of layers that are kept at every size")
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
     compensate: bool | None = key(None, "re-solve the kept weights; when null: if the scores hold calibration tokens")
@@ -211,7 +218,7 @@ class Search:
         "how layers are chosen; greedy: by one search by loss, which also predicts what depth costs",
         tuple(name for name, selection in LAYER_SELECTIONS.items() if selection.in_search),
     )
-    layer_tokens: int = key(4096, "calibration tokens of search.layer_selection=greedy")
+    layer_tokens: int = key(4096, "calibration tokens on which layers, by greedy, and query groups are chosen by loss")
     compensate: bool | None = key(None, "as prune.compensate")
     tokens: int | None = key(None, "calibration tokens that students are re-solved on; those in the scores when null")
     keep_students: bool = key(False, "keep the students that are not distilled; plans are kept in any case")

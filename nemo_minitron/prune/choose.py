@@ -12,6 +12,7 @@ take the noise, could still be read either way.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -161,12 +162,15 @@ def targets_of(prune: Prune) -> dict[str, int | None]:
     return {name: getattr(prune, name) for name in TARGETS}
 
 
-def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: Scores | None) -> Plan:
+def plan_from_scores(
+    shape: ModelShape, fingerprint: str, prune: Prune, scores: Scores | None, groups: np.ndarray | None = None
+) -> Plan:
     """The plan that a ``prune`` section asks for; no weights are needed.
 
     Args:
         fingerprint: of the weights of the source.
         prune: with layers named in ``drop_layers`` where they are chosen by loss.
+        groups: ``[L, G]``, worth of query groups in the place of what the ranking says of them.
 
     Raises:
         MinitronError: as :func:`make_plan`; ``prune.rotate`` where nothing can be rotated.
@@ -189,9 +193,12 @@ def plan_from_scores(shape: ModelShape, fingerprint: str, prune: Prune, scores: 
     ranking = prune.ranking or ("reconstruction" if compensation and ranked else "minitron")
     target = targets_of(prune)
     axes = ranked_axes(shape, target_shape(shape, target, prune.drop_layers, prune.layer_selection))
+    worth = None if scores is None else scores.ranked_by(ranking, axes)
+    if worth is not None and groups is not None:
+        worth = dataclasses.replace(worth, groups=groups)
     return make_plan(
         shape,
-        None if scores is None else scores.ranked_by(ranking, axes),
+        worth,
         target,
         drop_layers=prune.drop_layers,
         layer_selection=prune.layer_selection,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from nemo_minitron import parallel, runtime
+from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Prune
 from nemo_minitron.errors import MinitronError
@@ -25,6 +25,7 @@ from nemo_minitron.importance.layer_loss import (
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.moments import loss_shares
+from nemo_minitron.prune.tried import Tried
 
 BY_LOSS: dict[str, Callable[[LayerLoss, int, int], list[Step]]] = {
     "leave_one_out": lambda losses, count, beam: leave_one_out(losses, count),
@@ -87,26 +88,18 @@ def layers_by_loss(
             f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
             "run `minitron importance calibration.reconstruction=true`"
         )
-    if runtime.world_size() > 1 and parallel.world() is None:
-        runtime.init_distributed()
-    world = parallel.world()
-    samples = max(parallel.size(world), -(-tokens // scores.tokens.shape[1]))
-    everything = torch.from_numpy(scores.tokens.astype("int64"))
-    mine = slice(runtime.rank(), None, parallel.size(world))
-    tried = _both_kinds(everything, scores.own_samples, samples)
-    share, fitted = (part[mine].to(runtime.device()) for part in (tried, everything))
-    counted, weights = _counted(scores, samples, mine)
+    share = Tried.of(scores, tokens)
     sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
     work = sets * reader.shape.num_layers
     with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
         losses = LayerLoss(
             reader,
-            share,
-            stand_ins=fitted if stand_ins else None,
-            counted=counted,
-            weights=weights,
+            share.tokens,
+            stand_ins=share.fitted if stand_ins else None,
+            counted=share.counted,
+            weights=_weights(scores, share.mine),
             half=half,
-            group=world,
+            group=share.group,
             progress=bar.update,
         )
         (whole,) = losses([Removed()])
@@ -115,22 +108,12 @@ def layers_by_loss(
     return whole, steps
 
 
-def _counted(scores: Scores, samples: int, mine: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Which positions of this process's tried samples count, and weights ``[L, m, s]`` of those that stand-ins are
-    fitted on; None where all count."""
+def _weights(scores: Scores, mine: slice) -> torch.Tensor | None:
+    """Weights ``[L, m, s]`` of the tokens that stand-ins are fitted on; None where all count."""
     if scores.counted is None or scores.sensitivity is None:
-        return None, None
-    counts, device = torch.tensor(scores.counted), runtime.device()
+        return None
     after = torch.tensor(scores.sensitivity[1::2])[:, mine]  # of the stream that leaves each layer
-    weights = loss_shares(after, counts[mine].expand_as(after))
-    return _both_kinds(counts, scores.own_samples, samples)[mine].to(device), weights.to(device)
-
-
-def _both_kinds(tokens: torch.Tensor, own: int, samples: int) -> torch.Tensor:
-    """``samples`` of ``tokens [n, s]``, or all: half of them from the last ``own``, which the model wrote itself."""
-    written = min(own, samples // 2)
-    drawn = min(len(tokens) - own, samples - written)
-    return torch.cat([tokens[:drawn], tokens[len(tokens) - own :][: samples - drawn]])
+    return loss_shares(after, torch.tensor(scores.counted)[mine].expand_as(after)).to(runtime.device())
 
 
 def _sets(selection: str, layers: int, count: int, beam: int) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Grid
 from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
-from nemo_minitron.config.sections import Calibration, Prune, Serving
-from nemo_minitron.errors import MinitronError
+from nemo_minitron.config.sections import GROUP_SELECTIONS, Calibration, Prune, Serving
+from nemo_minitron.errors import MinitronError, check_choice
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model import serving
 from nemo_minitron.model.shape import ModelShape
@@ -83,10 +83,10 @@ def calibration_of(prune: Prune, seed: int) -> Calibration:
 
 
 def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None, half: bool) -> Plan:
-    """The plan that the section asks for, its layers chosen by loss where it says so.
+    """The plan that the section asks for, its layers and query groups chosen by loss where it says so.
 
     Args:
-        half: losses without layers are measured with products in bfloat16.
+        half: losses without layers and groups are measured with products in bfloat16.
 
     Raises:
         MinitronError: scores of another checkpoint, or that lack what is asked for.
@@ -104,4 +104,30 @@ def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None,
         from nemo_minitron.prune.layers import drop_by_loss
 
         prune = dataclasses.replace(prune, drop_layers=drop_by_loss(reader, prune, layers, scores, half))
-    return plan_from_scores(reader.shape, fingerprint, prune, scores)
+    plan = plan_from_scores(reader.shape, fingerprint, prune, scores)
+    fewer = reader.shape.num_query_groups - plan.target.num_query_groups
+    if not fewer or not _groups_by_loss(prune, plan, scores):
+        return plan
+    from nemo_minitron.prune.groups import groups_by_loss
+
+    assert scores is not None
+    worth = groups_by_loss(reader, scores, plan.layers, fewer, tokens=prune.layer_tokens, half=half)
+    return plan_from_scores(reader.shape, fingerprint, prune, scores, worth)
+
+
+def _groups_by_loss(prune: Prune, plan: Plan, scores: Scores | None) -> bool:
+    """Whether query groups are chosen by the loss without them.
+
+    Raises:
+        MinitronError: asked for, with scores that hold no calibration tokens to measure it on.
+    """
+    if prune.group_selection is not None:
+        check_choice("prune.group_selection", prune.group_selection, GROUP_SELECTIONS)
+    if prune.group_selection == "loss" and (scores is None or scores.tokens is None):
+        raise MinitronError(
+            "prune.group_selection=loss: the scores hold no calibration tokens to measure the loss on; "
+            "run `minitron importance calibration.reconstruction=true`"
+        )
+    if prune.group_selection is None:
+        return plan.compensation is not None and prune.ranking is None
+    return prune.group_selection == "loss"

@@ -18,6 +18,7 @@ from nemo_minitron.recipe import Compose, Records
 from nemo_minitron.search import output, predict
 from nemo_minitron.search.candidate import Candidate, Outcome
 from nemo_minitron.search.depth import removed_layers
+from nemo_minitron.search.groups import with_groups_by_loss
 from nemo_minitron.search.measure import Bench, Table, fewer_tokens, plan_of, write_plan
 from nemo_minitron.search.predict import Predictor
 from nemo_minitron.search.request import budget_of, given_shapes, last_stage, probe_shapes, space_of
@@ -56,6 +57,7 @@ def run(cfg: SearchConfig, compose: Compose) -> Outcome:
         return _finish(cfg, folder, scores, removed, _predicted(cfg, space, budget, predictor, given))
 
     path = Path(cfg.scores)
+    scores = with_groups_by_loss(cfg, scores, space, records)
     if cfg.search.tokens is not None:
         scores, path = _write_scores(fewer_tokens(scores, cfg.search.tokens), folder / "scores"), folder / "scores"
     bench = Bench(cfg, compose, folder, records, scores, path, removed)

@@ -8,7 +8,8 @@ from nemo_minitron import runtime
 from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
 from nemo_minitron.importance.layer_loss import LayerLoss, Removed
 from nemo_minitron.prune.choose import BY_SCORES
-from nemo_minitron.prune.layers import BY_LOSS, _both_kinds, layers_by_loss
+from nemo_minitron.prune.layers import BY_LOSS, layers_by_loss
+from nemo_minitron.prune.tried import both_kinds
 from tests.importance.made import made
 from tests.importance.reference import answers
 from tests.prune.test_resolve import SHAPE, TOKENS, model_in_float32
@@ -65,8 +66,8 @@ def test_every_layer_selection_of_the_config_is_done_where_it_says():
 def test_half_of_the_tried_samples_are_the_models_own():
     """Rows are numbered; the last three of eight are its own."""
     tokens = torch.arange(8)[:, None]
-    assert _both_kinds(tokens, 3, 4)[:, 0].tolist() == [0, 1, 5, 6]
-    assert _both_kinds(tokens, 1, 4)[:, 0].tolist() == [0, 1, 2, 7]
-    assert _both_kinds(tokens, 0, 3)[:, 0].tolist() == [0, 1, 2]
-    assert _both_kinds(tokens, 7, 4)[:, 0].tolist() == [0, 1, 2, 3]  # drawn are fewer than half
-    assert _both_kinds(tokens, 3, 50)[:, 0].tolist() == list(range(8))
+    assert both_kinds(tokens, 3, 4)[:, 0].tolist() == [0, 1, 5, 6]
+    assert both_kinds(tokens, 1, 4)[:, 0].tolist() == [0, 1, 2, 7]
+    assert both_kinds(tokens, 0, 3)[:, 0].tolist() == [0, 1, 2]
+    assert both_kinds(tokens, 7, 4)[:, 0].tolist() == [0, 1, 2, 3]  # drawn are fewer than half
+    assert both_kinds(tokens, 3, 50)[:, 0].tolist() == list(range(8))

@@ -1,0 +1,47 @@
+"""Which query groups go, for every number of them, by the loss of the model without them; kept in a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from nemo_minitron.checkpoint import NemoReader
+from nemo_minitron.config.grid import Machines
+from nemo_minitron.config.schema import SearchConfig
+from nemo_minitron.errors import required
+from nemo_minitron.importance.scores import Scores
+from nemo_minitron.prune.groups import groups_by_loss
+from nemo_minitron.recipe import Records
+from nemo_minitron.search.space import Space
+
+
+def with_groups_by_loss(cfg: SearchConfig, scores: Scores, space: Space, records: Records) -> Scores:
+    """Scores whose ranking for compensation has query groups in the order in which ``minitron prune`` removes them.
+
+    The scores themselves where weights are not re-solved, or where no shape of the space has fewer groups.
+    """
+    fewer = scores.shape.num_query_groups - min(space.axes["num_query_groups"])
+    ranking = scores.rankings.get("reconstruction")
+    if not fewer or ranking is None or scores.tokens is None or cfg.search.compensate is False:
+        return scores
+    what = [scores.fingerprint(), cfg.search.layer_tokens, str(Machines.of(cfg.trainer).precision), fewer]
+    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+    known = records.read("groups")
+    if known.get("fingerprint") != fingerprint:
+        worth = _worth(cfg, scores, fewer)
+        known = {"fingerprint": fingerprint, "worth": worth.tolist()}
+        records.write("groups", known)
+    chosen = {**ranking, "groups": np.array(known["worth"])}
+    return dataclasses.replace(scores, rankings={**scores.rankings, "reconstruction": chosen})
+
+
+def _worth(cfg: SearchConfig, scores: Scores, fewer: int) -> np.ndarray:
+    with NemoReader(Path(required(cfg, "model.restore_from_path"))) as reader:
+        scores.check_matches(reader.fingerprint(), reader.shape)
+        layers = range(scores.shape.num_layers)
+        tokens, half = cfg.search.layer_tokens, Machines.of(cfg.trainer).half
+        return groups_by_loss(reader, scores, layers, fewer, tokens=tokens, half=half)

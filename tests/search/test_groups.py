@@ -1,0 +1,45 @@
+"""Query groups chosen by loss once for a search; the losses are judged in ``importance/test_group_loss.py``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from nemo_minitron.prune.plan import Plan
+from nemo_minitron.search import groups
+from tests.search.test_predict import make_scores
+from tests.search.test_rounds import run, source, stages  # noqa: F401
+
+WORTH = np.array([[2, 0, 1, 2], [1, 2, 2, 0], [2, 2, 0, 1]], dtype=float)
+
+
+def with_tokens(folder):
+    tokens = np.arange(12, dtype=np.int32).reshape(4, 3)
+    scores = replace(make_scores(ranks=True, seed=5), tokens=tokens, sensitivity=np.ones((6, 4, 3)))
+    folder.mkdir()
+    scores.write(folder)
+
+
+def test_groups_are_chosen_once_and_plans_follow(source, tmp_path, stages, monkeypatch):  # noqa: F811
+    calls = []
+
+    def searched(cfg, scores, fewer):
+        calls.append((fewer, cfg.search.layer_tokens))
+        return WORTH
+
+    monkeypatch.setattr(groups, "_worth", searched)
+    with_tokens(tmp_path / "scores")
+    given = "search.shapes=[{num_query_groups: 3}, {num_query_groups: 2}]"
+    overrides = (f"scores={tmp_path}/scores", "search.until=zero_shot", given)
+    for _ in range(2):
+        outcome = run(source, tmp_path / "out", *overrides)
+    assert calls == [(2, 4096)], "at least half of four groups stay; found once"
+    plans = [Plan.load(one.plan) for one in outcome.candidates if one.role == "given"]
+    kept = {plan.target.num_query_groups: plan.groups for plan in plans}
+    assert kept[3] == ((0, 2, 3), (0, 1, 2), (0, 1, 3))
+    assert kept[2] == ((0, 3), (1, 2), (0, 1))
+    run(source, tmp_path / "cut", *overrides, "search.compensate=false")
+    narrow = ("search.shrink=[ffn_hidden_size,hidden_size,num_layers]", "search.shapes=[]")
+    run(source, tmp_path / "whole", *overrides, *narrow)
+    assert len(calls) == 1, "where nothing is re-solved, or all groups stay, none are chosen"
