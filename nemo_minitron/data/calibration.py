@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.checkpoint.tokenizer_open import choose
@@ -35,7 +36,7 @@ def block_length(calibration: Calibration, reader: NemoReader) -> int:
 def draw_blocks(
     calibration: Calibration, length: int, reader: NemoReader, tokenizer: Mapping[str, Any] | None = None
 ) -> Drawn:
-    """Draw calibration blocks without replacement from the whole stream of each text.
+    """Draw calibration blocks without replacement from the whole stream of each text, in an order that mixes the texts.
 
     Of conversations only blocks are drawn in which the assistant says something.
 
@@ -95,8 +96,19 @@ def _from_prefixes(parts: Iterable[tuple[str, int]], seed: int, length: int, voc
     if any(one.counted is not None for one in found):
         every = (torch.ones_like(one.tokens, dtype=torch.bool) if one.counted is None else one.counted for one in found)
         counted = torch.cat(list(every))
-    tokens = torch.cat([one.tokens for one in found])
+    order = _mixed([len(one.tokens) for one in found])
+    tokens = torch.cat([one.tokens for one in found])[order]
+    counted = None if counted is None else counted[order]
     return Drawn(tokens, counted, hashlib.sha256(json.dumps(facts).encode()).hexdigest())
+
+
+def _mixed(counts: Sequence[int]) -> Tensor:
+    """Order of samples that lie part behind part, under which any first few of them have each part's share, int64.
+
+    Whoever works on some of the samples takes the first: re-solving, the choice of layers and of query groups.
+    """
+    places = torch.cat([(torch.arange(count, dtype=torch.float64) + 0.5) / count for count in counts])
+    return places.argsort(stable=True)
 
 
 def _from_text(

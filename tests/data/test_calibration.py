@@ -7,7 +7,7 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Calibration
 from nemo_minitron.convert import convert
 from nemo_minitron.data.blocks import token_blocks
-from nemo_minitron.data.calibration import block_length, draw_blocks, shares
+from nemo_minitron.data.calibration import _mixed, block_length, draw_blocks, shares
 from nemo_minitron.data.preprocess import preprocess
 from nemo_minitron.data.tokens import data_fingerprint
 from nemo_minitron.errors import MinitronError
@@ -41,7 +41,7 @@ def test_the_same_is_drawn_from_text_as_from_its_tokens(model, reader):
     assert torch.equal(tokens, token_blocks(prefix, 32, num_samples=5, seed=Calibration().seed)[:, :-1])
     assert torch.equal(from_text.tokens, tokens) and from_text.fingerprint == data == data_fingerprint(prefix)
     mixed, counts, both = draw_blocks(Calibration(data_prefix=[0.6, prefix, 0.4, prefix], num_samples=5), 32, reader)
-    assert torch.equal(mixed, torch.cat((tokens[:3], tokens[:2]))) and both != data
+    assert torch.equal(mixed, tokens[[0, 0, 1, 1, 2]]) and both != data
     assert counted is from_text.counted is counts is None
 
 
@@ -50,6 +50,22 @@ def test_weights_share_out_every_sample(model):
     blend = [3, prefix, 2, prefix, 1, prefix]
     assert [count for _, count in shares(Calibration(data_prefix=blend, num_samples=11))] == [6, 4, 1]
     assert [count for _, count in shares(Calibration(data_prefix=[9, prefix, 1, prefix], num_samples=1))] == [1]
+
+
+@pytest.mark.parametrize("counts", [(8, 8), (3, 9, 4), (15, 1)])
+def test_any_first_few_samples_have_each_texts_share(model, counts):
+    """What re-solves weights takes the first samples, and what is held back the last."""
+    weights = [item for count in counts for item in (count, f"{model}/tokens_text_document")]
+    with NemoReader(model / "model.nemo") as reader:
+        drawn = draw_blocks(Calibration(data_prefix=weights, num_samples=sum(counts)), 16, reader).tokens
+    alone = token_blocks(f"{model}/tokens_text_document", 16, num_samples=max(counts), seed=Calibration().seed)[:, :-1]
+    parts = [alone[:count] for count in counts]
+    order = _mixed(counts)
+    assert torch.equal(drawn, torch.cat(parts)[order])
+    of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order]
+    for first in range(1, sum(counts)):
+        for part, count in enumerate(counts):
+            assert abs(int((of[:first] == part).sum()) - first * count / sum(counts)) <= 1
 
 
 def test_a_block_is_as_long_as_the_model_was_trained_on_unless_asked(reader):

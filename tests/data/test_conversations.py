@@ -201,8 +201,10 @@ def test_calibration_knows_what_the_assistant_says(tokenizer, tmp_path, capsys):
     plain = made(write(tmp_path / "b.jsonl", [{"messages": chat} for chat in CHATS]), tmp_path / "b", tokenizer,
                  loss_on="all")  # fmt: skip
     mixed = _from_prefixes([(str(plain), 3), (prefix, 9)], 1, 16, 1000)
-    assert torch.equal(mixed.tokens, torch.cat([token_blocks(plain, 16, num_samples=3, seed=1)[:, :-1], drawn.tokens]))
-    assert mixed.counted[:3].all() and torch.equal(mixed.counted[3:], drawn.counted)
+    of_chats = [at for at in range(12) if at % 4 != 1]  # of every four samples one is plain
+    assert torch.equal(mixed.tokens[of_chats], drawn.tokens) and torch.equal(mixed.counted[of_chats], drawn.counted)
+    assert torch.equal(mixed.tokens[1::4], token_blocks(plain, 16, num_samples=3, seed=1)[:, :-1])
+    assert mixed.counted[1::4].all()
     content = json.dumps([(data_fingerprint(plain), 3), (drawn.fingerprint, 9)])
     assert mixed.fingerprint == hashlib.sha256(content.encode()).hexdigest()
     assert _from_prefixes([(str(plain), 3), (str(plain), 2)], 1, 16, 1000).counted is None
