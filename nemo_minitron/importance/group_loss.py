@@ -45,7 +45,7 @@ class GroupLoss:
         counted: ``[n, s]`` bool, the positions of ``tokens`` whose loss is counted; None: all.
         half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
         group: the processes that share the samples.
-        progress: told after each layer of each candidate that is run, and of the fit.
+        progress: told of each sample that has passed a layer, of candidates and of the fit.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class GroupLoss:
                         theirs[one] = middle + layer.ffn_output(layer.ffn(layer.ffn_input(middle)))
                     self._through(layer, ours)
                 del inner
-                self.progress(1)
+                self.progress(len(theirs))
             if branches:
                 for number in range(layers.stop, self.shape.num_layers):
                     self._advance(branches.values(), read_layer(self.reader, number, ours.device))
@@ -126,7 +126,7 @@ class GroupLoss:
         with self._autocast:
             for stream in streams:
                 self._through(layer, stream)
-                self.progress(1)
+                self.progress(len(stream))
 
     def _attention(self, layer: Layer, stream: Tensor) -> Tensor:
         """Inputs of ``linear_proj``, ``[m, s, A*d]`` float32."""
@@ -210,7 +210,8 @@ def eliminate(losses: GroupLoss, layers: Sequence[int], count: int) -> np.ndarra
     return worth
 
 
-def passes(layers: Sequence[int], groups: int, count: int, num_layers: int) -> int:
-    """Layers of candidates, and of the fit, that :func:`eliminate` runs: the work that ``progress`` is told of."""
-    behind = sum(num_layers - 1 - layer for layer in layers)
-    return sum(num_layers + (groups - place) * behind for place in range(count))
+def passes(losses: GroupLoss, layers: Sequence[int], count: int) -> int:
+    """Samples times layers that :func:`eliminate` runs: the work that ``progress`` is told of."""
+    total, groups = losses.shape.num_layers, losses.shape.num_query_groups
+    behind = sum(total - 1 - layer for layer in layers) * len(losses.tokens)
+    return sum(total * len(losses.fitted) + (groups - place) * behind for place in range(count))

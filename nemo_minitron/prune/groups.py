@@ -38,18 +38,17 @@ def groups_by_loss(
     assert scores.sensitivity is not None
     share = Tried.of(scores, tokens)
     weights = torch.tensor(scores.sensitivity[0::2])[:, share.mine].pow(WEIGHTING)  # of the stream after the attention
-    shape = reader.shape
-    work = passes(layers, shape.num_query_groups, count, shape.num_layers)
-    with progress_bar(work, "query groups", "layer", show=runtime.rank() == 0) as bar:
-        losses = GroupLoss(
-            reader,
-            share.tokens,
-            share.fitted,
-            weights.to(runtime.device()),
-            ridge=Compensation.attention,
-            counted=share.counted,
-            half=half,
-            group=share.group,
-            progress=bar.update,
-        )
+    losses = GroupLoss(
+        reader,
+        share.tokens,
+        share.fitted,
+        weights.to(runtime.device()),
+        ridge=Compensation.attention,
+        counted=share.counted,
+        half=half,
+        group=share.group,
+    )
+    work = passes(losses, layers, count)
+    with progress_bar(work, "query groups", "sample", show=runtime.rank() == 0) as bar:
+        losses.progress = bar.update
         return eliminate(losses, layers, count)

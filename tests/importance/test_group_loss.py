@@ -150,4 +150,4 @@ def test_all_of_the_work_is_told():
     model, fitted = in_float32(SHAPE), drawn(SHAPE, 2)
     losses = GroupLoss(model, drawn(SHAPE, 1), fitted, weights_of(SHAPE, fitted), ridge=RIDGE, progress=done.append)
     eliminate(losses, [0, 2], 2)
-    assert sum(done) == passes([0, 2], 3, 2, 3) == 2 * 3 + (3 + 2) * 2
+    assert sum(done) == passes(losses, [0, 2], 2) == 2 * 3 * 2 + (3 + 2) * 2
