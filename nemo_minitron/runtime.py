@@ -11,7 +11,6 @@ transformers 5 its model class is imported as well (``tests/test_transformers_ve
 from __future__ import annotations
 
 import ctypes
-import logging
 import multiprocessing
 import os
 import platform
@@ -30,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from nemo_minitron.config.keys import SEED
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs import lifeline
-from nemo_minitron.jobs.processes import place, slurm_rendezvous
+from nemo_minitron.jobs.processes import place, quiet, slurm_rendezvous
 
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -72,13 +71,6 @@ def prepare() -> None:
     _queue_server_holds_on()
     if int(version("transformers").partition(".")[0]) >= 5:
         _name_what_transformers_5_dropped()
-
-
-def quiet() -> None:
-    """Silence what torchao says of its kernels for other GPUs and of how it registers its classes; before its import,
-    which is NeMo's and transformers'."""
-    for logger in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def _name_what_transformers_5_dropped() -> None:

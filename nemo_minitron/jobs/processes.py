@@ -1,8 +1,9 @@
-"""Which of a job's processes this one is, as torchrun or Slurm says it in the environment."""
+"""Which of a job's processes this one is, as torchrun or Slurm says it in the environment, and what it tells."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -49,6 +50,13 @@ def notice(line: str) -> None:
     here = place()
     if here is None or here.rank == 0:
         print(f"minitron: {line}", file=sys.stderr)
+
+
+def quiet() -> None:
+    """Silence what torchao says of its kernels for other GPUs and of how it registers its classes; before its import,
+    which is NeMo's and transformers'."""
+    for logger in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 def slurm_rendezvous(environment: Mapping[str, str] | None = None) -> tuple[str, int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from nemo_minitron.config.schema import DistillConfig
+from nemo_minitron.jobs.processes import quiet
 
 
 def run(cfg: DistillConfig) -> None:
     """Distil ``model.kd_teacher_restore_from_path`` into ``model.restore_from_path``, write ``model.nemo_path``; or,
     with ``plan_only``, say what memory and time that would take."""
     if cfg.plan_only:
+        quiet()
         from nemo_minitron.nemo.memory import plan_memory
 
         print(plan_memory(cfg))

@@ -11,6 +11,7 @@ from nemo_minitron.errors import required
 from nemo_minitron.files.plain import short
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.generate.request import requested
+from nemo_minitron.jobs.processes import quiet
 
 
 def run(cfg: GenerateConfig) -> None:
@@ -26,7 +27,7 @@ def run(cfg: GenerateConfig) -> None:
     prompts = requested(cfg)  # before what takes seconds to import
     from nemo_minitron import runtime
 
-    runtime.quiet()
+    quiet()
     from nemo_minitron.checkpoint.formats import open_checkpoint
     from nemo_minitron.generate.chat import Chat, typed_lines
     from nemo_minitron.generate.talker import Talker, load

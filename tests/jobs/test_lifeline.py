@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from nemo_minitron.convert import convert
 from nemo_minitron.data.preprocess import preprocess
+from nemo_minitron.jobs import lifeline
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 
@@ -157,3 +160,9 @@ def test_twenty_kills(commands, capsys):
             print(f"\nkill {number}: {name}, after {moment:.1f} s, of {counts[-1]} processes {len(found)} left", end="")
     assert not left
     assert max(counts) >= 4
+
+
+def test_a_fork_server_imports_without_a_word_of_torchao():
+    with ProcessPoolExecutor(1, lifeline.fork_server([])) as pool:
+        level = pool.submit(logging.getLogger("torchao").getEffectiveLevel).result(timeout=60)
+    assert level == logging.ERROR
