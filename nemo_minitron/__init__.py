@@ -18,7 +18,10 @@ warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (are|i
 
 __version__ = "0.1.0"
 
-_CALLS = ("convert", "preprocess", "finetune", "importance", "prune", "distill", "evaluate", "generate", "run")
+_CALLS = (
+    *("synthesize", "convert", "preprocess", "finetune", "importance", "search", "prune", "distill", "evaluate"),
+    *("generate", "report", "run"),
+)
 """Functions of :mod:`nemo_minitron.api`; type checkers and editors know them from ``__init__.pyi``."""
 
 

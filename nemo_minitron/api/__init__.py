@@ -16,15 +16,26 @@ nothing unless ``verbose=True``, and returns what it wrote. Any other key of the
     print(nm.generate(better, "The capital of France is"))
 """
 
-from nemo_minitron.api.results import Checkpoint, Evaluation, Run, Scores, Student, Tokens
-from nemo_minitron.api.stages import convert, evaluate, generate, importance, preprocess, prune, run
-from nemo_minitron.api.training import distill, finetune
+from nemo_minitron.api.results import Checkpoint, Evaluation, Run, Scores, SearchResult, Student, Tokens
+from nemo_minitron.api.stages import (
+    convert,
+    evaluate,
+    generate,
+    importance,
+    preprocess,
+    prune,
+    report,
+    run,
+    synthesize,
+)
+from nemo_minitron.api.training import distill, finetune, search
 
 __all__ = [
     "Checkpoint",
     "Evaluation",
     "Run",
     "Scores",
+    "SearchResult",
     "Student",
     "Tokens",
     "convert",
@@ -35,5 +46,8 @@ __all__ = [
     "importance",
     "preprocess",
     "prune",
+    "report",
     "run",
+    "search",
+    "synthesize",
 ]

@@ -85,6 +85,38 @@ class Scores(_File):
 
 
 @dataclass(frozen=True, repr=False)
+class SearchResult(_File):
+    """What a search found: a folder of candidates, with a plan for each that was measured."""
+
+    @cached_property
+    def candidates(self) -> list[dict[str, Any]]:
+        """Candidates, best first, as ``candidates.yaml`` has them.
+
+        Each has a ``name``, a ``role``, sizes, costs and a ``predicted`` loss; those that came so far also
+        ``zero_shot``, ``distilled`` (a loss for each round) and ``plan``, relative to the folder.
+        """
+        return list(self._file["candidates"])
+
+    @property
+    def teacher_loss(self) -> float | None:
+        """Loss of the model that is pruned, in nats per token; None where it was not measured."""
+        return self._file["source"]["loss"]
+
+    @property
+    def plan(self) -> Path | None:
+        """Plan of the winner, which ``prune(…, plan=…)`` applies; None where the search ended before there was one."""
+        name = self._file["winner"]
+        found = [candidate for candidate in self.candidates if candidate["name"] == name and "plan" in candidate]
+        return self.path / found[0]["plan"] if found else None
+
+    @cached_property
+    def _file(self) -> dict[str, Any]:
+        import yaml
+
+        return yaml.safe_load((self.path / "candidates.yaml").read_text())
+
+
+@dataclass(frozen=True, repr=False)
 class Tokens(_File):
     """Token files of one text; ``path`` is their prefix, that of ``PREFIX.bin`` and ``PREFIX.idx``."""
 

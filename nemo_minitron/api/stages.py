@@ -14,6 +14,27 @@ from nemo_minitron.config.words import word
 from nemo_minitron.files.staging import write_file
 
 
+def synthesize(
+    output: PathLike,
+    model: str = "tiny",
+    *,
+    seed: int | None = None,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> Checkpoint:
+    """Write a random Llama with a tokenizer, to try things on.
+
+    Args:
+        output: HF folder.
+        model: name of a shape, as ``minitron synthesize`` knows it (``tiny``, ``smollm2_135m``, …); ``settings`` change
+            its sizes: ``{"model.num_layers": 2}``.
+        seed: of the weights.
+    """
+    words = [word("model", model), *(word(key, value) for key, value in (settings or {}).items())]  # of that shape
+    call("synthesize", {"output_path": output, "seed": seed}, words=words, verbose=verbose)
+    return Checkpoint(Path(output))
+
+
 def convert(
     source: PathLike,
     output: PathLike,
@@ -258,3 +279,24 @@ def run(
     metrics = folder / "metrics.json"
     found = json.loads(metrics.read_text()) if metrics.is_file() else {}
     return Run(folder, {role: Evaluation(values) for role, values in found.items()})
+
+
+def report(
+    folder: PathLike,
+    output: PathLike | None = None,
+    *,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> Path:
+    """Write a page for people on a run: what was removed, what that cost and what training won back.
+
+    Args:
+        folder: of the run, with what there is of ``evaluation/{teacher,pruned,distilled}.json``, a plan, ``scores`` and
+            logs of trainings.
+        output: HTML page, ``report.html`` in the folder when None; the same as Markdown is written beside it.
+
+    Returns:
+        The HTML page.
+    """
+    call("report", {"run_dir": folder, "output_path": output}, settings, verbose=verbose)
+    return Path(folder, "report.html") if output is None else Path(output)

@@ -1,13 +1,14 @@
-"""Calls that train: teacher correction and distillation."""
+"""Calls that train: teacher correction, distillation, and a search, which distils what it finds."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_minitron.api.arguments import Config, Text, beside, data, machine
 from nemo_minitron.api.process import Settings, call
-from nemo_minitron.api.results import Checkpoint, PathLike
+from nemo_minitron.api.results import Checkpoint, PathLike, SearchResult
 
 VALIDATE_EVERY = 100
 """Steps between two looks at the validation data, where there are as many."""
@@ -95,22 +96,77 @@ def distill(
     return Checkpoint(output)
 
 
+def search(
+    model: PathLike | None,
+    scores: PathLike,
+    output: PathLike,
+    *,
+    num_parameters: float | None = None,
+    memory_gib: float | None = None,
+    latency_ms: float | None = None,
+    shapes: Sequence[Mapping[str, int]] = (),
+    train: Text | None = None,
+    validation: PathLike | None = None,
+    seq_length: int | None = None,
+    micro_batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    lr: float | None = None,
+    devices: int | str | None = None,
+    precision: int | str | None = None,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> SearchResult:
+    """Find the best shape for a budget; a search that was stopped goes on where it was.
+
+    Args:
+        model: ``.nemo`` of the teacher; None predicts from the scores alone.
+        scores: as :func:`importance` returns them.
+        output: folder of candidates, plans and students.
+        num_parameters, memory_gib, latency_ms: the budget: most parameters, memory of weights and KV cache, longest
+            decoding step; all that are given hold.
+        shapes: of your own, measured with the others: ``{"hidden_size": 512, "ffn_hidden_size": 1408}``.
+        train: token files that candidates are distilled on. validation: those that losses are measured on.
+            The others are as for :func:`finetune`.
+    """
+    config = {
+        "model.restore_from_path": model,
+        "scores": scores,
+        "output_path": output,
+        "budget.num_parameters": num_parameters,
+        "budget.memory_gib": memory_gib,
+        "budget.latency_ms": latency_ms,
+        "search.shapes": [dict(shape) for shape in shapes],
+        "evaluate.data_prefix": validation,
+        "evaluate.seq_length": seq_length,
+        "evaluate.micro_batch_size": micro_batch_size,
+    }
+    if train is not None:
+        config |= _prefixes(train, validation)
+    config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
+    call("search", config | {"model.optim.lr": lr}, settings, verbose=verbose)
+    return SearchResult(Path(output))
+
+
 def _training(output: Path, train: Text, validation: Text | None, max_steps: int | None, resume: bool) -> Config:
     """Keys of data, steps and logs; the logs of an earlier call go where this one does not resume it."""
     logs = beside(output, "logs", "")
     if not resume:
         shutil.rmtree(logs, ignore_errors=True)
-    parts = {"train": data(train), "validation": data(train if validation is None else validation)}
-    return {
-        "model.data.data_prefix": {
-            name: [1.0, part] if isinstance(part, str) else part for name, part in parts.items()
-        },
+    return _prefixes(train, validation) | {
         "model.data.index_mapping_dir": logs / "index",
         "trainer.max_steps": max_steps,
         "trainer.val_check_interval": None if max_steps is None else min(max_steps, VALIDATE_EVERY),
         "exp_manager.exp_dir": logs,
         "exp_manager.use_datetime_version": False,
         "exp_manager.resume_if_exists": True,  # of a folder that is new, nothing
+    }
+
+
+def _prefixes(train: Text, validation: Text | None) -> Config:
+    """Key of both texts, each a weighted list."""
+    parts = {"train": data(train), "validation": data(train if validation is None else validation)}
+    return {
+        "model.data.data_prefix": {name: [1.0, part] if isinstance(part, str) else part for name, part in parts.items()}
     }
 
 

@@ -124,6 +124,48 @@ def test_evaluate(composed, tmp_path):
     assert (found.loss, found.perplexity, found.values["num_parameters"]) == (2.0, 7.4, 3)
 
 
+def test_synthesize(composed):
+    found = api.synthesize(Path("a") / "hf", "smollm2_135m", seed=7, settings={"model.num_layers": 2})
+    [(command, cfg)] = composed
+    assert (command, cfg.output_path, cfg.seed) == ("synthesize", "a/hf", 7)
+    assert (cfg.model.num_layers, cfg.model.hidden_size) == (2, 576) and os.fspath(found) == "a/hf"
+
+
+def test_report(composed):
+    assert api.report("runs/a") == Path("runs/a/report.html") and api.report("b", "c/d.html") == Path("c/d.html")
+    [(command, first), (_, second)] = composed
+    assert (command, first.run_dir, first.output_path) == ("report", "runs/a", None)
+    assert (second.run_dir, second.output_path) == ("b", "c/d.html")
+
+
+def test_search(composed, tmp_path):
+    shape = {"hidden_size": 48, "ffn_hidden_size": 128}
+    sizes = {"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 4}
+    budget = {"num_parameters": 2e5, "memory_gib": 0.5, "latency_ms": 3}
+    found = api.search("t.nemo", "s", tmp_path, **budget, shapes=[shape], train="x", validation="y", lr=1e-3, **sizes)
+    api.search(None, "s", tmp_path, settings={"search.until": "predict"})
+    [(command, cfg), (_, alone)] = composed
+    assert (command, cfg.model.restore_from_path, cfg.scores) == ("search", "t.nemo", "s")
+    assert {name: cfg.budget[name] for name in budget} == budget and list(cfg.search.shapes) == [shape]
+    assert cfg.model.data.data_prefix == {"train": [1.0, "x"], "validation": [1.0, "y"]}
+    assert cfg.evaluate.data_prefix == "y" and cfg.model.optim.lr == 1e-3
+    assert [cfg.evaluate.seq_length, cfg.model.data.seq_length] == [16, 16]
+    assert [cfg.evaluate.micro_batch_size, cfg.model.micro_batch_size, cfg.model.global_batch_size] == [2, 2, 4]
+    assert alone.model.data.data_prefix is None and alone.search.until == "predict"
+    (tmp_path / "candidates.yaml").write_text(
+        "source: {loss: 2.5}\nwinner: b\n"
+        "candidates: [{name: b, zero_shot: 3.0, plan: plans/b.yaml}, {name: a, predicted: 3.1}]\n"
+    )
+    assert [one["name"] for one in found.candidates] == ["b", "a"] and found.teacher_loss == 2.5
+    assert found.plan == tmp_path / "plans" / "b.yaml"
+
+
+def test_a_search_without_a_winner_has_no_plan(tmp_path):
+    (tmp_path / "candidates.yaml").write_text("source: {loss: null}\nwinner: null\ncandidates: []\n")
+    found = api.SearchResult(tmp_path)
+    assert found.plan is None and found.teacher_loss is None and found.candidates == []
+
+
 @pytest.mark.parametrize(
     "path", ["/models/ü", "a=b", "a(1), [2]", "it's", r"back\slash", r"both\' of", "", "null", "1"]
 )
