@@ -35,25 +35,41 @@ def block_influence(worth: np.ndarray, dropped: Sequence[int]) -> str:
 
 def losses(training: Training) -> str:
     """Curves of a training against tokens."""
-    panels = [
-        (title, drawn)
-        for title, names in (
-            ("distance to the teacher (KD loss)", ("train_kd_loss", "val_kd_loss")),
-            ("next-token loss (LM loss)", ("train_lm_loss", "val_lm_loss")),
-        )
-        if (drawn := [name for name in names if name in training.curves])
-    ]
     with style():
         figure = new_figure(2.8)
-        lines: dict[str, Any] = {}
-        for ax, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for name in names:
-                label = "validation" if name.startswith("val_") else "training"
-                lines[label] = _curve(ax, training.curves[name], validation=label == "validation")
-            ax.set(title=title, xlabel="tokens" if training.by_tokens else "steps", ylabel="nats per token")
-            thousands(ax.xaxis)
+        panels = figure.subplots(1, len(kinds(training)), squeeze=False)[0]
+        lines = draw_losses(panels, training, (BLUE, ORANGE))
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines))
         return finished(figure)
+
+
+def kinds(training: Training) -> dict[str, list[str]]:
+    """Kinds of loss that were logged: title of the panel → names of its curves."""
+    found = {
+        "distance to the teacher (KD loss)": ("train_kd_loss", "val_kd_loss"),
+        "next-token loss (LM loss)": ("train_lm_loss", "val_lm_loss"),
+    }
+    logged = {title: [name for name in names if name in training.curves] for title, names in found.items()}
+    return {title: names for title, names in logged.items() if names}
+
+
+def draw_losses(panels: Sequence[Axes], training: Training, colours: tuple[str, str]) -> dict[str, Any]:
+    """Draw each of :func:`kinds` into its panel.
+
+    Args:
+        colours: of training, of validation.
+
+    Returns:
+        A line for each of both, by its name.
+    """
+    lines: dict[str, Any] = {}
+    for ax, (title, names) in zip(panels, kinds(training).items(), strict=True):
+        for name in names:
+            label = "validation" if name.startswith("val_") else "training"
+            lines[label] = _curve(ax, training.curves[name], label, colours)
+        ax.set(title=title, xlabel="tokens" if training.by_tokens else "steps", ylabel="nats per token")
+        thousands(ax.xaxis)
+    return lines
 
 
 def quality(metrics: dict[str, dict[str, float]], distillation: Training | None) -> str:
@@ -81,15 +97,16 @@ def quality(metrics: dict[str, dict[str, float]], distillation: Training | None)
         return finished(figure)
 
 
-def _curve(ax: Axes, curve: Curve, validation: bool) -> Any:
-    points = thinned(curve)
+def _curve(ax: Axes, curve: Curve, label: str, colours: tuple[str, str]) -> Any:
+    points, validation = thinned(curve), label == "validation"
     (line,) = ax.plot(
         points.at,
         points.values,
-        color=ORANGE if validation else BLUE,
+        color=colours[validation],
         linestyle="--" if validation else "-",
         marker="o" if validation or len(points.at) == 1 else "",
         markersize=4,
+        label=label,
     )
     return line
 
