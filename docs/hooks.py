@@ -47,9 +47,9 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"tutorials/{notebook.stem}.md", content=text))
         for name, content in found["outputs"].items():
             files.append(File.generated(config, f"tutorials/{name}", content=content))
-    for result in sorted((ROOT / "benchmarks" / "results").iterdir()):
-        name = f"benchmarks/results/{result.name}"
-        files.append(File.generated(config, name, abs_src_path=str(result)))
+    for folder in ("tutorials/pictures", "benchmarks/results"):
+        for file in sorted((ROOT / folder).iterdir()):
+            files.append(File.generated(config, f"{folder}/{file.name}", abs_src_path=str(file)))
     return files
 
 
