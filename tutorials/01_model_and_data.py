@@ -147,8 +147,9 @@ plots.parts(counts)
 
 # %% [markdown]
 # The percentages add up to the whole model: what is counted from the sizes in the configuration is what the
-# checkpoint holds (the cell would stop if it did not). SmolLM2 shares the table of embeddings with its output, as
-# small models do; it is a fifth of the model, and only fewer hidden channels make it smaller.
+# checkpoint holds (the cell would stop if it did not). The tiny model has a table of embeddings and an output of its
+# own; SmolLM2 shares one table between both, which is a fifth of the model. Only fewer hidden channels make either
+# smaller.
 #
 # ## Exercises
 #

@@ -110,8 +110,8 @@ plots.training(RUN / "corrected.logs", held_out={"held out, before": before, "he
 # ## Exercises
 #
 # 1. What does the teacher lose on text that it has trained on? Measure the original and the teacher on the same 32
-#    blocks of it: `nm.evaluate(TEACHER, TRAIN, **SIZES, settings={"evaluate.num_samples": 32})`. Expect NUM02 Check:
-#    the two differences.
+#    blocks of it: `nm.evaluate(TEACHER, TRAIN, **SIZES, settings={"evaluate.num_samples": 32})`. Expect that it
+#    gained more there than on held-out text: for `"tiny"` 6.784 before and 3.383 after. Check: the two differences.
 # 2. Leave out `validation=HELD_OUT` for a training into another file. Which text decides then which model is kept as
 #    the best, and why is that a worse judge? Check: `help(nm.finetune)`.
 #

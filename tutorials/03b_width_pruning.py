@@ -102,8 +102,8 @@ plots.ranked({
 })  # fmt: skip
 
 # %% [markdown]
-# Left of the dashed line is what the published ranking keeps. Scores fall slowly there: no unit is worth nothing, and
-# what is cut is missed.
+# Left of the dashed line is what the published ranking keeps. There is no step at the line: what is cut is worth
+# little less than the last that is kept, and it will be missed.
 #
 # ## Two students of the same shape
 #
@@ -156,9 +156,10 @@ plots.losses(losses, teacher=teacher, title="loss on held-out text, before train
 #
 # ## Exercises
 #
-# 1. Take all from the FFN: keep `hidden_size` and choose `ffn_hidden_size` so that the student has as many parameters
-#    (112 for `"tiny"`, 1136 for `"smollm2"`). Expect NUM03B Check: `nm.evaluate`, and `student.num_parameters` of
-#    what `nm.prune` returns.
+# 1. Take less, and all of it from the FFN: `nm.prune` with `ffn_hidden_size` alone, 112 for `"tiny"`. Expect 250,432
+#    parameters and a loss of 3.874, which is less than that of the student above and of a larger model. Check:
+#    `nm.evaluate`, and `num_parameters` of what `nm.prune` returns. Which sizes of FFN give as many parameters as the
+#    student above has?
 # 2. Apply the plan again: `nm.prune(TEACHER, RUN / "width/again.nemo", scores=SCORES, plan=RUN /
 #    "width/pruned.plan.yaml")`. Expect the same student, byte for byte. Check: `read_bytes()` of both files.
 #

@@ -123,7 +123,7 @@ plots.size_against_loss(found)
 
 # %% [markdown]
 # The way down from an open to a filled circle is what distillation won, at no change of size; what is missing to the
-# star's height is still lost. Depth and width have nearly the same number of parameters here, so that they can be
+# star's height is still lost. Depth and width have nearly the same number of parameters, so that they can be
 # compared; but for short trainings only: which shape is better after a long one is another question.
 #
 # ## A page for people
@@ -180,11 +180,10 @@ print(repr(tokenizer.decode(answer[0])))
 #
 # ## Exercises
 #
-# 1. Take the student to llama.cpp: `nm.convert(RUN / "width/distilled.nemo", RUN / "width/student.gguf")`. Expect
-#    NUM05 Check: `nm.generate` with the GGUF and the same prompt, greedy.
-# 2. Is the smaller model faster here? `nm.evaluate(model, HELD_OUT, **SIZES, settings={"evaluate.throughput": True})`
-#    times reading a prompt and writing after it. Expect NUM05B Check: `values` of what is returned, for the teacher
-#    and both students.
+# 1. Let the HF folder write by `nm.generate(RUN / "width/distilled_hf", ...)`, with the same prompt. Expect the words
+#    that the `.nemo` wrote. Check: the line of `width/distilled` above.
+# 2. Make the page of the other student: `nm.report(RUN / "depth", verbose=True)`. Expect lines `not in the report: …`
+#    that name the teacher's evaluation and the scores. Check: copy both as above and call it again.
 #
 # ## The same with Llama-3.1-8B
 #

@@ -118,7 +118,7 @@ display(Image(RUN / "search/prediction.png", width=420))
 # ## Loss against each cost
 #
 # The line is the Pareto front by prediction: no shape is predicted to be both smaller and better. Points above it
-# lose more than was predicted.
+# lose more than was predicted, points below it less.
 
 # %%
 display(Image(RUN / "search/pareto.png", width=1000))
@@ -139,9 +139,12 @@ for name, one in (("best", winner), ("shape of 03b", given)):
 plots.candidates(found)
 
 # %% [markdown]
-# Grey points are what pruning leaves, blue ones what a short training makes of it; candidates without a blue point
-# were out before. Differences between close rows are smaller than what a longer training or another text would
-# change, and short trainings favour shapes that lose little at once: a reason to keep the second best as well.
+# Can the prediction be trusted? Not here: shapes that were measured stand in another order than was predicted, and
+# the best of the tiny model has two layers, which the prediction thought dear and which was drawn only to judge it
+# by. That is why a search measures and trains. Grey points are what pruning leaves, blue ones what a short training
+# makes of it; candidates without a blue point were out before. Differences between close rows are smaller than what a
+# longer training or another text would change, and short trainings favour shapes that lose little at once: a reason
+# to keep the second best as well.
 #
 # ## Make the winner
 #
