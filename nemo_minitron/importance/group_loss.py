@@ -92,8 +92,7 @@ class GroupLoss:
                         branches[number, name] = self._through(candidate, ours.clone())
                     for sample in range(len(theirs)):
                         one = slice(sample, sample + 1)
-                        middle = theirs[one] + layer.attention_output(inner[one])
-                        theirs[one] = middle + layer.ffn_output(layer.ffn(layer.ffn_input(middle)))
+                        theirs[one] = layer.after_attention(theirs[one], inner[one])
                     self._through(layer, ours)
                 del inner
                 self.progress(len(theirs))
@@ -155,11 +154,13 @@ class GroupLoss:
         sizes = (shape.proj_columns + biased, shape.hidden_size)
         with torch.autocast(inner.device.type, enabled=False):
             moment, cross = two_pass_moments(parts, len(inner), sizes, inner.device, self.group)
-            width = shape.heads_per_group * shape.kv_channels
-            for name in left:
-                columns = [range(other * width, (other + 1) * width) for other in left if other != name]
-                kept = torch.tensor([column for some in columns for column in some], device=inner.device)
-                yield name, self._without(layer, kept, moment, cross, weight, bias)
+        width = shape.heads_per_group * shape.kv_channels
+        for name in left:
+            columns = [range(other * width, (other + 1) * width) for other in left if other != name]
+            kept = torch.tensor([column for some in columns for column in some], device=inner.device)
+            with torch.autocast(inner.device.type, enabled=False):  # not around the yield: it would hold for the caller
+                candidate = self._without(layer, kept, moment, cross, weight, bias)
+            yield name, candidate
 
     def _without(
         self, layer: Layer, kept: Tensor, moment: Tensor, cross: Tensor, weight: Tensor, bias: Tensor | None

@@ -152,15 +152,15 @@ class Layer:
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """The residual stream ``[b, s, H]`` after this layer."""
-        return self._after_attention(x, self.attention(self.attention_input(x), rotary))
+        return self.after_attention(x, self.attention(self.attention_input(x), rotary))
 
     def forward_next(self, x: Tensor, keys: Tensor, values: Tensor, at: int, rotary: Rotary) -> Tensor:
         """:meth:`forward` for the one position ``at``, ``x [b, 1, H]``; keys and values as for :func:`attend_next`."""
         inner = attend_next(self._heads(self.attention_input(x)), keys, values, at, rotary)
-        return self._after_attention(x, inner)
+        return self.after_attention(x, inner)
 
-    def _after_attention(self, x: Tensor, inner: Tensor) -> Tensor:
-        """The rest of the layer, from the input of ``linear_proj``."""
+    def after_attention(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The stream ``[b, s, H]`` after the rest of the layer, from its own before and :meth:`attention`'s output."""
         x = x + self.attention_output(inner)
         return x + self.ffn_output(self.ffn(self.ffn_input(x)))
 
