@@ -89,7 +89,7 @@ class Prune:
         "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
         tuple(LAYER_SELECTIONS),
     )
-    layer_tokens: int = key(4096, "calibration tokens on which layers and query groups are chosen by loss")
+    layer_tokens: int = key(6144, "tokens on which layers and query groups are chosen by loss, half of them of text said twice")
     group_selection: str | None = key(
         None,
         "how query groups are chosen: by the loss without each, or by prune.ranking; when null: by loss where weights "
@@ -218,7 +218,7 @@ class Search:
         "how layers are chosen; greedy: by one search by loss, which also predicts what depth costs",
         tuple(name for name, selection in LAYER_SELECTIONS.items() if selection.in_search),
     )
-    layer_tokens: int = key(4096, "calibration tokens on which layers, by greedy, and query groups are chosen by loss")
+    layer_tokens: int = key(6144, "as prune.layer_tokens, for layers by greedy and for query groups")
     compensate: bool | None = key(None, "as prune.compensate")
     tokens: int | None = key(None, "calibration tokens that students are re-solved on; those in the scores when null")
     keep_students: bool = key(False, "keep the students that are not distilled; plans are kept in any case")

@@ -3,7 +3,7 @@
 A model has few query groups in a layer, and each is much: what their removal does to the loss is far from the small
 errors for which Fisher information speaks (:mod:`nemo_minitron.importance.reconstruction`). Here each is removed in
 turn, the rest of its layer's ``linear_proj`` is re-solved as compensation does it, and the model is run to its end.
-SmolLM2-135M, 3 groups to 2, one draw of 64 samples of Brown: 0.22 nats above the teacher by this choice, 0.31 by that.
+Tokens to measure losses on should ask for copying (:mod:`nemo_minitron.importance.echoes`).
 
 Candidates of some layers at a time run together, one layer's weights in memory at a time. Weights are whole: under any
 grid each process takes its share of the samples; moments and losses are rounded so that float64 adds them without

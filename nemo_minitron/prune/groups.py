@@ -25,8 +25,8 @@ def groups_by_loss(
 ) -> np.ndarray:
     """Worth of every query group, once ``count`` of each of ``layers``, 0-based, were removed one after the other.
 
-    Losses are measured on about ``tokens`` tokens of the scores, which hold some; half of them the model wrote itself,
-    where scores have such. ``linear_proj`` is re-solved on all of them, weighted as compensation weights them. Every
+    Losses are measured on about ``tokens`` tokens of the scores, which hold some, half of them said twice
+    (:class:`nemo_minitron.prune.tried.Tried`). ``linear_proj`` is re-solved on all of them, weighted as compensation weights them. Every
     process of the job takes part, each with its share of the samples; progress is shown.
 
     Args:

@@ -69,7 +69,8 @@ def layers_by_loss(
 ) -> tuple[float, list[Step]]:
     """Loss of the whole model and without up to ``count`` layers, on about ``tokens`` tokens of the scores.
 
-    Half of them the model wrote itself, where scores have such; stand-ins of removed layers are fitted on all tokens.
+    Half of them say themselves twice, and half of the others the model wrote itself, where scores have such
+    (:class:`nemo_minitron.prune.tried.Tried`); stand-ins of removed layers are fitted on all tokens of the scores.
     Where only some tokens count, the loss is theirs, and the others weigh in the fit what it depends on them
     (:func:`nemo_minitron.moments.loss_shares`).
 

@@ -14,13 +14,9 @@ from nemo_minitron.prune.groups import groups_by_loss
 from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.prune.request import make_requested_plan
 from tests.importance.made import made
-from tests.prune.test_layers import COUNTED, SENSITIVITY, chats
+from tests.prune.test_layers import SENSITIVITY, chats, tried
 from tests.prune.test_resolve import SHAPE, TOKENS, model_in_float32
 from tests.ranks import run_ranks
-
-TRIED = [0, 1, 8, 9]
-"""Of twelve samples, the last four of which the model wrote itself: four to measure losses on."""
-
 
 def chosen(layers, count):
     if torch.distributed.is_initialized():
@@ -28,10 +24,11 @@ def chosen(layers, count):
     return groups_by_loss(model_in_float32(SHAPE), chats(), layers, count, tokens=4 * 33)
 
 
-def test_losses_are_of_both_kinds_and_the_fit_is_weighted_as_compensation_weights_it():
+def test_losses_are_of_all_kinds_and_the_fit_is_weighted_as_compensation_weights_it():
     model = model_in_float32(SHAPE)
     weights = SENSITIVITY[::2].sqrt()
-    losses = GroupLoss(model, TOKENS[TRIED], TOKENS, weights, ridge=Compensation.attention, counted=COUNTED[TRIED])
+    tokens, counted = tried([0, 8], [10, 11])
+    losses = GroupLoss(model, tokens, TOKENS, weights, ridge=Compensation.attention, counted=counted)
     expected = eliminate(losses, [0, 2], 2)
     found = chosen([0, 2], 2)
     assert found.tolist() == expected.tolist()
