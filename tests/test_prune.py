@@ -447,7 +447,7 @@ def test_layers_are_chosen_by_the_loss_without_them(teacher, measured, prune, tm
     half = tokens.shape[1] // 2
     tokens = torch.cat([tokens, tokens[:, :half].repeat(1, 2)])
     labels = tokens[:, 1:].clone()
-    labels[len(labels) // 2 :, :half] = -100  # of text that is said twice the second time counts, but not its first token
+    labels[len(labels) // 2 :, :half] = -100  # the second time counts, but not its first token
 
     def loss(kept):
         model.model.layers = torch.nn.ModuleList(layers[at] for at in kept)

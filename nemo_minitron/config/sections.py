@@ -89,7 +89,7 @@ class Prune:
         "how prune.num_layers chooses layers: by scores, or by the loss without them, alone, as a block or one by one",
         tuple(LAYER_SELECTIONS),
     )
-    layer_tokens: int = key(6144, "tokens on which layers and query groups are chosen by loss, half of them of text said twice")
+    layer_tokens: int = key(6144, "tokens on which layers and query groups are chosen by loss, half of them said twice")
     group_selection: str | None = key(
         None,
         "how query groups are chosen: by the loss without each, or by prune.ranking; when null: by loss where weights "

@@ -26,8 +26,8 @@ def groups_by_loss(
     """Worth of every query group, once ``count`` of each of ``layers``, 0-based, were removed one after the other.
 
     Losses are measured on about ``tokens`` tokens of the scores, which hold some, half of them said twice
-    (:class:`nemo_minitron.prune.tried.Tried`). ``linear_proj`` is re-solved on all of them, weighted as compensation weights them. Every
-    process of the job takes part, each with its share of the samples; progress is shown.
+    (:class:`nemo_minitron.prune.tried.Tried`). ``linear_proj`` is re-solved on all of them, weighted as compensation
+    weights them. Every process of the job takes part, each with its share of the samples; progress is shown.
 
     Args:
         half: matrix products in bfloat16.

@@ -18,6 +18,7 @@ from tests.prune.test_layers import SENSITIVITY, chats, tried
 from tests.prune.test_resolve import SHAPE, TOKENS, model_in_float32
 from tests.ranks import run_ranks
 
+
 def chosen(layers, count):
     if torch.distributed.is_initialized():
         runtime.init_distributed()

@@ -53,9 +53,7 @@ def test_only_what_counts_is_lost_and_prompts_weigh_in_the_fit_what_they_are_wor
             mean = squares[sample, answer].mean()
             weights[layer, sample, ~answer] = (squares[sample, ~answer] / mean).clamp_max(1)
     for given in (None, weights):
-        losses = LayerLoss(
-            model, tokens, counted=counted, stand_ins=None if given is None else TOKENS, weights=given
-        )
+        losses = LayerLoss(model, tokens, counted=counted, stand_ins=None if given is None else TOKENS, weights=given)
         whole, *pairs = losses([Removed(), *PAIRS])
         found, (step,) = chosen(given is not None, count=2)
         assert found == whole and step.loss == pytest.approx(pairs[PAIRS.index(Removed(step.removed))], abs=1e-6)
