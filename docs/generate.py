@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from nemo_minitron.config import nemo_keys  # noqa: E402
 from nemo_minitron.config.help_text import named  # noqa: E402
 from nemo_minitron.config.keys import REQUIRED, choices_of, keys  # noqa: E402
-from nemo_minitron.config.schema import COMMANDS, GROUPS, SUBMITTED, description, summary  # noqa: E402
+from nemo_minitron.config.schema import COMMANDS, GROUPS, description, summary  # noqa: E402
 from nemo_minitron.config.sections import Cluster  # noqa: E402
 from nemo_minitron.values.check import rules  # noqa: E402
 from nemo_minitron.values.rules import shown  # noqa: E402
@@ -58,8 +58,7 @@ def command_page(command: str) -> str:
         lines += ["", f"Defaults, from `conf/{command}.yaml`; [more names](nemo.md) are known:", ""]
         lines += table(foreign) if foreign else ["none."]
     lines += options(command)
-    if command in SUBMITTED:
-        lines += ["", "## As a Slurm job", "", "`+cluster=slurm` and the keys of [`cluster`](cluster.md)."]
+    lines += ["", "## As a Slurm job", "", "`+cluster=slurm` and the keys of [`cluster`](cluster.md)."]
     return page(lines)
 
 
@@ -88,8 +87,7 @@ def cluster_page() -> str:
     lines = [
         "# +cluster=slurm",
         "",
-        "Submits a command to Slurm instead of running it here; every command but `search` takes it.",
-        "`run` becomes a job per stage.",
+        "Submits a command to Slurm instead of running it here; every command takes it. `run` becomes a job per stage.",
     ]
     return page([*lines, "How it is used is told in [running.md](../running.md).", "", *table(rows)])
 

@@ -208,7 +208,9 @@ def _main(argv: list[str]) -> int:
 def _submit(arguments: Arguments, cfg: DictConfig) -> None:
     """Hand a command to Slurm, and ``run`` stage by stage."""
     assert arguments.command is not None
-    if arguments.command != "run":
+    from nemo_minitron.config.schema import COMPOSITE
+
+    if arguments.command not in COMPOSITE:
         from nemo_minitron.jobs import slurm
 
         slurm.submit(arguments.command, cfg, arguments.overrides)
@@ -218,10 +220,17 @@ def _submit(arguments: Arguments, cfg: DictConfig) -> None:
     from nemo_minitron.config.check import instance
     from nemo_minitron.config.compose import compose
     from nemo_minitron.config.schema import COMMANDS
-    from nemo_minitron.recipe.submit import submit
 
     plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "cluster"])
-    submit(instance(COMMANDS["run"], plain), plain, cfg.cluster, compose)
+    command = instance(COMMANDS[arguments.command], plain)
+    if arguments.command == "search":
+        from nemo_minitron.search.submit import submit as submit_search
+
+        submit_search(command, cfg, arguments.overrides)
+    else:
+        from nemo_minitron.recipe.submit import submit
+
+        submit(command, plain, cfg.cluster, compose)
 
 
 def _doctor_alone(overrides: Sequence[str], error: ImportError) -> None:

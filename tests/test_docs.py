@@ -106,6 +106,7 @@ DISTILL = [
 REST = {
     "-m nemo_minitron distill …": ["-m", "nemo_minitron", "distill", *DISTILL],
     "minitron distill …": ["minitron", "distill", *DISTILL],
+    "minitron search …": ["minitron", "search", "scores=scores", "output_path=search", "budget.num_parameters=100e6"],
     "… ": ["minitron", "distill", *DISTILL, "+cluster=slurm", "cluster.dry_run=true"],
 }
 """What an ellipsis stands for; the first that is found counts."""

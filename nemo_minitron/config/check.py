@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_minitron.config.keys import choices_of, keys, tree_of
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY, SUBMITTED, key_called
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY, key_called
 from nemo_minitron.config.sections import Recipe, Stage, WithCluster
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 
@@ -19,9 +19,8 @@ _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "st
 
 def known_keys(command: str) -> Tree:
     """Nested names that ``command`` knows, ``cluster`` and the strays of NeMo's files included."""
-    tree = tree_of(COMMANDS[command])
-    cluster = tree_of(WithCluster) if command in SUBMITTED else {}
-    return cluster | tree if command in COMPOSITE else STRAY | cluster | tree
+    tree = tree_of(WithCluster) | tree_of(COMMANDS[command])
+    return tree if command in COMPOSITE else STRAY | tree
 
 
 def recipe_tree(recipe: DictConfig) -> Tree:

@@ -23,7 +23,7 @@ from yaml import YAMLError
 from nemo_minitron.config import check
 from nemo_minitron.config.keys import keys
 from nemo_minitron.config.nemo_keys import Tree
-from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, STRAY, SUBMITTED
+from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, STRAY
 from nemo_minitron.config.sections import WithCluster
 from nemo_minitron.config.words import how_to_quote
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
@@ -94,11 +94,6 @@ def compose(
     _register_resolvers()
     tree = check.known_keys(command)
     groups, values = _parse(command, overrides, source)
-    if command not in SUBMITTED and any(o.key_or_group.split(".")[0] == "cluster" for o in groups + values):
-        raise MinitronError(
-            f"cluster: `minitron {command}` is not submitted: what it runs depends on what it has measured; start it "
-            "inside an allocation (salloc, sbatch --wrap)"
-        )
     cfg = _base(command, source, config, tree)
     for override in groups:
         check.refuse_unknown_path(override.key_or_group, tree, cfg)
@@ -136,7 +131,7 @@ def _base(command: str, source: Source, config: Mapping[str, Any] | None, tree: 
 
 def _typed(command: str, cfg: DictConfig) -> DictConfig:
     """``cfg`` over the schema's defaults, types and choices checked; top-level strays of NeMo's files as they are."""
-    names = [*(() if command in COMPOSITE else STRAY), *(("cluster",) if command in SUBMITTED else ())]
+    names = [*(() if command in COMPOSITE else STRAY), "cluster"]
     stray = {name: cfg._get_node(name) for name in names if name in cfg}
     plain = check.typed(COMMANDS[command], OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name not in stray]))
     if "cluster" in stray:

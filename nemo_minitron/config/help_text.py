@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_minitron.config.examples import EXAMPLES
 from nemo_minitron.config.keys import REQUIRED, choices_of, keys
-from nemo_minitron.config.schema import COMMANDS, GROUPS, SUBMITTED, description, summary
+from nemo_minitron.config.schema import COMMANDS, GROUPS, description, summary
 from nemo_minitron.config.sections import Cluster
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -66,7 +66,7 @@ def command_help(command: str, cluster: bool = False) -> str:
         text = (CONF / f"{command}.yaml").read_text()
         shown_lines = (f"  {line}".rstrip() for line in text.splitlines() if not line.startswith("#"))
         lines += ["", *(part for line in shown_lines for part in _yaml(line))]
-    if command in SUBMITTED and cluster:
+    if cluster:
         rows = [(name, metadata["help"]) for name, _, _, metadata in keys(Cluster, "cluster.")]
         lines += ["", "with +cluster=slurm:", *_rows(rows)]
     return _text([*lines, *_options()])

@@ -304,10 +304,6 @@ COMMANDS: dict[str, type] = {
 COMPOSITE = ("search", "run")
 """Commands that run others: in one process themselves, the stages in as many as their configuration says."""
 
-SUBMITTED = tuple(command for command in COMMANDS if command != "search")
-"""Commands that take ``+cluster=slurm``; ``run`` submits its stages, each as a job of its own."""
-
-
 GROUPS = {"synthesize": "model", "prune": "prune", "run": "recipe"}
 """Command → the config group from which it takes a file by name: ``conf/GROUP/NAME.yaml``."""
 

@@ -251,7 +251,7 @@ class Stage:
 
 @dataclass
 class Cluster:
-    """A Slurm job: every command but ``search`` takes it as ``+cluster=slurm cluster.KEY=…``."""
+    """A Slurm job: every command takes it as ``+cluster=slurm cluster.KEY=…``."""
 
     nodes: int | None = key(None, "machines; trainer.num_nodes when null")
     ntasks_per_node: int | None = key(None, "processes on each; trainer.devices when null")

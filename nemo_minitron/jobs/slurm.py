@@ -23,6 +23,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_minitron.config.schema import COMPOSITE
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 
@@ -73,14 +74,17 @@ def submit(command: str, cfg: DictConfig, overrides: Sequence[str] = ()) -> str 
 def render(command: str, cfg: DictConfig, options: DictConfig, config: Path, removed: Sequence[str] = ()) -> str:
     """The batch script that runs ``command`` from ``config`` (``FOLDER/NAME.yaml``).
 
+    A command that starts the processes of its stages itself is one task, with a core for each of them.
+
     Args:
         cfg: the command's config, its ``trainer`` already holding the job's grid.
         options: the ``cluster`` section.
         removed: ``~KEY`` overrides.
     """
-    nodes, tasks = _grid(cfg)
-    gpus = tasks if options.gpus_per_node is None and "trainer" in cfg else options.gpus_per_node
-    job = Job(options.job_name or f"minitron-{command}", nodes, tasks, gpus or 0)
+    nodes, processes = _grid(cfg)
+    gpus = processes if options.gpus_per_node is None and "trainer" in cfg else options.gpus_per_node
+    tasks, cpus = (1, processes) if command in COMPOSITE else (processes, None)
+    job = Job(options.job_name or f"minitron-{command}", nodes, tasks, gpus or 0, cpus)
     run = [command, f"--config-path={config.parent}", f"--config-name={config.name}", *removed]
     step = Steps(options, [config.parent]).step(["nemo_minitron", *run])
     return script_of(job, options, str(config.with_suffix("")), [step])
@@ -199,6 +203,12 @@ def _with_grid(command: str, cfg: DictConfig) -> DictConfig:
             )
     plain.trainer.devices = tasks
     plain.trainer.num_nodes = nodes if nodes is not None else plain.trainer.get("num_nodes") or 1
+    if command in COMPOSITE and plain.trainer.num_nodes != 1:
+        key = "trainer.num_nodes" if nodes is None else "cluster.nodes"
+        raise MinitronError(
+            f"{key}={plain.trainer.num_nodes}: expected 1, as `minitron {command}` starts the processes of its stages "
+            "on the machine that it runs on"
+        )
     return plain
 
 

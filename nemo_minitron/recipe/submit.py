@@ -140,7 +140,15 @@ def job_of(stage: Stage, options: DictConfig) -> Job:
                 "job cannot be asked before it starts"
             )
     nodes, tasks = int(counts["num_nodes"]), int(counts["devices"])
-    return Job(stage.name, nodes, tasks, tasks if options.gpus_per_node is None else min(tasks, options.gpus_per_node))
+    gpus = tasks if options.gpus_per_node is None else min(tasks, options.gpus_per_node)
+    if stage.command not in COMPOSITE:
+        return Job(stage.name, nodes, tasks, gpus)
+    if nodes != 1:
+        raise MinitronError(
+            f"stage '{stage.name}': trainer.num_nodes={nodes}: expected 1, as `minitron {stage.command}` starts the "
+            "processes of its stages on the machine that it runs on"
+        )
+    return Job(stage.name, gpus=gpus, cpus=tasks)
 
 
 def by_hand(wanted: Mapping[str, tuple[str, ...]], folder: Path, dependency: str | None) -> str:

@@ -11,7 +11,7 @@ from nemo_minitron.config.compose import compose
 from nemo_minitron.config.examples import EXAMPLES
 from nemo_minitron.config.help_text import command_help, named, overview, settings
 from nemo_minitron.config.keys import tree_of
-from nemo_minitron.config.schema import COMMANDS, SUBMITTED, key_called
+from nemo_minitron.config.schema import COMMANDS, key_called
 
 COMMAND_NAMES = list(COMMANDS)
 
@@ -39,11 +39,11 @@ def test_a_folded_example_is_what_a_shell_takes():
 
 
 def test_cluster_keys_are_shown_when_asked_for(capsys):
-    assert cli.main(["prune", "--help"]) == 0
-    assert "cluster.partition" not in capsys.readouterr().out
-    assert cli.main(["prune", "--help-cluster"]) == 0
-    assert "cluster.partition" in capsys.readouterr().out
-    assert all("cluster.partition" not in command_help(command, True) for command in COMMANDS.keys() - set(SUBMITTED))
+    for command in COMMANDS:
+        assert cli.main([command, "--help"]) == 0
+        assert "cluster.partition" not in capsys.readouterr().out
+        assert cli.main([command, "--help-cluster"]) == 0
+        assert "cluster.partition" in capsys.readouterr().out
 
 
 def test_help_is_a_command(capsys):

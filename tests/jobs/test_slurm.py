@@ -193,12 +193,6 @@ def test_commands_of_one_process_refuse_a_grid(slurm, capsys):
     assert "`minitron convert` runs in one process" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["+cluster=slurm", "cluster.nodes=2"])
-def test_search_is_not_submitted(slurm, capsys, override):
-    assert cli.main(["search", "scores=a", "output_path=b", override]) == 2
-    assert "inside an allocation" in capsys.readouterr().err
-
-
 def test_stages_are_for_runs(slurm, home, capsys):
     assert cli.main([*EVALUATE, "+cluster=slurm", "cluster.stages={distill: {mem: 1G}}"]) == 2
     assert "cluster.stages: `minitron evaluate` has none" in capsys.readouterr().err and not (home / "slurm").exists()

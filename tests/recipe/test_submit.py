@@ -337,3 +337,13 @@ def test_without_sbatch_nothing_is_written(home, capsys, monkeypatch):
     assert shutil.which("sbatch") is None, "this test is for machines without Slurm"
     assert submit() == 2
     assert "found no sbatch" in capsys.readouterr().err and not (home / "slurm").exists()
+
+
+def test_a_stage_that_starts_its_own_processes_is_one_task(slurm, home, capsys):
+    (home / "demo.yaml").write_text(FILE + "  fourth:\n    command: search\n    config: {scores: a, output_path: b}\n")
+    four = ["recipe.order=[fourth]", "recipe.stages.fourth.config.trainer.devices=4"]
+    assert submit(*four) == 0
+    size = asked((home / "slurm" / "minitron-demo" / "fourth.sh").read_text().splitlines())
+    assert [size[key] for key in ("nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node")] == ["1", "1", "4", "4"]
+    assert submit(*four, "recipe.stages.fourth.config.trainer.num_nodes=2") == 2
+    assert "stage 'fourth': trainer.num_nodes=2: expected 1, as `minitron search`" in capsys.readouterr().err

@@ -11,13 +11,14 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_minitron import recipe, search
+from nemo_minitron import recipe
 from nemo_minitron.config.compose import compose, configure
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.search import latency, measure
 from nemo_minitron.search import output as search_output
+from nemo_minitron.search import run as run_search
 from tests.llamas import GQA
 from tests.search.test_predict import make_scores
 
@@ -116,7 +117,7 @@ def run(source: Path, output: Path, *overrides: str, weights: bool = True, stage
     if weights:
         given += [f"model.restore_from_path={source}/teacher.nemo", f"evaluate.data_prefix={source}/validation"]
         given += [f"model.data.data_prefix={{train:[1.0,{source}/train],validation:[{source}/validation]}}"]
-    return search.run(configure("search", [*given, *overrides]), stage_compose)
+    return run_search(configure("search", [*given, *overrides]), stage_compose)
 
 
 def refused(source: Path, output: Path, *overrides: str, weights: bool = True) -> str:
@@ -353,8 +354,3 @@ def test_a_failed_stage_is_named_with_its_last_words(source, tmp_path, stages, m
     monkeypatch.setattr(recipe.walk, "_launch", fails)
     message = refused(source, tmp_path / "out")
     assert "stage 'evaluate-source' failed" in message and message.endswith("minitron: no room")
-
-
-def test_a_search_is_not_submitted_to_a_cluster(source):
-    with pytest.raises(MinitronError, match="`minitron search` is not submitted: what it runs depends on"):
-        compose("search", ["scores=a", "output_path=b", "+cluster=slurm"])
