@@ -896,6 +896,30 @@ MUTANTS = [
         "history = history[-1:]",
         _GENERATE + "test_a_chat_forgets_what_no_longer_fits",
     ),
+    Mutant(
+        "generate/batch.py",
+        "[0] * (width - len(prompt)) + [1] * len(prompt)",
+        "[1] * width",
+        "test_generate_batch.py::test_greedy_text_is_that_of_a_dense_decode[gqa]",
+    ),
+    Mutant(
+        "generate/batch.py",
+        "[prompt[0]] *",
+        "[0] *",
+        "test_generate_batch.py::test_a_penalty_for_repetition_does_not_see_the_padding",
+    ),
+    Mutant(
+        "generate/batch.py",
+        "for number in numbers]",
+        "for number in range(len(numbers))]",
+        "test_generate_batch.py::test_what_is_drawn_does_not_depend_on_the_batch",
+    ),
+    Mutant(
+        "generate/talker.py",
+        "row[width:][:room]",
+        "row[width:]",
+        "test_generate_batch.py::test_each_ends_by_its_own_end_or_room",
+    ),
     # the page on the machine
     Mutant(
         "doctor/page.py",

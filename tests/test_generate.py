@@ -175,7 +175,7 @@ def test_bf16(home, tmp_path):
         words, model = Words.of(reader, cfg), load(reader, cfg)
         assert model.dtype == torch.bfloat16
         ids = words.encode(Prompt(TEXT, "prompt"))
-        new = Talker(words, model, cfg.inference).tokens(ids)
+        (new,) = Talker(words, model, cfg).tokens([ids])
         exact = logits(reader, ids + new)[len(ids) - 1 : -1]
     chosen = exact.gather(1, torch.tensor(new)[:, None])[:, 0]
     assert len(new) > 1 and (exact.max(1).values - chosen).max() < 0.05
@@ -198,7 +198,7 @@ def test_repetition_penalty(home, generate):
     cfg = asked(home / "hf", "prompt=a", "inference.repetition_penalty=1e6", "inference.tokens_to_generate=40")
     with open_checkpoint(home / "hf") as reader:
         words = Words.of(reader, cfg)
-        new = Talker(words, load(reader, cfg), cfg.inference).tokens([5, 6])
+        (new,) = Talker(words, load(reader, cfg), cfg).tokens([[5, 6]])
     assert len(set(new)) == len(new)
 
 
@@ -249,7 +249,7 @@ def test_a_prompt_is_streamed(home, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
     model.register_forward_hook(as_the_script_says)
-    answer = Talker(words, model, cfg.inference).answer(words.encode(Prompt(TEXT, "prompt")))
+    answer = Talker(words, model, cfg).answer(words.encode(Prompt(TEXT, "prompt")))
     monkeypatch.undo()
     assert answer == Answer(" one two three four", len(script), "stop")
     assert out.getvalue() == " one two three four\n"
@@ -263,13 +263,13 @@ def test_what_a_model_says_does_nothing_to_the_terminal(home, capsys):
     class Stub:
         generation_config, device = SimpleNamespace(eos_token_id=None), "cpu"
 
-        def generate(self, prompt, attention_mask, streamer):
+        def generate(self, prompt, attention_mask, streamer, **more):
             for ids in (prompt, *torch.tensor(new)[:, None]):
                 streamer.put(ids)
             streamer.end()
             return torch.cat([prompt[0], torch.tensor(new)])[None]
 
-    answer = Talker(words, Stub(), asked(home, "prompt=a").inference).answer([5])
+    answer = Talker(words, Stub(), asked(home, "prompt=a")).answer([5])
     assert answer == Answer("a\x1b[2J\x9b b", len(new), "stop")
     assert capsys.readouterr().out == "a\\x1b[2J\\x9b b\n"
 
@@ -370,6 +370,7 @@ REFUSED = [
     (["prompts=keys.jsonl"], "prompts: keys.jsonl:1: expected one of text and messages, found ['txt']"),
     (["prompts=content.jsonl"], "prompts: content.jsonl:1: messages[0].content: expected text, found 3"),
     (["prompts=surrogate.jsonl"], "prompts: surrogate.jsonl:1: text: expected Unicode text, found half"),
+    (["prompt=a", "batch_size=0"], "batch_size: expected at least 1, found 0"),
     (["prompts=[1,2]"], "prompts: expected a file or a list of texts, found [1, 2]"),
     (["prompt=a", "inference.temperature=-1"], "inference.temperature: expected a number of at least 0, found -1.0"),
     (["prompt=a", "inference.temperature=nan"], "inference.temperature: expected a number of at least 0, found nan"),

@@ -6,11 +6,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 from nemo_minitron.api.arguments import Text, beside, data, machine
 from nemo_minitron.api.process import Settings, call
 from nemo_minitron.api.results import Checkpoint, Evaluation, PathLike, Run, Scores, Student, Tokens
 from nemo_minitron.config.words import word
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 
 
@@ -209,6 +211,7 @@ def evaluate(
         return Evaluation.read(path)
 
 
+@overload
 def generate(
     model: PathLike,
     prompt: str,
@@ -220,21 +223,55 @@ def generate(
     top_k: int | None = None,
     precision: int | str | None = None,
     seed: int | None = None,
+    batch_size: int | None = None,
     settings: Settings | None = None,
     verbose: bool = False,
-) -> str:
-    """Go on with a prompt.
+) -> str: ...
+@overload
+def generate(
+    model: PathLike,
+    prompt: list[str],
+    *,
+    tokens_to_generate: int | None = None,
+    greedy: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    precision: int | str | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> list[str]: ...
+def generate(
+    model: PathLike,
+    prompt: str | list[str],
+    *,
+    tokens_to_generate: int | None = None,
+    greedy: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    precision: int | str | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    settings: Settings | None = None,
+    verbose: bool = False,
+) -> str | list[str]:
+    """Go on with a prompt, or with each of several.
 
     Args:
         model: ``.nemo`` file, HF folder or GGUF.
+        prompt: a text, or a list of texts.
         tokens_to_generate: most tokens of the answer.
         greedy: take the likeliest token each time; else tokens are drawn: from the softmax at ``temperature``, of the
             ``top_k`` likeliest tokens, and of those that together have the probability ``top_p``.
         precision: what is computed in, 32 or ``bf16``. seed: of the drawing.
+        batch_size: prompts that are answered at once.
         verbose: show the text as it is made.
 
     Returns:
-        The answer, without the prompt.
+        The answer, without the prompt; of a list of prompts a list, in their order.
     """
     config = {
         "model.restore_from_path": model,
@@ -245,12 +282,20 @@ def generate(
         "inference.top_k": top_k,
         "precision": None if precision is None else str(precision),
         "seed": seed,
+        "batch_size": batch_size,
     }
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if not texts:
+        raise MinitronError("prompt: expected a text or a list of texts, found an empty list")
     with tempfile.TemporaryDirectory(prefix="minitron-") as folder:
         asked, path = Path(folder) / "prompts.jsonl", Path(folder) / "answers.jsonl"
-        write_file(asked, json.dumps({"text": prompt}))  # any text, which as a key's value ``${…}`` is not
+        lines = [
+            json.dumps({"text": text}) + "\n" for text in texts
+        ]  # any text, which as a key's value ``${…}`` is not
+        write_file(asked, "".join(lines))
         call("generate", config | {"prompts": asked, "output_path": path}, settings, verbose=verbose)
-        return str(json.loads(path.read_text())["answer"])
+        answers = [str(json.loads(line)["answer"]) for line in path.read_text().split("\n") if line]
+    return answers[0] if isinstance(prompt, str) else answers
 
 
 def run(

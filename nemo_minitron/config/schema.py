@@ -225,10 +225,11 @@ COMPUTED_IN = ("32", "bf16")
 class GenerateConfig:
     """Talk to a model: it goes on with a prompt, answers a file of them, or chats in the terminal.
 
-    One of prompt, prompts and chat is to be given. Text appears on stdout as it is made, by transformers' own model
-    with its key-value cache, in one process. A .nemo is first exported as `minitron convert` would, to a folder below
-    TMPDIR that is removed again; an HF folder is read as it is. A chat takes a line of stdin at a time, up to the end
-    or a line that says /quit, in the form of the tokenizer's chat template.
+    One of prompt, prompts and chat is to be given. Text appears on stdout as it is made, that of several prompts as
+    batch_size of them are answered, by transformers' own model with its key-value cache, in one process. A .nemo is
+    first exported as `minitron convert` would, to a folder below TMPDIR that is removed again; an HF folder is read as
+    it is. A chat takes a line of stdin at a time, up to the end or a line that says /quit, in the form of the
+    tokenizer's chat template.
     """
 
     model: dict[str, Any] = known({"restore_from_path": None}, "the model to talk to")
@@ -237,11 +238,12 @@ class GenerateConfig:
     chat: bool = key(False, "talk with the model, a line each")
     system: str | None = key(None, "of chat: what the model is told first; the template's own when null", prose=True)
     output_path: str | None = key(None, "jsonl file to write prompts and answers to, at the end")
+    batch_size: int = key(8, "prompts that are answered at once; fewer take less memory")
     inference: Inference = section(Inference, "how tokens are chosen, with NeMo's names")
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer for a model that carries none of its own")
     precision: str | None = key(None, "what is computed in; bf16 on a GPU and 32 on a CPU when null", COMPUTED_IN)
     accelerator: str = key("auto", "where; auto is a GPU where there is one", ACCELERATORS)
-    seed: int = key(SEED, "seed of the drawing")
+    seed: int = key(SEED, "seed of the drawing, of which each prompt has its own by its number")
     extensions: list[str] = _extensions()
 
 

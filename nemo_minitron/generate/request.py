@@ -62,6 +62,8 @@ def requested(cfg: GenerateConfig) -> list[Prompt]:
         raise MinitronError("system: goes with chat=true; in a .jsonl of prompts it is a message of the role system")
     if cfg.output_path and cfg.chat:
         raise MinitronError("output_path: goes with prompt or prompts, found chat=true")
+    if cfg.batch_size < 1:
+        raise MinitronError(f"batch_size: expected at least 1, found {cfg.batch_size}")
     _check_numbers(cfg.inference)
     here = place()
     if here is not None and here.world_size > 1:

@@ -1,16 +1,24 @@
-"""Answers of transformers' own model, with its key-value cache, streamed to stdout as they are made."""
+"""Answers of transformers' own model, with its key-value cache; a single one is streamed to stdout as it is made."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 from transformers.utils import logging
 
 from nemo_minitron import runtime
@@ -18,10 +26,10 @@ from nemo_minitron.checkpoint.formats import Reader
 from nemo_minitron.checkpoint.hf_rope import older_reads
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.config.schema import GenerateConfig
-from nemo_minitron.config.sections import Inference
 from nemo_minitron.convert.temporary import exported
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.plain import plain
+from nemo_minitron.generate.batch import Draw, Room, padded
 from nemo_minitron.generate.words import Words
 
 
@@ -43,44 +51,66 @@ class Answer:
 class Talker:
     """A model that answers.
 
+    Prompts are numbered as they come. What is drawn for one follows from the seed and its number.
+
     Args:
         model: transformers', on its device.
-        options: how tokens are chosen.
+        cfg: how tokens are chosen.
     """
 
-    def __init__(self, words: Words, model: Any, options: Inference) -> None:
-        self._words, self._model, self._options = words, model, options
+    def __init__(self, words: Words, model: Any, cfg: GenerateConfig) -> None:
+        self._words, self._model, self._options, self._seed = words, model, cfg.inference, cfg.seed
+        self._numbers = itertools.count()
         theirs = model.generation_config.eos_token_id
         ends = [*(theirs if isinstance(theirs, list) else [theirs]), words.tokenizer.eos_token_id]
         self._ends = sorted({end for end in ends if end is not None})
 
     def answer(self, ids: list[int]) -> Answer:
         """Go on after ``ids``, and write the text to stdout as it comes."""
-        new = self.tokens(ids, _Stdout(self._words.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        streamer = _Stdout(self._words.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        (new,) = self.tokens([ids], streamer)
+        return self._answer(new)
+
+    def answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
+        """Go on after several prompts at once; nothing is written."""
+        return [self._answer(new) for new in self.tokens(prompts)]
+
+    def _answer(self, new: list[int]) -> Answer:
         text = self._words.tokenizer.decode(new, skip_special_tokens=True)
         return Answer(text, len(new), "stop" if new[-1] in self._ends else "length")
 
     @torch.no_grad()
-    def tokens(self, ids: list[int], streamer: TextStreamer | None = None) -> list[int]:
-        """Ids that follow ``ids``, at least one; the last may be one that ends a text."""
-        prompt = torch.tensor([ids], device=self._model.device)
-        self._model.generation_config = self._settings(min(self._words.room, self._words.positions - len(ids)))
-        found = self._model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=streamer)
-        return [int(token) for token in found[0, len(ids) :]]
+    def tokens(self, prompts: Sequence[list[int]], streamer: TextStreamer | None = None) -> list[list[int]]:
+        """Ids that follow each of the prompts, at least one; the last may be one that ends a text.
+
+        Args:
+            streamer: gets them as they are made, of a single prompt.
+        """
+        rooms = [min(self._words.room, self._words.positions - len(ids)) for ids in prompts]
+        numbers = list(itertools.islice(self._numbers, len(prompts)))
+        ids, mask = (values.to(self._model.device) for values in padded(prompts))
+        width = ids.shape[1]
+        draws = not self._options.greedy and self._options.temperature > 0
+        self._model.generation_config = self._settings(max(rooms))
+        found = self._model.generate(
+            ids,
+            attention_mask=mask,
+            streamer=streamer,
+            logits_processor=LogitsProcessorList([Draw(self._options, self._seed, numbers)] if draws else []),
+            stopping_criteria=StoppingCriteriaList([Room(width, rooms)]),
+        )
+        rows = [row[width:][:room] for row, room in zip(found.tolist(), rooms, strict=True)]
+        ends = (next((place for place, token in enumerate(row, 1) if token in self._ends), None) for row in rows)
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def _settings(self, room: int) -> GenerationConfig:
         """Ours alone: what a checkpoint's ``generation_config.json`` says of drawing is not followed."""
-        options = self._options
-        settings = GenerationConfig(
+        return GenerationConfig(
             max_new_tokens=room,
-            repetition_penalty=options.repetition_penalty,
+            repetition_penalty=self._options.repetition_penalty,
             eos_token_id=self._ends or None,
-            pad_token_id=self._ends[0] if self._ends else 0,  # nothing is padded, but transformers asks for one
+            pad_token_id=self._ends[0] if self._ends else 0,  # of what has ended; transformers asks for one
         )
-        if not options.greedy and options.temperature > 0:
-            drawing = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-            settings.update(do_sample=True, **drawing)
-        return settings
 
 
 class _Stdout(TextStreamer):

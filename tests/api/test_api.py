@@ -131,6 +131,30 @@ def test_synthesize(composed):
     assert (cfg.model.num_layers, cfg.model.hidden_size) == (2, 576) and os.fspath(found) == "a/hf"
 
 
+def test_generate(monkeypatch):
+    """Prompts of any text reach the command as they are, and answers come back in their order."""
+    asked = []
+
+    def call(command, config, settings=None, words=(), *, verbose=False):
+        values = {key: value for key, value in config.items() if value is not None}
+        cfg = compose(command, words, config=json.loads(json.dumps(nested(values), default=os.fspath)))
+        prompts = [json.loads(line)["text"] for line in Path(cfg.prompts).read_text().splitlines()]
+        asked.append((prompts, cfg.batch_size, cfg.inference.greedy))
+        lines = [json.dumps({"answer": f"to {prompt}\u2028"}, ensure_ascii=False) + "\n" for prompt in prompts]
+        Path(cfg.output_path).write_text("".join(lines))
+        return ""
+
+    monkeypatch.setattr(stages, "call", call)
+    odd = ["a ${b}\nc", "d\u2028e"]
+    assert api.generate("m.nemo", odd, greedy=True, batch_size=2) == [f"to {text}\u2028" for text in odd]
+    assert api.generate("m.nemo", odd[0]) == f"to {odd[0]}\u2028" and api.generate("m.nemo", odd[:1]) == [
+        "to a ${b}\nc\u2028"
+    ]
+    assert asked == [(odd, 2, True), (odd[:1], 8, False), (odd[:1], 8, False)]
+    with pytest.raises(nm.MinitronError, match="prompt: expected a text or a list of texts, found an empty list"):
+        api.generate("m.nemo", [])
+
+
 def test_report(composed):
     assert api.report("runs/a") == Path("runs/a/report.html") and api.report("b", "c/d.html") == Path("c/d.html")
     [(command, first), (_, second)] = composed
