@@ -900,7 +900,7 @@ MUTANTS = [
         "generate/batch.py",
         "[0] * (width - len(prompt)) + [1] * len(prompt)",
         "[1] * width",
-        "test_generate_batch.py::test_greedy_text_is_that_of_a_dense_decode[gqa]",
+        "test_generate_batch.py::test_each_ends_by_its_own_end_or_room",
     ),
     Mutant(
         "generate/batch.py",
