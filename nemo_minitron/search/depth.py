@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
 from nemo_minitron.config.schema import SearchConfig
 from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.layers import layers_by_loss
 from nemo_minitron.recipe import Records
 from nemo_minitron.search.space import Space
 
 
 def removed_layers(
-    cfg: SearchConfig, scores: Scores, space: Space, records: Records
+    cfg: SearchConfig, scores: Scores, space: Space, given: Sequence[ModelShape], records: Records
 ) -> tuple[list[tuple[int, ...]], list[float] | None]:
-    """Layers to remove by their number, and the damage of that, where both are found by loss; else nothing."""
-    by_loss = LAYER_SELECTIONS[cfg.search.layer_selection].by_loss
-    if not by_loss or "num_layers" not in cfg.search.shrink:
-        return [], None
-    most = scores.shape.num_layers - space.axes["num_layers"][0]
-    if not most:
+    """Layers to remove by their number, and the damage of that, where both are found by loss; else nothing.
+
+    For every number that is in the space, or of a shape that is ``given`` (``search.shapes``).
+    """
+    fewest = min([space.axes["num_layers"][0], *(shape.num_layers for shape in given)])
+    most = scores.shape.num_layers - fewest
+    if not most or not LAYER_SELECTIONS[cfg.search.layer_selection].by_loss:
         return [], None
     if not cfg.model.get("restore_from_path"):
         raise MinitronError(

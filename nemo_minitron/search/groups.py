@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +15,22 @@ from nemo_minitron.config.grid import Machines
 from nemo_minitron.config.schema import SearchConfig
 from nemo_minitron.errors import required
 from nemo_minitron.importance.scores import Scores
+from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.groups import groups_by_loss
 from nemo_minitron.recipe import Records
 from nemo_minitron.search.space import Space
 
 
-def with_groups_by_loss(cfg: SearchConfig, scores: Scores, space: Space, records: Records) -> Scores:
+def with_groups_by_loss(
+    cfg: SearchConfig, scores: Scores, space: Space, given: Sequence[ModelShape], records: Records
+) -> Scores:
     """Scores whose ranking for compensation has query groups in the order in which ``minitron prune`` removes them.
 
-    The scores themselves where weights are not re-solved, or where no shape of the space has fewer groups.
+    The scores themselves where weights are not re-solved, or where neither a shape of the space nor one that is
+    ``given`` (``search.shapes``, which may be smaller) has fewer groups.
     """
-    fewer = scores.shape.num_query_groups - min(space.axes["num_query_groups"])
+    fewest = min([*space.axes["num_query_groups"], *(shape.num_query_groups for shape in given)])
+    fewer = scores.shape.num_query_groups - fewest
     ranking = scores.rankings.get("reconstruction")
     if not fewer or ranking is None or scores.tokens is None or cfg.search.compensate is False:
         return scores

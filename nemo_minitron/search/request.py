@@ -8,6 +8,7 @@ from typing import Any
 from nemo_minitron.config.grid import Grid
 from nemo_minitron.config.schema import SearchConfig
 from nemo_minitron.errors import MinitronError, did_you_mean, required
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model import serving
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import target_shape
@@ -35,6 +36,19 @@ def last_stage(cfg: SearchConfig) -> str:
             "model.data.data_prefix is required for the distillations; set it, or search.until=zero_shot"
         )
     return until
+
+
+def check_compensation(cfg: SearchConfig, scores: Scores) -> None:
+    """Refuse to cut the students of a search that is to re-solve them.
+
+    Raises:
+        MinitronError: the scores hold no calibration tokens.
+    """
+    if cfg.search.compensate and scores.tokens is None:
+        raise MinitronError(
+            "search.compensate=true: the scores hold no calibration tokens to re-solve weights on; "
+            "run `minitron importance calibration.reconstruction=true`, or leave it out, and students are cut"
+        )
 
 
 def space_of(cfg: SearchConfig, shape: ModelShape) -> Space:

@@ -21,7 +21,14 @@ from nemo_minitron.search.depth import removed_layers
 from nemo_minitron.search.groups import with_groups_by_loss
 from nemo_minitron.search.measure import Bench, Table, fewer_tokens, plan_of, write_plan
 from nemo_minitron.search.predict import Predictor
-from nemo_minitron.search.request import budget_of, given_shapes, last_stage, probe_shapes, space_of
+from nemo_minitron.search.request import (
+    budget_of,
+    check_compensation,
+    given_shapes,
+    last_stage,
+    probe_shapes,
+    space_of,
+)
 from nemo_minitron.search.scan import Rows, scan, spread_out
 from nemo_minitron.search.space import Budget, Shapes, Space, describe, show, sizes_of
 
@@ -38,6 +45,7 @@ def run(cfg: SearchConfig, compose: Compose) -> Outcome:
     folder = Path(required(cfg, "output_path"))
     scores = Scores.load(required(cfg, "scores"))
     until = last_stage(cfg)
+    check_compensation(cfg, scores)
     given = given_shapes(cfg, scores.shape)
     space = space_of(cfg, scores.shape)
     records = Records(folder / ".stages")
@@ -50,14 +58,14 @@ def run(cfg: SearchConfig, compose: Compose) -> Outcome:
         space, budget, lambda shapes: np.zeros(np.size(shapes.hidden_size)), keep=1, refuse=_refuse(cfg.search.serving)
     )
     (any_shape,) = _shapes(space, feasible.best)
-    removed, without = removed_layers(cfg, scores, space, records)
+    removed, without = removed_layers(cfg, scores, space, given, records)
     features = predict.Features.of(scores, without)
     if until == "predict":
         predictor = predict.defaults(features, layers_measured=without is not None)
         return _finish(cfg, folder, scores, removed, _predicted(cfg, space, budget, predictor, given))
 
     path = Path(cfg.scores)
-    scores = with_groups_by_loss(cfg, scores, space, records)
+    scores = with_groups_by_loss(cfg, scores, space, given, records)
     if cfg.search.tokens is not None:
         scores, path = _write_scores(fewer_tokens(scores, cfg.search.tokens), folder / "scores"), folder / "scores"
     bench = Bench(cfg, compose, folder, records, scores, path, removed)

@@ -43,3 +43,21 @@ def test_groups_are_chosen_once_and_plans_follow(source, tmp_path, stages, monke
     narrow = ("search.shrink=[ffn_hidden_size,hidden_size,num_layers]", "search.shapes=[]")
     run(source, tmp_path / "whole", *overrides, *narrow)
     assert len(calls) == 1, "where nothing is re-solved, or all groups stay, none are chosen"
+
+
+def test_a_given_shape_below_the_space_is_heeded(source, tmp_path, stages, monkeypatch):  # noqa: F811
+    """Of groups that nobody removed in turn none is worth more than another: the first would stay."""
+    calls = []
+
+    def searched(cfg, scores, fewer):
+        calls.append(fewer)
+        return np.array([[0, 1, 2, 3], [3, 0, 1, 2], [0, 3, 2, 1]], dtype=float)
+
+    monkeypatch.setattr(groups, "_worth", searched)
+    with_tokens(tmp_path / "scores")
+    overrides = (f"scores={tmp_path}/scores", "search.until=zero_shot", "search.shapes=[{num_query_groups: 1}]")
+    for name, shrink in (("all", ()), ("ffn", ("search.shrink=[ffn_hidden_size]", "budget.num_parameters=120e3"))):
+        outcome = run(source, tmp_path / name, *overrides, *shrink)
+        (plan,) = (Plan.load(one.plan) for one in outcome.candidates if one.role == "given")
+        assert plan.groups == ((3,), (0,), (1,))
+    assert calls == [3, 3]

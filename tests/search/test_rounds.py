@@ -286,6 +286,12 @@ def test_layers_are_chosen_by_one_greedy_search(source, tmp_path, stages, monkey
     assert calls == [1], "at least half of three layers stay; found once"
     (given,) = (one for one in outcome.candidates if one.role == "given")
     assert Plan.load(given.plan).layers == (0, 2)
+    below = ("search.layer_selection=greedy", "search.until=zero_shot", "search.shapes=[{num_layers: 1}]")
+    for shrink in ((), ("search.shrink=[ffn_hidden_size]", "budget.num_parameters=120e3")):
+        outcome = run(source, tmp_path / f"below{len(shrink)}", *below, *shrink)
+        (given,) = (one for one in outcome.candidates if one.role == "given")
+        assert Plan.load(given.plan).layers == (2,)
+    assert calls == [1, 2, 2], "a given shape may have fewer layers than the space"
 
 
 def test_calibration_tokens_can_be_fewer():
@@ -309,6 +315,7 @@ def test_calibration_tokens_can_be_fewer():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["search.compensate=true"], "search.compensate=true: the scores hold no calibration tokens"),
         (["budget.num_parameters=1e3"], "budget.num_parameters: 1K parameters is too little"),
         (["budget.num_parameters=1e9"], "budget: nothing to search; the source itself fits it"),
         (["budget.num_parameters=null"], "budget: expected at least one of budget.num_parameters"),
