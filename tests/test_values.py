@@ -123,6 +123,18 @@ def test_keys_of_model_that_are_fixed_refuse_another_value(plain):
             {"exp_manager.checkpoint_callback_params.monitor": "val_kd_loss"},
             "val_kd_loss: not logged in time",  # of distillation alone
         ),
+        (
+            {"exp_manager.checkpoint_callback_params.mode": "max"},
+            "exp_manager.checkpoint_callback_params.mode: expected min with "
+            "exp_manager.checkpoint_callback_params.monitor=val_loss, found max",
+        ),
+        (
+            {
+                "exp_manager.create_early_stopping_callback": True,
+                "exp_manager.early_stopping_callback_params": {"monitor": "val_lm_loss", "mode": "max"},
+            },
+            "exp_manager.early_stopping_callback_params.mode: expected min",
+        ),
         ({"model.optim.sched.name": "WarmupAnnealing", "model.optim.sched.constant_steps": 5}, "has no such part"),
         ({"model.optim.sched.warmup_steps": 60, "model.optim.sched.constant_steps": 50}, "trainer.max_steps=100"),
     ],
@@ -134,6 +146,26 @@ def test_keys_that_contradict_each_other(plain, changes, said):
     with pytest.raises(MinitronError) as caught:
         check("finetune", cfg)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["distill", "search"])
+def test_the_best_is_known_by_what_a_validation_measures(command):
+    """A value of which more is better must not be taken for a loss, nor a step's own for a measure of a model."""
+    keys = {
+        "distill": [*BASE, "model.kd_teacher_restore_from_path=t.nemo"],
+        "search": ["scores=s", "output_path=o", "model.restore_from_path=a.nemo", "budget.num_parameters=9"],
+    }[command]
+    for name in ("val_loss", "val_kd_loss", "val_top1_agreement"):
+        assert compose(command, [*keys, f"distill.monitor={name}"]).distill.monitor == name
+    for name in ("tokens", "lr", "train_kd_loss", "val_kd_los"):
+        with pytest.raises(MinitronError, match=rf"^distill\.monitor={name}: not logged in time"):
+            compose(command, [*keys, f"distill.monitor={name}"])
+    compose(command, [*keys, "distill.monitor=train_kd_loss", "trainer.limit_val_batches=0"])  # nobody looks at it
+    keys.append("exp_manager.create_checkpoint_callback=true")
+    params = "exp_manager.checkpoint_callback_params"
+    compose(command, [*keys, f"{params}.monitor=val_top1_agreement", f"{params}.mode=max"])
+    with pytest.raises(MinitronError, match=rf"^{params}\.mode: expected max with .*val_top1_agreement, found min"):
+        compose(command, [*keys, f"{params}.monitor=val_top1_agreement"])
 
 
 def put(cfg: dict[str, Any], key: str, value: Any) -> None:

@@ -138,7 +138,7 @@ class Distill:
         None, "folder of a teacher's answers (distill.loss=sampled_kl or topk), written once"
     )
     loss_memory_mib: int | None = key(None, "most that heads and losses take beside gradients; 896 on GPU, else 384")
-    monitor: str = key("val_loss", "logged value by which the best student is kept")
+    monitor: str = key("val_loss", "loss of a validation, or val_top1_agreement, by which the best student is kept")
 
 
 @dataclass

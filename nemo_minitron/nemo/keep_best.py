@@ -17,6 +17,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 from nemo_minitron.nemo import weights
 from nemo_minitron.nemo.run_record import RunRecord, content_of
+from nemo_minitron.values.trainer import AGREEMENT
 
 if TYPE_CHECKING:
     from nemo_minitron.nemo.anywhere import AnywhereGPTModel
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 class KeepBest(Callback):
     """Save the best model so far after each validation, and the last one when training ends.
 
-    ``path`` receives the best by ``monitor`` (lower is better), ``NAME.last.nemo`` beside it the last; both in the
-    dtype of the checkpoint that the run started from. A run without validation has its last model in both. A resumed
-    run that is to write elsewhere takes the best so far along.
+    ``path`` receives the best by ``monitor``, a loss or the share of tokens on which both models agree, of which more
+    is better; ``NAME.last.nemo`` beside it the last; both in the dtype of the checkpoint that the run started from. A
+    run without validation has its last model in both. A resumed run that is to write elsewhere takes the best so far
+    along.
 
     Args:
         record: of a run with checkpoints: told what was written, before the next checkpoint knows of it.
@@ -42,10 +44,12 @@ class KeepBest(Callback):
         return self.path.with_name(self.path.name.removesuffix(".nemo") + ".last.nemo")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "saved": self._saved}
+        return {"monitor": self.monitor, "best": self.best, "saved": self._saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self._saved = state["best"], state.get("saved")
+        """Take the best so far from a checkpoint; by another ``monitor`` there is none yet."""
+        if state.get("monitor", self.monitor) == self.monitor:
+            self.best, self._saved = state["best"], state.get("saved")
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Have the best model of a resumed run at its place.
@@ -84,7 +88,7 @@ class KeepBest(Callback):
                 f"distill.monitor={self.monitor!r} is not logged; known: {sorted(trainer.callback_metrics)}"
             )
         value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best:
+        if math.isinf(self.best) or (value > self.best if self.monitor.endswith(AGREEMENT) else value < self.best):
             self.best = value
             self._save_best(module)
 

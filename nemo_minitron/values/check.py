@@ -13,14 +13,14 @@ from typing import Any
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.values.model import DISTRIBUTED, MODEL, SCHEDULES
 from nemo_minitron.values.rules import Rule, Rules, shown
-from nemo_minitron.values.trainer import EXP_MANAGER, FORWARD, MONITOR, TRAINER
+from nemo_minitron.values.trainer import AGREEMENT, EXP_MANAGER, FORWARD, MONITOR, TRAINER
 
 TABLE: Rules = {"trainer": TRAINER, "exp_manager": EXP_MANAGER, "model": MODEL}
 TRAININGS = ("finetune", "distill", "search")
 FORWARD_ONLY = ("importance", "prune", "evaluate")
 LOSSES = {
     "finetune": ("lm_loss",),
-    "distill": ("lm_loss", "kd_loss", "top1_agreement", "hidden_loss"),
+    "distill": ("lm_loss", "kd_loss", AGREEMENT, "hidden_loss"),
 }
 
 
@@ -52,7 +52,9 @@ def check(command: str, cfg: Mapping[str, Any]) -> None:
     _check_model(model, cfg, trainer)
     _check_optim(model.get("optim") or {}, trainer["max_steps"])
     _check_logging(manager)
-    _check_callbacks(manager, trainer, LOSSES["finetune" if command == "finetune" else "distill"])
+    validated = _check_callbacks(manager, trainer, LOSSES["finetune" if command == "finetune" else "distill"])
+    if "distill" in cfg:
+        _check_distill(cfg["distill"], validated)
 
 
 def rules(tree: Rules | None = None, prefix: str = "") -> Iterator[tuple[str, Rule]]:
@@ -115,6 +117,12 @@ def _check_model(model: Mapping[str, Any], cfg: Mapping[str, Any], trainer: Mapp
             f"model.activations_checkpoint_method={method} goes with model.activations_checkpoint_granularity=full, "
             f"found {shown(granularity)}"
         )
+
+
+def _check_distill(distill: Mapping[str, Any], validated: set[str]) -> None:
+    """Refuse to tell the best by a value that no validation measures."""
+    if validated:
+        _known_value("distill.monitor", distill["monitor"], validated)
 
 
 def _kind(precision: Any) -> str:
@@ -189,7 +197,8 @@ def _check_logging(manager: Mapping[str, Any]) -> None:
         )
 
 
-def _check_callbacks(manager: Mapping[str, Any], trainer: Mapping[str, Any], losses: tuple[str, ...]) -> None:
+def _check_callbacks(manager: Mapping[str, Any], trainer: Mapping[str, Any], losses: tuple[str, ...]) -> set[str]:
+    """What is logged after a validation; nothing where there is none."""
     validated = {"val_loss", *(f"val_{name}" for name in losses)}
     if trainer.get("limit_val_batches") in (0, 0.0):
         validated = set()
@@ -197,10 +206,23 @@ def _check_callbacks(manager: Mapping[str, Any], trainer: Mapping[str, Any], los
     trained |= {f"train_{name}" for name in losses} | ({"grad_norm"} if trainer.get("gradient_clip_val") else set())
     logged = validated | trained
     if manager.get("create_early_stopping_callback"):
-        monitor = (manager.get("early_stopping_callback_params") or {}).get("monitor") or MONITOR
-        _known_value("exp_manager.early_stopping_callback_params.monitor", monitor, validated)
+        stopping, key = (
+            manager.get("early_stopping_callback_params") or {},
+            "exp_manager.early_stopping_callback_params",
+        )
+        monitor = stopping.get("monitor") or MONITOR
+        _known_value(f"{key}.monitor", monitor, validated)
+        _check_mode(key, monitor, stopping.get("mode") or "min")
     if manager.get("create_checkpoint_callback", True):
         _check_checkpoints(manager.get("checkpoint_callback_params") or {}, validated, logged)
+    return validated
+
+
+def _check_mode(key: str, monitor: str, mode: str) -> None:
+    """Refuse to take the worst of a loss, or of the share of tokens on which both models agree, for the best."""
+    better = "max" if monitor.endswith(AGREEMENT) else "min" if monitor.endswith("loss") else mode
+    if mode != better:
+        raise MinitronError(f"{key}.mode: expected {better} with {key}.monitor={monitor}, found {mode}")
 
 
 def _check_checkpoints(params: Mapping[str, Any], validated: set[str], logged: set[str]) -> None:
@@ -208,6 +230,7 @@ def _check_checkpoints(params: Mapping[str, Any], validated: set[str], logged: s
     monitor, every = params.get("monitor"), params.get("every_n_train_steps")
     if validated or not str(monitor).startswith("val_"):  # without validations the last checkpoint is kept, and no best
         _known_value(f"{key}.monitor", monitor, logged)
+    _check_mode(key, str(monitor), str(params.get("mode")))
     name = str(params.get("filename") or "")
     if "/" in name:
         raise MinitronError(f"{key}.filename: expected a name without folders, found {name!r}; {key}.dirpath is one")

@@ -86,6 +86,10 @@ TRAINER: Rules = FORWARD | {
 
 _OTHER_LOGGERS = "loggers here are TensorBoard, CSV, Weights & Biases and MLflow"
 
+AGREEMENT = "top1_agreement"
+"""Name of the logged share of tokens on which student and teacher agree: of all that is logged after a validation, more
+is better of it alone."""
+
 CHECKPOINT: Rules = {
     "filepath": fixed((), "NeMo's old name: dirpath and filename took its place"),
     "dirpath": applied(text, "folder of the checkpoints; checkpoints/ in the run's folder when null"),
