@@ -168,6 +168,37 @@ def test_the_best_is_known_by_what_a_validation_measures(command):
         compose(command, [*keys, f"{params}.monitor=val_top1_agreement"])
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (["distill.top_k=32"], r"distill\.top_k=32: of distill\.loss=topk alone, found forward_kl"),
+        (
+            ["distill.loss=topk", "distill.teacher_samples=8"],
+            r"distill\.teacher_samples=8: of distill\.loss=sampled_kl",
+        ),
+        (["distill.loss=reverse_kl", "distill.jsd_beta=0.1"], r"distill\.jsd_beta=0\.1: of distill\.loss=jsd alone"),
+        (["distill.hidden_weight=2"], r"distill\.hidden_weight=2\.0: of distill\.hidden_pairs, which are none"),
+        (["distill.hidden_loss=mse"], r"distill\.hidden_loss='mse': of distill\.hidden_pairs, which are none"),
+    ],
+)
+def test_what_the_loss_does_not_heed_is_refused(asked, said):
+    keys = [*BASE, "model.kd_teacher_restore_from_path=t.nemo"]
+    with pytest.raises(MinitronError, match=said):
+        compose("distill", [*keys, *asked])
+    heeded = ["distill.loss=topk", "distill.top_k=32", "distill.hidden_pairs=[[1,1]]", "distill.hidden_weight=2"]
+    compose("distill", [*keys, *heeded])
+
+
+def test_a_loss_of_ones_own_may_heed_any(tmp_path):
+    file = tmp_path / "heeds.py"
+    file.write_text(
+        "from nemo_minitron.distill.losses.forward_kl import ForwardKL\n"
+        "class Heeds(ForwardKL):\n    name = 'heeds'\nLOSS = Heeds()\n"
+    )
+    keys = [*BASE, "model.kd_teacher_restore_from_path=t.nemo", f"extensions=[{file}]", "distill.loss=heeds"]
+    assert compose("distill", [*keys, "distill.top_k=32"]).distill.top_k == 32
+
+
 def put(cfg: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for name in path:
