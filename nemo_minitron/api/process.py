@@ -24,7 +24,8 @@ _LAST_LINES = 15
 """Lines of a failed command's output that its error shows."""
 
 Settings = Mapping[str, Any]
-"""Values by their dotted keys, those of the command line: ``{"model.optim.lr": 1e-4}``."""
+"""Values by their dotted keys, those of the command line: ``{"model.optim.lr": 1e-4}``; or below them, as a YAML file
+has them: ``{"model": {"optim": {"lr": 1e-4}}}``."""
 
 
 def call(
@@ -70,19 +71,32 @@ def call(
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys as a tree, later ones winning.
 
+    A mapping adds its own keys to those that are there, as ``{"trainer": {"precision": "bf16"}}`` does to
+    ``trainer.max_steps``. ``values`` is left as it is.
+
     Raises:
         MinitronError: a key below one that holds a value.
     """
     tree: dict[str, Any] = {}
     for key, value in values.items():
-        *above, last = key.split(".")
-        node = tree
-        for name in above:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise MinitronError(f"{key}: '{name}' above it has a value, {node!r:.80}, and cannot hold keys")
-        node[last] = value
+        _put(tree, key, value)
     return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *above, last = key.split(".")
+    node = tree
+    for name in above:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise MinitronError(f"{key}: '{name}' above it has a value, {node!r:.80}, and cannot hold keys")
+    if not isinstance(value, Mapping):
+        node[last] = value
+        return
+    if not isinstance(node.get(last), dict):
+        node[last] = {}
+    for name, below in value.items():
+        _put(node[last], str(name), below)
 
 
 def _run(argv: Sequence[str], verbose: bool) -> tuple[int, str]:

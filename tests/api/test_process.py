@@ -22,6 +22,17 @@ def test_dotted_keys_become_a_tree():
     assert nested({"a.b.c": 1, "a.b.d": [2], "e": None}) == {"a": {"b": {"c": 1, "d": [2]}}, "e": None}
 
 
+def test_a_mapping_adds_to_what_is_there_and_is_left_as_it_is():
+    """Else ``settings={"trainer": {"precision": "bf16"}}`` would throw ``max_steps=`` away, and the default be run."""
+    given = {"trainer": {"precision": "bf16", "b.c": 2}, "data": {"train": [1]}, "empty": {}}
+    values = {"trainer.max_steps": 5, "trainer.precision": 32, "data": None, **given, "trainer.b.d": 3}
+    expected = {"max_steps": 5, "precision": "bf16", "b": {"c": 2, "d": 3}}
+    assert nested(values) == {"trainer": expected, "data": {"train": [1]}, "empty": {}}
+    assert given == {"trainer": {"precision": "bf16", "b.c": 2}, "data": {"train": [1]}, "empty": {}}
+    with pytest.raises(MinitronError, match=r"'b' above it has a value, 1"):
+        nested({"a": {"b": 1, "b.c": 2}})
+
+
 def test_a_key_below_a_value_is_refused():
     with pytest.raises(MinitronError, match=r"a\.b\.c: 'b' above it has a value, 1"):
         nested({"a.b": 1, "a.b.c": 2})
