@@ -132,6 +132,14 @@ def test_named_layers_need_no_scores(teacher, prune, tmp_path):
     assert Plan.load(tmp_path / "out" / "student.plan.yaml").layers == (0, 1)
 
 
+def test_calibration_data_that_nothing_reads_are_told_of(teacher, scores, prune):
+    data = f"prune.calib_dataset={teacher}/text.txt"
+    status, said = prune("prune.drop_layers=[3]", data)
+    assert status == 0 and "prune.calib_dataset is not read: named layers are removed without scores" in said
+    status, said = prune("prune.ffn_hidden_size=50", f"prune.scores={teacher}/scores", data)
+    assert status == 0 and "prune.calib_dataset is not read: prune.scores were computed already" in said
+
+
 def test_plan_and_student_are_deterministic(teacher, scores, prune, tmp_path):
     outputs = []
     for _ in range(2):

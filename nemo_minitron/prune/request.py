@@ -16,6 +16,9 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import plan_from_scores, target_shape, targets_of
 from nemo_minitron.prune.plan import TARGETS, Plan
 
+_CHOICES = ("drop_layers", "layer_selection", "group_selection", "ranking", "rotate")
+"""Keys of ``prune`` by which a plan is made, beside the sizes."""
+
 
 def requested_shape(shape: ModelShape, prune: Prune, plan: Plan | None) -> ModelShape:
     """The student's shape, from the plan or from the request, which exclude each other.
@@ -23,13 +26,18 @@ def requested_shape(shape: ModelShape, prune: Prune, plan: Plan | None) -> Model
     Raises:
         MinitronError: both; a request that is impossible, contradictory or empty.
     """
-    names = (*TARGETS, "drop_layers", *(("scores",) if plan is None or plan.compensation is None else ()))
-    asked = [name for name in names if getattr(prune, name)]
-    if plan is not None and asked:
-        raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
     if plan is not None:
+        if asked := _asked_of_a_plan(prune, plan):
+            raise MinitronError(f"prune.plan: says everything already; leave out prune.{', prune.'.join(asked)}")
         return plan.target
     return target_shape(shape, targets_of(prune), prune.drop_layers, prune.layer_selection)
+
+
+def _asked_of_a_plan(prune: Prune, plan: Plan) -> list[str]:
+    """Names of what is asked for and decided by the plan; ``compensate`` may say what it says."""
+    none = Prune()
+    names = [*TARGETS, *_CHOICES, *(("scores",) if plan.compensation is None else ())]
+    return [name for name in names if getattr(prune, name) != getattr(none, name)]
 
 
 def check_grid(student: ModelShape, grid: Grid) -> None:
@@ -79,6 +87,18 @@ def calibration_of(prune: Prune, seed: int) -> Calibration:
         num_samples=prune.num_calib_size,
         seq_length=prune.calib_seq_length,
         seed=seed,
+    )
+
+
+def unread(prune: Prune) -> str:
+    """Why ``prune.calib_dataset`` is not read, for people, where no scores are computed on it."""
+    if prune.plan:
+        return "prune.calib_dataset is not read: prune.plan says what stays, and prune.scores hold its tokens"
+    if prune.scores:
+        return "prune.calib_dataset is not read: prune.scores were computed already"
+    return (
+        "prune.calib_dataset is not read: named layers are removed without scores, and weights are cut; "
+        "prune.compensate=true re-solves them on it"
     )
 
 

@@ -20,6 +20,7 @@ from nemo_minitron.prune.request import (
     check_serving,
     make_requested_plan,
     requested_shape,
+    unread,
 )
 from nemo_minitron.prune.student import check_compensation, check_writable, write_student
 
@@ -62,6 +63,8 @@ def run(cfg: PruneConfig) -> Plan:
         scores = Scores.load(prune.scores, reader.shape) if prune.scores else None
         wanted = needs_scores(reader.shape, student, prune.drop_layers) or prune.compensate
         calibration = calibration_of(prune, cfg.seed) if plan is None and scores is None and wanted else None
+        if prune.calib_dataset and calibration is None:
+            notice(unread(prune))
         if runtime.rank() == 0:  # who writes; others would take its temporaries for leftovers
             check_writable(save_path, plan_path)
         if calibration is not None:

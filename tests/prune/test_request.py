@@ -1,13 +1,45 @@
-"""What a ``prune`` section asks for: the part about serving."""
+"""What a ``prune`` section asks for: what contradicts a plan, and the part about serving."""
 
 from __future__ import annotations
 
 import pytest
 
-from nemo_minitron.config.sections import Serving
+from nemo_minitron.config.sections import Prune, Serving
 from nemo_minitron.errors import MinitronError
-from nemo_minitron.prune.request import check_serving
+from nemo_minitron.prune.plan import Compensation, Plan
+from nemo_minitron.prune.request import check_serving, requested_shape
+from tests.llamas import GQA
 from tests.model.test_serving import LLAMA, SMOL
+
+PLAN = Plan.identity(GQA, "f")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"rotate": False},
+        {"rotate": True},
+        {"ranking": "minitron"},
+        {"group_selection": "ranking"},
+        {"layer_selection": "greedy"},
+        {"drop_layers": [1]},
+        {"hidden_size": 40},
+        {"num_layers": 0},
+        {"scores": "scores"},
+    ],
+)
+def test_what_a_plan_decides_cannot_be_asked_for_beside_it(asked):
+    """It would have no effect, and nobody would be told."""
+    with pytest.raises(
+        MinitronError, match=rf"^prune\.plan: says everything already; leave out prune\.{next(iter(asked))}$"
+    ):
+        requested_shape(GQA, Prune(plan="plan.yaml", **asked), PLAN)
+
+
+def test_what_applies_a_plan_may_stand_beside_it():
+    solved = Plan(**{**vars(PLAN), "compensation": Compensation("tokens")})
+    both = Prune(plan="plan.yaml", scores="scores", compensate=True, serving=Serving(row_multiple=8))
+    assert requested_shape(GQA, both, solved) == GQA
 
 
 def test_a_student_that_an_engine_would_refuse_is_an_error_with_every_reason():
