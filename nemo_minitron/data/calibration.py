@@ -17,6 +17,7 @@ from nemo_minitron.config.sections import Calibration
 from nemo_minitron.data.blocks import Drawn, counted_blocks, split_lists, text_blocks
 from nemo_minitron.data.tokenizer import TokenizerSpec
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.jobs.processes import notice
 
 
 def block_length(calibration: Calibration, reader: NemoReader) -> int:
@@ -62,7 +63,8 @@ def draw_blocks(
 def shares(calibration: Calibration) -> list[tuple[str, int]]:
     """Prefixes of ``calibration.data_prefix``, each with the number of samples to draw from it.
 
-    Weights are NeMo's, ``[w1, p1, w2, p2, …]``; what is left after rounding down goes to the earlier prefixes.
+    Weights are NeMo's, ``[w1, p1, w2, p2, …]``; what is left after rounding down goes to the earlier prefixes. One that
+    no sample falls to is told of.
 
     Raises:
         MinitronError: several prefixes without weights, or none of NeMo's forms.
@@ -81,6 +83,12 @@ def shares(calibration: Calibration) -> list[tuple[str, int]]:
     counts = [int(calibration.num_samples * weight / sum(weights)) for weight in weights]
     for index in range(calibration.num_samples - sum(counts)):
         counts[index] += 1
+    for prefix, weight, count in zip(prefixes, weights, counts, strict=True):
+        if not count:
+            notice(
+                f"calibration.data_prefix: none of calibration.num_samples={calibration.num_samples} is drawn from "
+                f"'{prefix}', whose weight is {weight:g} of {sum(weights):g}; more samples would reach it"
+            )
     return [(prefix, count) for prefix, count in zip(prefixes, counts, strict=True) if count]
 
 

@@ -52,6 +52,17 @@ def test_weights_share_out_every_sample(model):
     assert [count for _, count in shares(Calibration(data_prefix=[9, prefix, 1, prefix], num_samples=1))] == [1]
 
 
+def test_a_text_that_no_sample_falls_to_is_told_of(model, capsys):
+    """A blend would be another one than its weights say, and nobody would know."""
+    one, other = (f"{model}/tokens_text_document", f"{model}/../{model.name}/tokens_text_document")
+    few = Calibration(data_prefix=[0.9, one, 0.1, other], num_samples=4)
+    assert shares(few) == [(one, 4)]
+    said = capsys.readouterr().err
+    assert f"none of calibration.num_samples=4 is drawn from '{other}', whose weight is 0.1 of 1;" in said
+    shares(Calibration(data_prefix=[0.9, one, 0.1, other], num_samples=11))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("counts", [(8, 8), (3, 9, 4), (15, 1)])
 def test_any_first_few_samples_have_each_texts_share(model, counts):
     """What re-solves weights takes the first samples, and what is held back the last."""
