@@ -178,7 +178,7 @@ def test_the_best_is_known_by_what_a_validation_measures(command):
         ),
         (["distill.loss=reverse_kl", "distill.jsd_beta=0.1"], r"distill\.jsd_beta=0\.1: of distill\.loss=jsd alone"),
         (["distill.hidden_weight=2"], r"distill\.hidden_weight=2\.0: of distill\.hidden_pairs, which are none"),
-        (["distill.hidden_loss=mse"], r"distill\.hidden_loss='mse': of distill\.hidden_pairs, which are none"),
+        (["distill.hidden_loss=mse"], r"distill\.hidden_loss=mse: of distill\.hidden_pairs, which are none"),
     ],
 )
 def test_what_the_loss_does_not_heed_is_refused(asked, said):

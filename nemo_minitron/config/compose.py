@@ -148,6 +148,8 @@ def _complete(command: str, plain: DictConfig) -> None:
         raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
     check.resolve(plain)
     check_values(command, cast(dict, OmegaConf.to_container(plain)))
+    if "distill" in plain:
+        check.refuse_unheeded(plain.distill)
 
 
 def _load_extensions(cfg: DictConfig) -> None:

@@ -10,7 +10,6 @@ import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_minitron.config.sections import Distill
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.values.model import DISTRIBUTED, MODEL, SCHEDULES
 from nemo_minitron.values.rules import Rule, Rules, shown
@@ -54,8 +53,8 @@ def check(command: str, cfg: Mapping[str, Any]) -> None:
     _check_optim(model.get("optim") or {}, trainer["max_steps"])
     _check_logging(manager)
     validated = _check_callbacks(manager, trainer, LOSSES["finetune" if command == "finetune" else "distill"])
-    if "distill" in cfg:
-        _check_distill(cfg["distill"], validated)
+    if validated and "distill" in cfg:
+        _known_value("distill.monitor", cfg["distill"]["monitor"], validated)
 
 
 def rules(tree: Rules | None = None, prefix: str = "") -> Iterator[tuple[str, Rule]]:
@@ -118,24 +117,6 @@ def _check_model(model: Mapping[str, Any], cfg: Mapping[str, Any], trainer: Mapp
             f"model.activations_checkpoint_method={method} goes with model.activations_checkpoint_granularity=full, "
             f"found {shown(granularity)}"
         )
-
-
-HEEDED_BY = {"jsd_beta": "jsd", "top_k": "topk", "teacher_samples": "sampled_kl"}
-"""Keys of ``distill`` that one of our losses heeds; a loss of a user's may heed any."""
-_DEAF = ("forward_kl", "reverse_kl", *HEEDED_BY.values())
-
-
-def _check_distill(distill: Mapping[str, Any], validated: set[str]) -> None:
-    """Refuse what would change nothing: someone who sets it believes to train with it."""
-    for key, loss in HEEDED_BY.items():
-        value, found = distill[key], distill["loss"]
-        if value != getattr(Distill, key) and found in _DEAF and found != loss:
-            raise MinitronError(f"distill.{key}={shown(value)}: of distill.loss={loss} alone, found {found}")
-    for key in ("hidden_loss", "hidden_weight"):
-        if distill[key] != getattr(Distill, key) and not distill["hidden_pairs"]:
-            raise MinitronError(f"distill.{key}={shown(distill[key])}: of distill.hidden_pairs, which are none")
-    if validated:
-        _known_value("distill.monitor", distill["monitor"], validated)
 
 
 def _kind(precision: Any) -> str:
