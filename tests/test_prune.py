@@ -425,6 +425,7 @@ def test_units_are_ranked_by_a_further_metric(teacher, measured, prune, tmp_path
         f"model.restore_from_path={teacher}/teacher.nemo",
         f"calibration.data_prefix={teacher}/tokens_text_document",
         *("calibration.num_samples=6", "calibration.seq_length=32", "importance.stream=true"),
+        "trainer.precision=bf16",
         f"output_path={tmp_path}/taylor",
     ]
     assert main([*keys, "importance.metrics=[tailor]"]) == 2
@@ -433,6 +434,7 @@ def test_units_are_ranked_by_a_further_metric(teacher, measured, prune, tmp_path
     assert main([*keys, "importance.metrics=[taylor]", "calibration.reconstruction=false"]) == 0
     scores = Scores.load(tmp_path / "taylor")
     assert list(scores.rankings) == ["minitron", "taylor"] and scores.tokens is None and scores.stream_moment is None
+    assert scores.calibration["precision"] == "32", "layers that are read one by one run in no other"
     sizes = ["prune.ffn_hidden_size=50", "prune.hidden_size=48", "prune.ranking=taylor"]
     status, said = prune(f"prune.scores={tmp_path}/taylor", *sizes)
     assert status == 0, said

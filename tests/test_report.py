@@ -573,3 +573,17 @@ def test_gap_needs_all_three_and_a_cost():
     assert gap_closed(metrics) == 0.75
     assert gap_closed({"teacher": TEACHER}) is None
     assert gap_closed(metrics | {"pruned": TEACHER}) is None
+    counted = {role: {**found, "tokens": 512} for role, found in metrics.items()}
+    assert gap_closed(counted) == 0.75
+    assert gap_closed(counted | {"pruned": {**PRUNED, "tokens": 256}}) is None, "measured on other text"
+
+
+def test_losses_that_were_not_measured_alike_are_not_compared(folder):
+    for role, found, tokens in (("teacher", TEACHER, 4096), ("pruned", PRUNED, 4096), ("distilled", DISTILLED, 2048)):
+        (folder / "evaluation" / f"{role}.json").write_text(json.dumps({**found, "tokens": tokens}))
+    page = pages(folder)[0]
+    counts = "(teacher 4,096, pruned 4,096, distilled 2,048)"
+    assert f"different numbers of tokens {counts}: their losses cannot be compared." in page.text
+    for compared in ("nats per token, a change of", "won back", "equally likely continuations, the smaller"):
+        assert compared not in page.text
+    assert page.row("distilled")[1] == "3.5000" and "took 1.00 GiB of memory" in page.text

@@ -70,6 +70,7 @@ def measure_and_save(
     try:
         with staged as staging, NemoReader(source) as reader:
             drawn = draw_blocks(calibration, block_length(calibration, reader), reader, model.get("tokenizer"))
+            precision = "32" if stream else str(Machines.of(trainer).precision)  # layers that are read run in no other
             if stream:
                 _check_processes(drawn.tokens)
                 arrays, counts = collect_by_layer(reader, drawn.tokens, drawn.counted)
@@ -82,7 +83,7 @@ def measure_and_save(
                 source_fingerprint=reader.fingerprint(),
                 data_fingerprint=drawn.fingerprint,
                 calibration={
-                    **_record(calibration, drawn.tokens, trainer, None if kept is None else kept.own),
+                    **_record(calibration, drawn.tokens, precision, None if kept is None else kept.own),
                     **counts,
                 },
                 rankings=rankings,
@@ -122,14 +123,14 @@ def _rank(
     return rankings | by_walk, kept, compensation
 
 
-def _record(calibration: Calibration, blocks: Tensor, trainer: Section, own: int | None) -> dict[str, str | int]:
+def _record(calibration: Calibration, blocks: Tensor, precision: str, own: int | None) -> dict[str, str | int]:
     """How scores were measured, as they record it; ``own``: how many of their tokens' samples the model wrote."""
     return {
         "sequence": "mean",
         "batch": "l2",
         "seq_length": blocks.shape[1],
         "seed": calibration.seed,
-        "precision": str(Machines.of(trainer).precision),
+        "precision": precision,
         **({} if own is None else {"own_samples": own}),
     }
 

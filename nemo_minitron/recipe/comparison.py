@@ -13,7 +13,7 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.recipe.records import read_record
 from nemo_minitron.recipe.stage import Stage
-from nemo_minitron.report.measures import ROLES, gap_closed
+from nemo_minitron.report.measures import ROLES, gap_closed, measured_alike, unlike
 
 
 def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path) -> None:
@@ -27,6 +27,8 @@ def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path)
     if closed is not None:
         tokens = sum(_training_tokens(stage.config) for stage in stages.values() if stage.command == "distill")
         print(f"distillation on {tokens:,} tokens closed {closed:.1%} of the loss that pruning cost")
+    if not measured_alike(metrics):
+        print(unlike(metrics))
     print(f"written: {run_dir / 'metrics.json'}", flush=True)
 
 

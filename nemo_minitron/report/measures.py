@@ -21,11 +21,24 @@ SMALLEST, LARGEST = 1e-9, 1e18
 
 
 def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """(pruned − distilled) / (pruned − teacher) in val_loss; None without all three, or where pruning cost nothing."""
-    if not all("val_loss" in metrics.get(role, {}) for role in ROLES):
+    """(pruned − distilled) / (pruned − teacher) in val_loss; None without all three, where pruning cost nothing, or
+    where they were not measured alike."""
+    if not all("val_loss" in metrics.get(role, {}) for role in ROLES) or not measured_alike(metrics):
         return None
     teacher, pruned, distilled = (metrics[role]["val_loss"] for role in ROLES)
     return (pruned - distilled) / (pruned - teacher) if pruned > teacher else None
+
+
+def measured_alike(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the losses of several models are of as many tokens each, as far as they say: those of other lengths,
+    samples or texts are no measure of what was done to a model."""
+    return len({found["tokens"] for found in metrics.values() if "tokens" in found and "val_loss" in found}) <= 1
+
+
+def unlike(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Words for losses that were not :func:`measured_alike`."""
+    counts = ", ".join(f"{role} {found['tokens']:,.0f}" for role, found in metrics.items() if "tokens" in found)
+    return f"The evaluations are of different numbers of tokens ({counts}): their losses cannot be compared"
 
 
 def number(value: object) -> float | None:

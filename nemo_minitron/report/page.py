@@ -15,7 +15,7 @@ from nemo_minitron import __version__
 from nemo_minitron.files.plain import plain
 from nemo_minitron.report import figures, maps, tasks, words
 from nemo_minitron.report.curves import Training
-from nemo_minitron.report.measures import ROLES, duration, gap_closed, size
+from nemo_minitron.report.measures import ROLES, duration, gap_closed, measured_alike, size
 from nemo_minitron.report.outlook import outlook
 from nemo_minitron.report.removal import Axis, axes, dropped_layers
 from nemo_minitron.report.run_folder import Run
@@ -93,14 +93,16 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(("parameters", f"{after / before - 1:+.1%}", f"{size(before)} → {size(after)}"))
     teacher = run.metrics.get("teacher")
     student = run.metrics.get("distilled") or run.metrics.get("pruned")
-    if teacher and student:
+    alike = measured_alike(run.metrics)
+    if teacher and student and alike:
         change = student["val_loss"] - teacher["val_loss"]
         tiles.append(("loss", f"{change:+.3f}", f"{teacher['val_loss']:.3f} → {student['val_loss']:.3f} nats/token"))
+    if teacher and student:
         for key, what, scale, unit in (
             ("perplexity", "perplexity", 1, ""),
             ("peak_memory_bytes", "memory", 2**30, " GiB"),
         ):
-            if key in teacher and key in student:
+            if key in teacher and key in student and (alike or key != "perplexity"):
                 old, new = teacher[key] / scale, student[key] / scale
                 tiles.append((what, f"{new / old - 1:+.1%}", f"{old:,.2f} → {new:,.2f}{unit}"))
     closed = gap_closed(run.metrics)

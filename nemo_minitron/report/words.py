@@ -6,7 +6,7 @@ import numpy as np
 
 from nemo_minitron.prune.measured import KINDS
 from nemo_minitron.prune.plan import Plan, format_ranges
-from nemo_minitron.report.measures import gap_closed, size
+from nemo_minitron.report.measures import gap_closed, measured_alike, size, unlike
 from nemo_minitron.report.removal import Axis, dropped_layers
 from nemo_minitron.report.run_folder import Run
 
@@ -66,7 +66,9 @@ def headline(run: Run) -> list[str]:
         )
     teacher, pruned, distilled = (run.metrics.get(role) for role in ("teacher", "pruned", "distilled"))
     student, name = (distilled, "distilled") if distilled else (pruned, "pruned")
-    if teacher and student:
+    if not measured_alike(run.metrics):
+        sentences.append(f"{unlike(run.metrics)}.")
+    elif teacher and student:
         more = student["val_loss"] - teacher["val_loss"]
         sentences.append(
             f"On text that was held out, its loss (average surprise at the next piece of text; lower is better) went "
