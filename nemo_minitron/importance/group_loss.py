@@ -45,7 +45,8 @@ class GroupLoss:
         counted: ``[n, s]`` bool, the positions of ``tokens`` whose loss is counted; None: all.
         half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
         group: the processes that share the samples.
-        progress: told of each sample that has passed a layer, of candidates and of the fit.
+        progress: told of each sample that has passed a layer, of candidates and of the fit; the output layer counts
+            as :meth:`ModelShape.layers_of_head`.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class GroupLoss:
             for place, stream in enumerate(branches.values()):
                 for x, labels in zip(stream, self._labels, strict=True):
                     sums[place] += loss_sums(x[:-1], labels, norm, head, self.shape.layernorm_epsilon)[0]
+                self.progress(len(stream) * self.shape.layers_of_head())
         means = parallel.all_reduce(sums, self.group) / self._label_count
         return dict(zip(branches, means.tolist(), strict=True))
 
@@ -212,7 +214,9 @@ def eliminate(losses: GroupLoss, layers: Sequence[int], count: int) -> np.ndarra
 
 
 def passes(losses: GroupLoss, layers: Sequence[int], count: int) -> int:
-    """Samples times layers that :func:`eliminate` runs: the work that ``progress`` is told of."""
+    """Samples times layers that :func:`eliminate` runs, the output layer as so many layers as take its time: the work
+    that ``progress`` is told of."""
     total, groups = losses.shape.num_layers, losses.shape.num_query_groups
-    behind = sum(total - 1 - layer for layer in layers) * len(losses.tokens)
+    head = losses.shape.layers_of_head()
+    behind = sum(total - 1 - layer + head for layer in layers) * len(losses.tokens)
     return sum(total * len(losses.fitted) + (groups - place) * behind for place in range(count))

@@ -58,7 +58,8 @@ class LayerLoss:
         weights: ``[L, m, s]``, of the tokens of ``stand_ins`` in each layer's fit; None: all alike.
         half: matrix products in bfloat16, where the hardware is faster at them; streams stay float32.
         group: the processes that share the samples.
-        progress: told after each layer of each set that is run, and of the fit.
+        progress: told after each layer of each set that is run, the output layer as
+            :meth:`ModelShape.layers_of_head`, and of the fit.
     """
 
     def __init__(
@@ -115,7 +116,11 @@ class LayerLoss:
                 self.progress(1)
             streams = following
         norm, head = read_head(self.reader, tokens.device)
-        return torch.stack([self._head(streams[removed], labels, norm, head) for removed in sets])
+        found = []
+        for removed in sets:
+            found.append(self._head(streams[removed], labels, norm, head))
+            self.progress(self.shape.layers_of_head())
+        return torch.stack(found)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return self._table[tokens.cpu()].to(tokens.device, torch.float32)

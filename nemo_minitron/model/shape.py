@@ -229,6 +229,10 @@ class ModelShape:
         )
         return attention + biases + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size + own
 
+    def layers_of_head(self) -> int:
+        """Number of layers that take as long as the output layer: 8 of SmolLM2-135M's, 2 of Llama-3.1-8B's."""
+        return round(self.vocab_size * self.hidden_size / self.parameters_per_layer())
+
     def whole_biases(self) -> int:
         """Values in the biases of one layer that every tensor-parallel rank holds whole: those of the two linear
         layers that write to the residual stream."""

@@ -90,8 +90,8 @@ def layers_by_loss(
             "run `minitron importance calibration.reconstruction=true`"
         )
     share = Tried.of(scores, tokens)
-    sets = _sets(selection, reader.shape.num_layers, count, beam) + int(stand_ins)
-    work = sets * reader.shape.num_layers
+    layers = reader.shape.num_layers
+    work = _sets(selection, layers, count, beam) * (layers + reader.shape.layers_of_head()) + layers * int(stand_ins)
     with progress_bar(work, selection, "layer", show=runtime.rank() == 0) as bar:
         losses = LayerLoss(
             reader,
