@@ -83,7 +83,8 @@ def check(method: str, target: Mapping[str, int]) -> None:
     Raises:
         CannotPrune: naming it.
     """
-    does = {"oscar": {"ffn_hidden_size", "num_query_groups"}, "replaceme": {"num_layers"}}.get(method)
+    layers = {"num_layers"}
+    does = {"oscar": {"ffn_hidden_size", "num_query_groups"}, "replaceme": layers, "ours_influence": layers}.get(method)
     if does is not None and (rest := target.keys() - does):
         raise CannotPrune(f"{method} does not prune {', '.join(sorted(rest))}")
 

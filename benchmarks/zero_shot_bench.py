@@ -46,7 +46,7 @@ QWEN_TARGETS: dict[str, dict[str, int]] = {
 }
 SAMPLES = 64
 """Of calibration, at most."""
-METHODS = ("random", "magnitude", "plain", "ours", "ours_unscaled", "oscar", "replaceme")
+METHODS = ("random", "magnitude", "plain", "ours", "ours_unscaled", "ours_influence", "oscar", "replaceme")
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,10 @@ class Bench:
         kept = (target["num_layers"] for target in self.model.targets.values() if "num_layers" in target)
         return [self.num_layers - layers for layers in kept]
 
-    def prepare(self, target: Mapping[str, int]) -> None:
+    def prepare(self, target: Mapping[str, int], greedy: bool = True) -> None:
         """Measure what ``ours`` needs for a target and all others share."""
         self.scores  # noqa: B018
-        if "num_layers" in target:
+        if "num_layers" in target and greedy:
             self.layers_to_drop(self.num_layers - target["num_layers"])
 
     def prune(self, method: str, target: Mapping[str, int], path: Path) -> None:
@@ -235,8 +235,8 @@ class Bench:
         Raises:
             peers.CannotPrune: a peer that does not do such a target.
         """
-        if method in ("ours", "ours_unscaled"):
-            self._ours(target, path, rescale=method == "ours")
+        if method.startswith("ours"):
+            self._ours(target, path, rescale=method != "ours_unscaled", greedy=method != "ours_influence")
         elif method in ("oscar", "replaceme"):
             from peers import student_of
 
@@ -244,10 +244,10 @@ class Bench:
         else:
             self._cut(method, target, path)
 
-    def _ours(self, target: Mapping[str, int], path: Path, rescale: bool) -> None:
-        """``minitron prune``, layers chosen greedily."""
+    def _ours(self, target: Mapping[str, int], path: Path, rescale: bool, greedy: bool) -> None:
+        """``minitron prune``, layers chosen greedily or, as it does when nothing is said, by Block Influence."""
         prune: dict[str, Any] = dict(target) | {"scores": str(self.scores)}
-        if "num_layers" in target:
+        if "num_layers" in target and greedy:
             prune["drop_layers"] = self.layers_to_drop(self.num_layers - target["num_layers"])
         plan = path.with_suffix(".plan.yaml")
         if not rescale:
