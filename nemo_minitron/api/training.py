@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_minitron.api.arguments import Config, Text, beside, data, machine
@@ -45,9 +46,10 @@ def finetune(
     """
     output = beside(model, "finetuned") if output is None else Path(output)
     config = {"model.restore_from_path": model, "model.nemo_path": output}
-    config |= _training(output, train, validation, max_steps, resume)
+    config |= _training(output, train, validation, max_steps)
     config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
-    call("finetune", config | {"model.optim.lr": lr}, settings, verbose=verbose)
+    with _logs(output, resume):
+        call("finetune", config | {"model.optim.lr": lr}, settings, verbose=verbose)
     return Checkpoint(output)
 
 
@@ -88,11 +90,12 @@ def distill(
         "distill.teacher_cache": teacher_cache,
         "distill.loss": "sampled_kl" if loss is None and teacher_cache is not None else loss,
     }
-    config |= _training(output, train, validation, max_steps, resume)
+    config |= _training(output, train, validation, max_steps)
     config |= _batches(seq_length, micro_batch_size, global_batch_size) | machine(devices, precision)
     if teacher is None:  # said, for it is a key that must be
         settings = {"model.kd_teacher_restore_from_path": None} | dict(settings or {})
-    call("distill", config | {"model.optim.lr": lr}, settings, verbose=verbose)
+    with _logs(output, resume):
+        call("distill", config | {"model.optim.lr": lr}, settings, verbose=verbose)
     return Checkpoint(output)
 
 
@@ -147,11 +150,30 @@ def search(
     return SearchResult(Path(output))
 
 
-def _training(output: Path, train: Text, validation: Text | None, max_steps: int | None, resume: bool) -> Config:
-    """Keys of data, steps and logs; the logs of an earlier call go where this one does not resume it."""
+@contextmanager
+def _logs(output: Path, resume: bool) -> Iterator[None]:
+    """Begin new logs where an earlier call's are not resumed. Those go once this call has some of its own, so that a
+    mistake in its arguments costs no checkpoint."""
     logs = beside(output, "logs", "")
-    if not resume:
-        shutil.rmtree(logs, ignore_errors=True)
+    if resume or not logs.exists():
+        yield
+        return
+    earlier = logs.with_name(f".{logs.name}.earlier")
+    shutil.rmtree(earlier, ignore_errors=True)
+    logs.rename(earlier)
+    try:
+        yield
+    except BaseException:
+        if not logs.exists():
+            earlier.rename(logs)
+        raise
+    finally:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _training(output: Path, train: Text, validation: Text | None, max_steps: int | None) -> Config:
+    """Keys of data, steps and logs."""
+    logs = beside(output, "logs", "")
     return _prefixes(train, validation) | {
         "model.data.index_mapping_dir": logs / "index",
         "trainer.max_steps": max_steps,

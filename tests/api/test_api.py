@@ -18,6 +18,7 @@ from nemo_minitron import api
 from nemo_minitron.api import stages, training
 from nemo_minitron.api.process import nested
 from nemo_minitron.config.compose import compose
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.synthetic import make_llama
 from tests.llamas import GQA
 
@@ -94,6 +95,25 @@ def test_logs_of_an_earlier_call_go_unless_it_is_resumed(resume, composed, tmp_p
     api.finetune(tmp_path / "m.nemo", "x", resume=resume)
     assert logs.exists() == resume
     assert composed[0][1].exp_manager.resume_if_exists is True
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_logs_of_an_earlier_call_stay_where_this_one_begins_nothing(began, monkeypatch, tmp_path):
+    logs = tmp_path / "m.finetuned.logs"
+    logs.mkdir()
+    (logs / "checkpoint").touch()
+
+    def call(command, *given, **more):
+        assert not logs.exists()
+        if began:
+            logs.mkdir()
+        raise MinitronError("trainer.precision: expected 32")
+
+    monkeypatch.setattr(training, "call", call)
+    with pytest.raises(MinitronError, match="expected 32"):
+        api.finetune(tmp_path / "m.nemo", "x")
+    assert [file.name for file in tmp_path.iterdir()] == [logs.name]
+    assert [file.name for file in logs.iterdir()] == ([] if began else ["checkpoint"])
 
 
 def test_importance(composed):
