@@ -90,8 +90,6 @@ def pruning() -> Iterator[str]:
     drawn = load("zero_shot_draws_smollm2_135m")["rows"]
     yield from zero_shot_rows(drawn)
     again = {name: row["ours"]["above"] for name, row in load("zero_shot_second_draw_smollm2_135m")["rows"].items()}
-    ranked = again.pop("groups 3→2")["brown"]  # of a version that chose groups by their ranking
-    yield f"where the ranking chose them, it lost {ranked:.2f} on Brown"
     for name, above in again.items():
         yield f"| {name} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
     apart = [{text: abs(again[name][text] - drawn[name]["ours"]["above"][text]) for text in TEXTS} for name in again]
@@ -114,6 +112,22 @@ def pruning() -> Iterator[str]:
     by_row = [[one["above"][name] for one in layouts["plain"]] for name in reference]
     yield f"the layout of the text moves its rows by up to {max(max(row) - min(row) for row in by_row):.1f}"
     yield from recovery()
+
+
+def copying() -> Iterator[str]:
+    groups = load("copying_smollm2_135m")["groups"]
+    most = max(groups, key=lambda row: row["above"]["repeated"])
+    yield f"one group of layer {most['layer'] + 1}"
+    yield f"loses {most['above']['given']:.2f} nats on Brown and {most['above']['repeated']:.2f} on text"
+    chosen = load("zero_shot_group_choices_smollm2_135m")["rows"]["groups 3→2"]
+    chosen["ranking"] = load("zero_shot_draws_smollm2_135m")["rows"]["groups 3→2"]["ours"]
+    for way, of in (
+        ("by their ranking", "ranking"),
+        ("by loss, nothing said twice", "loss_without_repeats"),
+        ("by loss", "loss"),
+    ):
+        above = chosen[of]["above"]
+        yield f"| {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
 
 
 def paper_search() -> Iterator[str]:
@@ -372,7 +386,7 @@ CLAIMS = {
     "docs/checkpoints.md": [checkpoints],
     "docs/evidence.md": [evidence],
     "docs/llama_8b.md": [llama_8b],
-    "docs/pruning.md": [pruning, peers, claims],
+    "docs/pruning.md": [pruning, copying, peers, claims],
     "docs/quickstart.md": [quickstart, coder],
     "docs/recovery.md": [how_many_tokens],
     "docs/running.md": [running, one_gpu, both_devices, teacher_caches, distillation_costs],

@@ -19,7 +19,7 @@ DOCUMENTS = ("article", "line", "file")
 HELDOUT_PARTS = ("train", "heldout")
 LOSS_ON = ("responses", "all")
 """Which tokens of a conversation a loss counts (:mod:`nemo_minitron.data.chat`)."""
-GROUP_SELECTIONS = ("loss", "ranking")
+GROUP_SELECTIONS = ("ranking", "loss")
 HIDDEN_LOSSES = ("cosine", "mse")
 """Distances between hidden states (:mod:`nemo_minitron.distill.hidden`)."""
 
@@ -90,11 +90,8 @@ class Prune:
         tuple(LAYER_SELECTIONS),
     )
     layer_tokens: int = key(6144, "tokens on which layers and query groups are chosen by loss, half of them said twice")
-    group_selection: str | None = key(
-        None,
-        "how query groups are chosen: by the loss without each, or by prune.ranking; when null: by loss where weights "
-        "are re-solved and prune.ranking is null",
-        GROUP_SELECTIONS,
+    group_selection: str = key(
+        "ranking", "how query groups are chosen: by prune.ranking, or by the loss without each", GROUP_SELECTIONS
     )
     beam_width: int = key(3, "of prune.layer_selection=beam: sets of layers that are kept at every size")
     scores: str | None = key(None, "scores folder of `minitron importance`; computed first when null and needed")
@@ -218,7 +215,8 @@ class Search:
         "how layers are chosen; greedy: by one search by loss, which also predicts what depth costs",
         tuple(name for name, selection in LAYER_SELECTIONS.items() if selection.in_search),
     )
-    layer_tokens: int = key(6144, "as prune.layer_tokens, for layers by greedy and for query groups")
+    group_selection: str = key("ranking", "as prune.group_selection, once for all students", GROUP_SELECTIONS)
+    layer_tokens: int = key(6144, "as prune.layer_tokens, for layers by greedy and for query groups by loss")
     compensate: bool | None = key(None, "as prune.compensate")
     tokens: int | None = key(None, "calibration tokens that students are re-solved on; those in the scores when null")
     keep_students: bool = key(False, "keep the students that are not distilled; plans are kept in any case")

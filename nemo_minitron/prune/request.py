@@ -126,7 +126,7 @@ def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None,
         prune = dataclasses.replace(prune, drop_layers=drop_by_loss(reader, prune, layers, scores, half))
     plan = plan_from_scores(reader.shape, fingerprint, prune, scores)
     fewer = reader.shape.num_query_groups - plan.target.num_query_groups
-    if not fewer or not _groups_by_loss(prune, plan, scores):
+    if not fewer or not _groups_by_loss(prune, scores):
         return plan
     from nemo_minitron.prune.groups import groups_by_loss
 
@@ -135,19 +135,16 @@ def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None,
     return plan_from_scores(reader.shape, fingerprint, prune, scores, worth)
 
 
-def _groups_by_loss(prune: Prune, plan: Plan, scores: Scores | None) -> bool:
+def _groups_by_loss(prune: Prune, scores: Scores | None) -> bool:
     """Whether query groups are chosen by the loss without them.
 
     Raises:
         MinitronError: asked for, with scores that hold no calibration tokens to measure it on.
     """
-    if prune.group_selection is not None:
-        check_choice("prune.group_selection", prune.group_selection, GROUP_SELECTIONS)
+    check_choice("prune.group_selection", prune.group_selection, GROUP_SELECTIONS)
     if prune.group_selection == "loss" and (scores is None or scores.tokens is None):
         raise MinitronError(
             "prune.group_selection=loss: the scores hold no calibration tokens to measure the loss on; "
             "run `minitron importance calibration.reconstruction=true`"
         )
-    if prune.group_selection is None:
-        return plan.compensation is not None and prune.ranking is None
     return prune.group_selection == "loss"

@@ -13,7 +13,7 @@ import numpy as np
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Machines
 from nemo_minitron.config.schema import SearchConfig
-from nemo_minitron.errors import required
+from nemo_minitron.errors import MinitronError, required
 from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.groups import groups_by_loss
@@ -24,16 +24,29 @@ from nemo_minitron.search.space import Space
 def with_groups_by_loss(
     cfg: SearchConfig, scores: Scores, space: Space, given: Sequence[ModelShape], records: Records
 ) -> Scores:
-    """Scores whose ranking for compensation has query groups in the order in which ``minitron prune`` removes them.
+    """Scores whose ranking for compensation has query groups in the order in which ``minitron prune`` removes them by
+    loss.
 
-    The scores themselves where weights are not re-solved, or where neither a shape of the space nor one that is
-    ``given`` (``search.shapes``, which may be smaller) has fewer groups.
+    The scores themselves where that is not asked for, or where neither a shape of the space nor one that is ``given``
+    (``search.shapes``, which may be smaller) has fewer groups.
+
+    Raises:
+        MinitronError: asked for, and weights are cut, or the scores hold no calibration tokens to measure a loss on.
     """
+    if cfg.search.group_selection != "loss":
+        return scores
     fewest = min([*space.axes["num_query_groups"], *(shape.num_query_groups for shape in given)])
     fewer = scores.shape.num_query_groups - fewest
     ranking = scores.rankings.get("reconstruction")
-    if not fewer or ranking is None or scores.tokens is None or cfg.search.compensate is False:
+    if not fewer:
         return scores
+    if ranking is None or scores.tokens is None:
+        raise MinitronError(
+            "search.group_selection=loss: the scores hold no calibration tokens to measure the loss on; "
+            "run `minitron importance calibration.reconstruction=true`"
+        )
+    if cfg.search.compensate is False:
+        raise MinitronError("search.group_selection=loss: expected ranking with search.compensate=false, found loss")
     what = [scores.fingerprint(), cfg.search.layer_tokens, str(Machines.of(cfg.trainer).precision), fewer]
     fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
     known = records.read("groups")

@@ -82,8 +82,8 @@ def test_no_module_repeats_a_default_of_the_schema():
 @pytest.mark.parametrize(
     "line",
     [
-        'size = options.get("layer_tokens", 4096)',
-        'size = int(options.get("layer_tokens") or 4096)',
+        'size = options.get("layer_tokens", 6144)',
+        'size = int(options.get("layer_tokens") or 6144)',
         "width = prune.beam_width or 3",
         'way = cfg["layer_selection"] or "block_influence"',
         'text = _text(cfg, "tokenizer.library") or "huggingface"',

@@ -50,7 +50,7 @@ def scores_that_rank_otherwise(model):
     return dataclasses.replace(scores, rankings=rankings, source_fingerprint=model.fingerprint())
 
 
-def test_groups_go_by_loss_unless_a_ranking_is_asked_for():
+def test_groups_go_by_their_ranking_unless_the_loss_is_asked_for():
     model = model_in_float32(SHAPE)
     scores = scores_that_rank_otherwise(model)
     worth = chosen([0, 1, 2], 1)
@@ -59,16 +59,15 @@ def test_groups_go_by_loss_unless_a_ranking_is_asked_for():
     assert all(a != b for a, b in zip(by_loss, ranked, strict=True))
     base = {"num_query_groups": 2, "layer_tokens": 4 * 33}
     cases = [
-        ({}, by_loss),
-        ({"group_selection": "ranking"}, ranked),
-        ({"ranking": "minitron"}, ranked),
+        ({}, ranked),
+        ({"group_selection": "loss"}, by_loss),
         ({"ranking": "minitron", "group_selection": "loss"}, by_loss),
-        ({"compensate": False}, ranked),
+        ({"compensate": False, "group_selection": "loss"}, by_loss),
     ]
     for keys, groups in cases:
         plan = make_requested_plan(model, Prune(**base, **keys), scores, half=False)
         assert plan.groups == groups, keys
-    shallow = make_requested_plan(model, Prune(**base, drop_layers=[2]), scores, half=False)
+    shallow = make_requested_plan(model, Prune(**base, drop_layers=[2], group_selection="loss"), scores, half=False)
     assert shallow.groups == (by_loss[0], by_loss[2])
 
 
@@ -78,5 +77,5 @@ def test_what_cannot_be_is_refused():
     without = dataclasses.replace(without, source_fingerprint=model.fingerprint())
     with pytest.raises(MinitronError, match=r"prune\.group_selection=loss: the scores hold no calibration tokens"):
         make_requested_plan(model, Prune(num_query_groups=2, group_selection="loss"), without, half=False)
-    with pytest.raises(MinitronError, match=r"prune\.group_selection: .*loss, ranking"):
+    with pytest.raises(MinitronError, match=r"prune\.group_selection: .*ranking, loss"):
         make_requested_plan(model, Prune(num_query_groups=2, group_selection="other"), chats(), half=False)

@@ -20,7 +20,7 @@ PLAN = Plan.identity(GQA, "f")
         {"rotate": False},
         {"rotate": True},
         {"ranking": "minitron"},
-        {"group_selection": "ranking"},
+        {"group_selection": "loss"},
         {"layer_selection": "greedy"},
         {"drop_layers": [1]},
         {"hidden_size": 40},

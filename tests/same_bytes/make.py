@@ -48,8 +48,7 @@ SCORES: dict[str, tuple[str, list[str]]] = {
 KEPT_SCORES = ("ranked", "plain", "qwen2")
 """Those whose files are in the fixture."""
 
-RANKED = "group_selection=ranking"  # as all versions before there was a choice, which know no such key
-WIDTH = ["hidden_size=24", "ffn_hidden_size=32", "num_query_groups=2", "num_attention_heads=2", RANKED]
+WIDTH = ["hidden_size=24", "ffn_hidden_size=32", "num_query_groups=2", "num_attention_heads=2"]
 CUT = "compensate=false"
 PRUNINGS: dict[str, tuple[str, str | None, list[str]]] = {
     "width_minitron_cut": ("llama", "ranked", [*WIDTH, CUT]),
@@ -59,7 +58,7 @@ PRUNINGS: dict[str, tuple[str, str | None, list[str]]] = {
     "width_unturned": ("llama", "ranked", [*WIDTH, "rotate=false"]),
     "width_minitron_turned": ("llama", "ranked", [*WIDTH, "ranking=minitron"]),
     "heads_ffn": ("llama", "ranked", ["num_attention_heads=4", "ffn_hidden_size=40"]),
-    "groups": ("llama", "ranked", ["num_query_groups=3", "num_attention_heads=6", RANKED]),
+    "groups": ("llama", "ranked", ["num_query_groups=3", "num_attention_heads=6"]),
     "named_layers_cut": ("llama", None, ["drop_layers=[2]"]),
     "depth_influence_cut": ("llama", "ranked", ["num_layers=3", CUT]),
     "depth_influence": ("llama", "ranked", ["num_layers=2"]),
