@@ -114,6 +114,14 @@ def pruning() -> Iterator[str]:
     yield from recovery()
 
 
+def depth() -> Iterator[str]:
+    for name, row in load("zero_shot_draws_smollm2_135m")["rows"].items():
+        if "ours_influence" in row:
+            for way, method in (("by Block Influence", "ours_influence"), ("by loss", "ours")):
+                above = row[method]["above"]
+                yield f"| {name.removeprefix('layers ')} {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
+
+
 def copying() -> Iterator[str]:
     groups = load("copying_smollm2_135m")["groups"]
     most = max(groups, key=lambda row: row["above"]["repeated"])
@@ -386,7 +394,7 @@ CLAIMS = {
     "docs/checkpoints.md": [checkpoints],
     "docs/evidence.md": [evidence],
     "docs/llama_8b.md": [llama_8b],
-    "docs/pruning.md": [pruning, copying, peers, claims],
+    "docs/pruning.md": [pruning, depth, copying, peers, claims],
     "docs/quickstart.md": [quickstart, coder],
     "docs/recovery.md": [how_many_tokens],
     "docs/running.md": [running, one_gpu, both_devices, teacher_caches, distillation_costs],
