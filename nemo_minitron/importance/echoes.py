@@ -2,7 +2,7 @@
 
 A few attention heads copy what followed the last time (induction heads, arXiv 2209.11895). On text of short passages
 they are worth nearly nothing, on sources, documentation and dialogue a lot: without one query group of SmolLM2-135M's,
-of 90, text of Brown lost 0.02 nats and text said twice 1.7. So they have to be asked for.
+of 90, text of Brown lost 0.01 nats and text said twice 1.66. So they have to be asked for.
 """
 
 from __future__ import annotations
