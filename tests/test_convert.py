@@ -213,6 +213,13 @@ def test_tokenizer_travels_inside(llama, tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(packed)("some text").input_ids == expected
 
 
+def test_a_tokenizer_whose_path_nemo_would_resolve_is_refused(tmp_path):
+    source = make_llama(tmp_path / "${run}" / "hf", GQA)
+    with pytest.raises(MinitronError, match=r"\$\{run\}/hf: expected a tokenizer whose folder's path has no"):
+        convert(source, tmp_path / "m.nemo")
+    assert [file.name for file in tmp_path.iterdir()] == ["${run}"]
+
+
 def test_stage(llama, tmp_path):
     stage.run(ConvertConfig(input_name_or_path=str(llama), output_path=str(tmp_path / "deep/er/m.nemo")))
     with NemoReader(tmp_path / "deep/er/m.nemo") as reader:

@@ -12,6 +12,7 @@ from nemo_minitron.checkpoint.tokenizer_files import FILES
 from nemo_minitron.checkpoint.tokenizer_open import choose
 from nemo_minitron.convert.target import Request
 from nemo_minitron.convert.tokenizer import fitting
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import Staging
 
 
@@ -20,6 +21,9 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> NemoWriter:
 
     The tokenizer is packed inside, and ``tokenizer.type`` names its folder. One that has to be made first (a GGUF's)
     gets a new folder, ``<output stem>.tokenizer``, beside the output, where NeMo finds it.
+
+    Raises:
+        MinitronError: a tokenizer whose path NeMo could not read back.
     """
     divisor = request.make_vocab_size_divisible_by
     divisor = vocab_divisor(reader.shape.vocab_size) if divisor is None else divisor
@@ -29,6 +33,11 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> NemoWriter:
         beside = Path(request.path.absolute()).with_name(f"{request.path.stem}.tokenizer")
         if (made := _make_beside(reader, beside, stack)) is not None:
             tokenizer = beside
+    if tokenizer is not None and "${" in str(tokenizer.absolute()):
+        raise MinitronError(
+            f"{tokenizer.absolute()}: expected a tokenizer whose folder's path has no '${{', which NeMo would read "
+            "as a reference to another key"
+        )
     entries = None if made is None else fitting(made, shape.vocab_size, reader.path)[0]
     if isinstance(reader, NemoReader):
         config = {**reader.config, "make_vocab_size_divisible_by": divisor}
