@@ -204,6 +204,7 @@ NO_OUTPUT = {
     "recipe/walk.py",  # what a stage says, as it says it
     "nemo/metrics_log.py",  # a log, row by row, flushed before a checkpoint counts as finished
     "nemo/resume.py",  # earlier checkpoints are set aside
+    "api/training.py",  # logs of an earlier call are set aside
     "importance/streams.py",  # temporary files of one process
     "distill/cache.py",  # into memory
     "checkpoint/bridge_config.py",  # into memory
