@@ -84,7 +84,7 @@ def check(method: str, target: Mapping[str, int]) -> None:
         CannotPrune: naming it.
     """
     layers = {"num_layers"}
-    does = {"oscar": {"ffn_hidden_size", "num_query_groups"}, "replaceme": layers, "ours_influence": layers}.get(method)
+    does = {"oscar": {"ffn_hidden_size", "num_query_groups"}, "replaceme": layers, "ours_greedy": layers}.get(method)
     if does is not None and (rest := target.keys() - does):
         raise CannotPrune(f"{method} does not prune {', '.join(sorted(rest))}")
 

@@ -13,9 +13,9 @@ teacher writes itself. ``--draws N``: further draws are other files, and other t
 
 ``random``: what is kept is drawn. ``magnitude``: norms of the weights. ``plain``: the published metric, mean
 |activation| over the sequence, L2 over the batch, Block Influence for depth (arXiv 2407.14679), weights cut. ``ours``:
-ranked by reconstruction and re-solved, what ``minitron prune`` does by default; layers chosen one by one by the loss
-without them (``prune.layer_selection=greedy``). ``ours_unscaled``: the same with a final norm that follows no loss.
-``ours_influence``: the same with layers by Block Influence, what ``minitron prune`` does by default.
+what ``minitron prune`` does by default: ranked by reconstruction, layers by Block Influence, re-solved.
+``ours_unscaled``: the same with a final norm that follows no loss. ``ours_greedy``: depth with layers chosen one by one
+by the loss without them (``prune.layer_selection=greedy``).
 ``oscar``, ``replaceme``: :mod:`peers`; a target that they do not do stays blank.
 
 Every cell (a draw of a target by a method) is in ``--json`` as soon as it is measured, and what is there with the same
@@ -247,7 +247,7 @@ def settings_of(bench: Bench, method: str) -> dict[str, Any]:
 def measured(bench: Bench, target: str, method: str) -> dict[str, Any]:
     """Losses of one student, and what making it took once the scores were there."""
     if method.startswith("ours"):
-        bench.prepare(bench.model.targets[target], greedy=method != "ours_influence")
+        bench.prepare(bench.model.targets[target], greedy=method == "ours_greedy")
     elif method in ("random", "magnitude", "plain"):
         bench.ways  # noqa: B018
     student = bench.folder / f"student{os.getpid()}.nemo"

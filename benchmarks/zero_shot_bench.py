@@ -46,7 +46,7 @@ QWEN_TARGETS: dict[str, dict[str, int]] = {
 }
 SAMPLES = 64
 """Of calibration, at most."""
-METHODS = ("random", "magnitude", "plain", "ours", "ours_unscaled", "ours_influence", "oscar", "replaceme")
+METHODS = ("random", "magnitude", "plain", "ours", "ours_unscaled", "ours_greedy", "oscar", "replaceme")
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Bench:
         kept = (target["num_layers"] for target in self.model.targets.values() if "num_layers" in target)
         return [self.num_layers - layers for layers in kept]
 
-    def prepare(self, target: Mapping[str, int], greedy: bool = True) -> None:
+    def prepare(self, target: Mapping[str, int], greedy: bool) -> None:
         """Measure what ``ours`` needs for a target and all others share."""
         self.scores  # noqa: B018
         if "num_layers" in target and greedy:
@@ -236,7 +236,7 @@ class Bench:
             peers.CannotPrune: a peer that does not do such a target.
         """
         if method.startswith("ours"):
-            self._ours(target, path, rescale=method != "ours_unscaled", greedy=method != "ours_influence")
+            self._ours(target, path, rescale=method != "ours_unscaled", greedy=method == "ours_greedy")
         elif method in ("oscar", "replaceme"):
             from peers import student_of
 
@@ -245,7 +245,7 @@ class Bench:
             self._cut(method, target, path)
 
     def _ours(self, target: Mapping[str, int], path: Path, rescale: bool, greedy: bool) -> None:
-        """``minitron prune``, layers chosen greedily or, as it does when nothing is said, by Block Influence."""
+        """``minitron prune``, layers by Block Influence, as it does when nothing is said, or greedily."""
         prune: dict[str, Any] = dict(target) | {"scores": str(self.scores)}
         if "num_layers" in target and greedy:
             prune["drop_layers"] = self.layers_to_drop(self.num_layers - target["num_layers"])

@@ -116,8 +116,8 @@ def pruning() -> Iterator[str]:
 
 def depth() -> Iterator[str]:
     for name, row in load("zero_shot_draws_smollm2_135m")["rows"].items():
-        if "ours_influence" in row:
-            for way, method in (("by Block Influence", "ours_influence"), ("by loss", "ours")):
+        if "ours_greedy" in row:
+            for way, method in (("by Block Influence", "ours"), ("by loss", "ours_greedy")):
                 above = row[method]["above"]
                 yield f"| {name.removeprefix('layers ')} {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
 

@@ -83,7 +83,7 @@ def test_scores_are_of_all_of_the_draws_calibration(bench):
         ("plain", {"ffn_hidden_size": 64}),
         ("ours", {"ffn_hidden_size": 64, "hidden_size": 56}),
         ("ours", {"num_layers": 2}),
-        ("ours_influence", {"num_layers": 2}),
+        ("ours_greedy", {"num_layers": 2}),
         ("oscar", {"ffn_hidden_size": 64, "num_query_groups": 3}),
         ("replaceme", {"num_layers": 3}),
     ],
