@@ -291,6 +291,20 @@ class Scores:
         }
 
 
+def with_tokens(scores: Scores | None, asked: str) -> Scores:
+    """Scores that hold the calibration tokens on which ``asked``, a key and its value, has a loss measured.
+
+    Raises:
+        MinitronError: there are none, or they hold no tokens.
+    """
+    if scores is None or scores.tokens is None:
+        raise MinitronError(
+            f"{asked}: the scores hold no calibration tokens to measure the loss on; "
+            "run `minitron importance calibration.reconstruction=true`"
+        )
+    return scores
+
+
 def _checked_rankings(shape: ModelShape, rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
     """Copies of the rankings, the published one first, their axes in order."""
     sizes = axis_sizes(shape)

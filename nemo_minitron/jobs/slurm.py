@@ -203,12 +203,8 @@ def _with_grid(command: str, cfg: DictConfig) -> DictConfig:
             )
     plain.trainer.devices = tasks
     plain.trainer.num_nodes = nodes if nodes is not None else plain.trainer.get("num_nodes") or 1
-    if command in COMPOSITE and plain.trainer.num_nodes != 1:
-        key = "trainer.num_nodes" if nodes is None else "cluster.nodes"
-        raise MinitronError(
-            f"{key}={plain.trainer.num_nodes}: expected 1, as `minitron {command}` starts the processes of its stages "
-            "on the machine that it runs on"
-        )
+    if command in COMPOSITE:
+        check_one_machine(command, "trainer.num_nodes" if nodes is None else "cluster.nodes", plain.trainer.num_nodes)
     return plain
 
 
@@ -221,6 +217,19 @@ def _grid(cfg: DictConfig) -> tuple[int, int]:
             raise MinitronError(f"trainer.{key}: expected a number of at least 1, found {value!r}")
         grid.append(int(value))
     return grid[0], grid[1]
+
+
+def check_one_machine(command: str, key: str, nodes: int) -> None:
+    """Refuse several machines for a command that starts the processes of its stages itself.
+
+    Raises:
+        MinitronError: naming ``key``, which asks for them.
+    """
+    if nodes != 1:
+        raise MinitronError(
+            f"{key}={nodes}: expected 1, as `minitron {command}` starts the processes of its stages on the machine "
+            "that it runs on"
+        )
 
 
 def check(options: DictConfig) -> None:

@@ -12,7 +12,6 @@ import torch
 from nemo_minitron import runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Prune
-from nemo_minitron.errors import MinitronError
 from nemo_minitron.importance.layer_loss import (
     TRIED,
     LayerLoss,
@@ -22,7 +21,7 @@ from nemo_minitron.importance.layer_loss import (
     leave_one_out,
     search,
 )
-from nemo_minitron.importance.scores import Scores
+from nemo_minitron.importance.scores import Scores, with_tokens
 from nemo_minitron.jobs.progress import progress_bar
 from nemo_minitron.moments import loss_shares
 from nemo_minitron.prune.tried import Tried
@@ -84,11 +83,7 @@ def layers_by_loss(
     Raises:
         MinitronError: the scores hold no calibration tokens.
     """
-    if scores is None or scores.tokens is None:
-        raise MinitronError(
-            f"{section}.layer_selection={selection}: the scores hold no calibration tokens to measure the loss on; "
-            "run `minitron importance calibration.reconstruction=true`"
-        )
+    scores = with_tokens(scores, f"{section}.layer_selection={selection}")
     share = Tried.of(scores, tokens)
     layers = reader.shape.num_layers
     work = _sets(selection, layers, count, beam) * (layers + reader.shape.layers_of_head()) + layers * int(stand_ins)

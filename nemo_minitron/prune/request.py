@@ -10,7 +10,7 @@ from nemo_minitron.config.grid import Grid
 from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
 from nemo_minitron.config.sections import GROUP_SELECTIONS, Calibration, Prune, Serving
 from nemo_minitron.errors import MinitronError, check_choice
-from nemo_minitron.importance.scores import Scores
+from nemo_minitron.importance.scores import Scores, with_tokens
 from nemo_minitron.model import serving
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.choose import plan_from_scores, target_shape, targets_of
@@ -142,9 +142,7 @@ def _groups_by_loss(prune: Prune, scores: Scores | None) -> bool:
         MinitronError: asked for, with scores that hold no calibration tokens to measure it on.
     """
     check_choice("prune.group_selection", prune.group_selection, GROUP_SELECTIONS)
-    if prune.group_selection == "loss" and (scores is None or scores.tokens is None):
-        raise MinitronError(
-            "prune.group_selection=loss: the scores hold no calibration tokens to measure the loss on; "
-            "run `minitron importance calibration.reconstruction=true`"
-        )
-    return prune.group_selection == "loss"
+    if prune.group_selection != "loss":
+        return False
+    with_tokens(scores, "prune.group_selection=loss")
+    return True

@@ -24,7 +24,7 @@ from nemo_minitron.config.schema import COMPOSITE, RunConfig
 from nemo_minitron.config.sections import Cluster, WithCluster
 from nemo_minitron.errors import MinitronError, did_you_mean
 from nemo_minitron.files.staging import write_file
-from nemo_minitron.jobs.slurm import Job, Steps, check, script_of, write_scripts
+from nemo_minitron.jobs.slurm import Job, Steps, check, check_one_machine, script_of, write_scripts
 from nemo_minitron.jobs.slurm_chain import Link, submit_chain, waiting
 from nemo_minitron.recipe.job import UP_TO_DATE
 from nemo_minitron.recipe.order import readers
@@ -143,11 +143,7 @@ def job_of(stage: Stage, options: DictConfig) -> Job:
     gpus = tasks if options.gpus_per_node is None else min(tasks, options.gpus_per_node)
     if stage.command not in COMPOSITE:
         return Job(stage.name, nodes, tasks, gpus)
-    if nodes != 1:
-        raise MinitronError(
-            f"stage '{stage.name}': trainer.num_nodes={nodes}: expected 1, as `minitron {stage.command}` starts the "
-            "processes of its stages on the machine that it runs on"
-        )
+    check_one_machine(stage.command, f"stage '{stage.name}': trainer.num_nodes", nodes)
     return Job(stage.name, gpus=gpus, cpus=tasks)
 
 

@@ -14,7 +14,7 @@ from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.grid import Machines
 from nemo_minitron.config.schema import SearchConfig
 from nemo_minitron.errors import MinitronError, required
-from nemo_minitron.importance.scores import Scores
+from nemo_minitron.importance.scores import Scores, with_tokens
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.groups import groups_by_loss
 from nemo_minitron.recipe import Records
@@ -37,14 +37,9 @@ def with_groups_by_loss(
         return scores
     fewest = min([*space.axes["num_query_groups"], *(shape.num_query_groups for shape in given)])
     fewer = scores.shape.num_query_groups - fewest
-    ranking = scores.rankings.get("reconstruction")
     if not fewer:
         return scores
-    if ranking is None or scores.tokens is None:
-        raise MinitronError(
-            "search.group_selection=loss: the scores hold no calibration tokens to measure the loss on; "
-            "run `minitron importance calibration.reconstruction=true`"
-        )
+    scores = with_tokens(scores if "reconstruction" in scores.rankings else None, "search.group_selection=loss")
     if cfg.search.compensate is False:
         raise MinitronError("search.group_selection=loss: expected ranking with search.compensate=false, found loss")
     what = [scores.fingerprint(), cfg.search.layer_tokens, str(Machines.of(cfg.trainer).precision), fewer]
@@ -54,7 +49,7 @@ def with_groups_by_loss(
         worth = _worth(cfg, scores, fewer)
         known = {"fingerprint": fingerprint, "worth": worth.tolist()}
         records.write("groups", known)
-    chosen = {**ranking, "groups": np.array(known["worth"])}
+    chosen = {**scores.rankings["reconstruction"], "groups": np.array(known["worth"])}
     return dataclasses.replace(scores, rankings={**scores.rankings, "reconstruction": chosen})
 
 
