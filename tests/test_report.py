@@ -258,6 +258,15 @@ def test_the_ranking_is_the_one_that_the_plan_says(folder, ranking, said):
     assert said in pages(folder)[0].text
 
 
+def test_groups_that_were_chosen_by_loss_are_not_said_to_be_ranked(folder):
+    target = {"num_query_groups": 4, "num_attention_heads": 4}
+    groups = {"num_query_groups": make_scores().shape.num_query_groups - 1}
+    for sizes, how, said in ((target, "loss", False), (groups, "ranking", False), (groups, "loss", True)):
+        plan = make_plan_of(make_scores(), target=sizes).chosen("greedy", how)
+        plan.save(folder / "pruned.plan.yaml")
+        assert ("without which the loss would rise most" in pages(folder)[0].text) is said, (sizes, how)
+
+
 def test_commands_times_and_versions(whole):
     folder, page, markdown = whole.folder, whole.page, whole.markdown
     command = f"minitron convert --config-path {folder}/.stages --config-name export.yaml"
@@ -369,6 +378,13 @@ def test_a_run_in_depth_shows_its_layers_only(folder):
     assert "Within the layers nothing was removed." in page.text and "kept (blue)" not in html
     assert "They are not those of least influence" in page.text and scores.block_influence[0] == 0.4
     assert "No: the weights that stay are the teacher's own" in page.text
+    for how, said in (
+        ("drop_layers", "they were named."),
+        ("greedy", "they were chosen by the loss without them."),
+        ("contiguous", "they are one block"),
+    ):
+        plan.chosen(how, "ranking").save(folder / "pruned.plan.yaml")
+        assert f"They are not those of least influence: {said}" in pages(folder)[0].text
 
 
 def test_damaged_and_foreign_parts_are_named_and_left_out(folder):

@@ -94,9 +94,11 @@ class ModelCard:
             weights = "re-solved on calibration tokens" if pruning.resolved else "kept as they were"
             turned = ", the residual stream turned onto its directions of most energy" if pruning.turned else ""
             ranked = f", ranked by `{pruning.ranking}`" if pruning.ranking else ""
+            ranked += f", query groups by `{pruning.groups_by}`" if pruning.groups_by else ""
             layers = ""
             if self.shape.num_layers < pruning.source_layers:
-                layers = f" Of the layers 0-{pruning.source_layers - 1}, {pruning.layers} stayed."
+                by = f", chosen by `{pruning.layers_by}`" if pruning.layers_by else ""
+                layers = f" Of the layers 0-{pruning.source_layers - 1}, {pruning.layers} stayed{by}."
             said.append(f"**Pruned** by minitron{ranked}; the weights that stayed were {weights}{turned}.{layers}")
         if (training := found.training) is not None:
             amount = f"{training.steps:,} steps of {training.tokens:,} tokens"

@@ -23,10 +23,13 @@ _LARGEST = 1e18
 
 @dataclass(frozen=True)
 class Pruning:
-    """Facts of a plan: the ranking that chose, None for the default; the source's layers that stay, as ranges; whether
-    the kept weights were re-solved, and the stream turned."""
+    """Facts of a plan: the ranking that chose, None for the default; how layers and query groups were chosen, None
+    where the plan does not say or the ranking chose; the source's layers that stay, as ranges; whether the kept weights
+    were re-solved, and the stream turned."""
 
     ranking: str | None
+    layers_by: str | None
+    groups_by: str | None
     layers: str
     source_layers: int
     resolved: bool
@@ -105,6 +108,8 @@ def _pruning(checkpoint: Path, shape: ModelShape) -> Pruning | None:
             return None
         return Pruning(
             ranking=_word(head.get("ranking")),
+            layers_by=_word(_at(head, "selection", "layers")),
+            groups_by=_word(_at(head, "selection", "groups")),
             layers=layers.strip("'"),
             source_layers=source["num_layers"],
             resolved=compensation is not None,

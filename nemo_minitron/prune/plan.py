@@ -32,6 +32,9 @@ MOST_SAMPLES = 1 << 20
 """Calibration samples that a plan may number."""
 
 TARGETS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "num_layers")
+SELECTED = ("layers", "groups")
+"""What may be chosen in another way than by a ranking of units."""
+
 Indices = tuple[int, ...]
 
 
@@ -87,6 +90,9 @@ class Plan:
         compensation: how the kept weights are re-solved; None: they are cut only.
         ranking: of the scores, by which channels, neurons, groups and heads were chosen; None where none of them were,
             or where a plan of an earlier version does not say. It explains the plan and changes nothing that it makes.
+        selection: how ``layers`` and ``groups`` were chosen, by name: a value of ``prune.layer_selection``, or
+            ``drop_layers`` where they were named; ``loss`` where groups do not follow ``ranking``. What is missing
+            was not chosen, is ``ranking``'s, or is not said by an earlier version. It explains, as ``ranking`` does.
         measured: what the student was found to lose on held-out samples, cut and re-solved, by kind; empty where that
             was not measured. With it and without ``compensation``, the student was cut because re-solving lost more.
 
@@ -104,6 +110,7 @@ class Plan:
     heads: tuple[Indices, ...]
     compensation: Compensation | None = None
     ranking: str | None = None
+    selection: Mapping[str, str] = dataclasses.field(default_factory=dict)
     measured: Mapping[str, Measured] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,6 +131,19 @@ class Plan:
             heads=(tuple(range(shape.num_attention_heads)),) * layers,
         )
 
+    def chosen(self, layers: str, groups: str) -> Plan:
+        """The same plan, which says how layers and query groups were chosen, where it removes any.
+
+        Args:
+            layers: ``drop_layers`` where they were named, else ``prune.layer_selection``.
+            groups: ``prune.group_selection``; of ``ranking`` nothing is said, since ``Plan.ranking`` says it.
+        """
+        source, target = self.source, self.target
+        said = {"layers": layers} if target.num_layers < source.num_layers else {}
+        if target.num_query_groups < source.num_query_groups and groups != "ranking":
+            said["groups"] = groups
+        return dataclasses.replace(self, selection=said)
+
     def position(self, layer: int) -> int:
         """Place of source layer ``layer`` in the pruned model.
 
@@ -140,6 +160,10 @@ class Plan:
         source, target = self.source, self.target
         if self.ranking is not None:
             check_name(self.ranking, "plan: ranking")
+        for axis, how in self.selection.items():
+            if axis not in SELECTED:
+                raise MinitronError(f"plan: selection: expected {' or '.join(SELECTED)}, found {axis!r:.80}")
+            check_name(how, f"plan: selection.{axis}")
         for field in dataclasses.fields(ModelShape):
             before, after = getattr(source, field.name), getattr(target, field.name)
             if field.name in TARGETS:
@@ -176,6 +200,7 @@ class Plan:
             "source": {"fingerprint": self.source_fingerprint, "shape": self.source.to_dict()},
             "target": {name: getattr(self.target, name) for name in TARGETS},
             **({} if self.ranking is None else {"ranking": self.ranking}),
+            **({"selection": dict(sorted(self.selection.items(), reverse=True))} if self.selection else {}),
             **({"measured": to_section(self.measured)} if self.measured else {}),
             "keep": {
                 "layers": format_ranges(self.layers),
@@ -247,8 +272,18 @@ class Plan:
             heads=tuple(parse_ranges(keep["heads"][layer], source.num_attention_heads, heads) for layer in kept),
             compensation=_compensation(document.get("compensation")),
             ranking=document.get("ranking"),
+            selection=_selection(document.get("selection")),
             measured=from_section(document.get("measured")),
         )
+
+
+def _selection(section: object) -> dict[str, str]:
+    """The optional section of a plan file."""
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise MinitronError(f"expected keys below 'selection', found {section!r:.80}")
+    return section
 
 
 def _compensation(section: object) -> Compensation | None:

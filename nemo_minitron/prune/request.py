@@ -120,19 +120,20 @@ def make_requested_plan(reader: NemoReader, prune: Prune, scores: Scores | None,
             "run `minitron importance calibration.reconstruction=true`, or set prune.compensate=false"
         )
     layers = prune.num_layers or total
+    said = "drop_layers" if prune.drop_layers else prune.layer_selection
     if LAYER_SELECTIONS[prune.layer_selection].by_loss and not prune.drop_layers and layers < total:
         from nemo_minitron.prune.layers import drop_by_loss
 
         prune = dataclasses.replace(prune, drop_layers=drop_by_loss(reader, prune, layers, scores, half))
     plan = plan_from_scores(reader.shape, fingerprint, prune, scores)
     fewer = reader.shape.num_query_groups - plan.target.num_query_groups
-    if not fewer or not _groups_by_loss(prune, scores):
-        return plan
-    from nemo_minitron.prune.groups import groups_by_loss
+    if fewer and _groups_by_loss(prune, scores):
+        from nemo_minitron.prune.groups import groups_by_loss
 
-    assert scores is not None
-    worth = groups_by_loss(reader, scores, plan.layers, fewer, tokens=prune.layer_tokens, half=half)
-    return plan_from_scores(reader.shape, fingerprint, prune, scores, worth)
+        assert scores is not None
+        worth = groups_by_loss(reader, scores, plan.layers, fewer, tokens=prune.layer_tokens, half=half)
+        plan = plan_from_scores(reader.shape, fingerprint, prune, scores, worth)
+    return plan.chosen(said, prune.group_selection)
 
 
 def _groups_by_loss(prune: Prune, scores: Scores | None) -> bool:

@@ -188,7 +188,8 @@ def _map(axis: Axis, run: Run) -> dict[str, str]:
 def _influence(run: Run, dropped: tuple[int, ...]) -> list[dict[str, str]]:
     if run.scores is None:
         return []
-    alt, caption = words.describe_influence(run.scores.block_influence, dropped)
+    how = None if run.plan is None else run.plan.selection.get("layers")
+    alt, caption = words.describe_influence(run.scores.block_influence, dropped, how)
     return [_figure("Block Influence", alt, caption, figures.block_influence(run.scores.block_influence, dropped))]
 
 

@@ -28,6 +28,7 @@ class Axis:
             order, and of an unknown one nobody can tell.
         kept: bool, sized like ``worth``, False in the rows of dropped layers; None without a plan.
         ranking: by which ranking the plan says that it chose; None where it does not say, or nothing was cut.
+        by_loss: whether the plan says that it chose by the loss without each unit, whatever ranks other units.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Axis:
     worth: np.ndarray | None
     kept: np.ndarray | None
     ranking: str | None
+    by_loss: bool = False
 
     @property
     def is_cut(self) -> bool:
@@ -61,8 +63,9 @@ def axes(run: Run) -> list[Axis]:
         after = before if plan is None else getattr(plan.target, size)
         kept = None if plan is None else _kept(plan, name, before)
         ranking = None if plan is None or after == before else plan.ranking
+        by_loss = plan is not None and plan.selection.get(name) == "loss"
         worth = None if scores is None else np.atleast_2d(scores.published[name])
-        found.append(Axis(name, before, after, worth, kept, ranking))
+        found.append(Axis(name, before, after, worth, kept, ranking, by_loss))
     return found
 
 

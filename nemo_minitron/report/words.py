@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nemo_minitron.config.layer_selection import LAYER_SELECTIONS
 from nemo_minitron.prune.measured import KINDS
 from nemo_minitron.prune.plan import Plan, format_ranges
 from nemo_minitron.report.measures import gap_closed, measured_alike, size, unlike
@@ -47,6 +48,15 @@ _RANKED = {
     None: "The plan does not say by what it ranks units.",
 }
 """Words for the ranking by which a plan chose, where it is known; see :class:`nemo_minitron.report.removal.Axis`."""
+
+
+_SELECTED: dict[str | None, str] = {
+    "drop_layers": "they were named",
+    **{name: "they were chosen by the loss without them" for name, how in LAYER_SELECTIONS.items() if how.by_loss},
+    "contiguous": "they are one block, whose output is nearest to its input",
+    None: "they were named, or chosen in another way",
+}
+"""Words for the plan's choice of layers (:attr:`nemo_minitron.prune.plan.Plan.selection`)."""
 
 
 def title(axis: Axis) -> str:
@@ -180,8 +190,9 @@ def describe_map(axis: Axis) -> tuple[str, str]:
             caption.append("Without scores, only what was kept is known.")
         else:
             caption.append("Importance is the published Minitron metric: average activation on the calibration text.")
+            by_loss = "The plan keeps those without which the loss would rise most instead."
             other = f"The plan ranks units by the metric '{axis.ranking}' instead."
-            caption.append(_RANKED.get(axis.ranking, other))
+            caption.append(by_loss if axis.by_loss else _RANKED.get(axis.ranking, other))
     else:
         alt += "; all are kept"
     if axis.before > 256:
@@ -190,8 +201,8 @@ def describe_map(axis: Axis) -> tuple[str, str]:
     return alt + ".", " ".join(caption)
 
 
-def describe_influence(worth: np.ndarray, dropped: tuple[int, ...]) -> tuple[str, str]:
-    """(text for those who cannot see the bars, caption)."""
+def describe_influence(worth: np.ndarray, dropped: tuple[int, ...], how: str | None = None) -> tuple[str, str]:
+    """(text for those who cannot see the bars, caption); ``how``: what the plan says of its choice of layers."""
     least, most = int(worth.argmin()), int(worth.argmax())
     alt = (
         f"Bars of Block Influence for {len(worth)} layers, from {worth[least]:.4f} (layer {least + 1}) "
@@ -204,6 +215,6 @@ def describe_influence(worth: np.ndarray, dropped: tuple[int, ...]) -> tuple[str
     caption = "Hatched bars with a cross are layers that were dropped. " + (
         "They are those of least influence."
         if lowest == set(dropped)
-        else "They are not those of least influence: they were named, or chosen in another way."
+        else f"They are not those of least influence: {_SELECTED.get(how, _SELECTED[None])}."
     )
     return alt, caption

@@ -244,7 +244,8 @@ def plan_of(cfg: SearchConfig, scores: Scores, shape: ModelShape, removed: Seque
         prune.drop_layers = [layer + 1 for layer in removed[count]]
     else:
         prune.layer_selection = cfg.search.layer_selection
-    return plan_from_scores(source, scores.source_fingerprint, prune, scores)
+    plan = plan_from_scores(source, scores.source_fingerprint, prune, scores)
+    return plan.chosen(cfg.search.layer_selection, cfg.search.group_selection)
 
 
 def write_plan(plan: Plan, path: Path) -> None:

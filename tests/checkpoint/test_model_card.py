@@ -44,6 +44,7 @@ def run_of(folder, teacher):
         source_fingerprint="f", source=SHAPE, target=target, layers=kept, hidden=tuple(range(52)),
         ffn=(tuple(range(SHAPE.ffn_hidden_size)),) * 2, groups=(tuple(range(4)),) * 2, heads=(tuple(range(8)),) * 2,
         compensation=Compensation(tokens="t", rotate=True), ranking="reconstruction",
+        selection={"layers": "greedy", "groups": "loss"},
     )  # fmt: skip
     plan.save(folder / "pruned.plan.yaml")
     stages = folder / ".stages"
@@ -97,8 +98,8 @@ def test_what_the_records_of_a_run_say(teacher, tmp_path):
     assert front["tags"] == ["minitron", "pruned", "distilled"]
     assert "| hidden size | 64 | 52 |" in body and "| layers | 3 | 2 |" in body
     assert "converted from `distilled.nemo`, which was made from some-org/Some-Model-1B" in body
-    assert "ranked by `reconstruction`; the weights that stayed were re-solved on calibration tokens" in body
-    assert "Of the layers 0-2, 0 2 stayed." in body and "residual stream turned" in body
+    assert "ranked by `reconstruction`, query groups by `loss`; the weights that stayed were re-solved on" in body
+    assert "Of the layers 0-2, 0 2 stayed, chosen by `greedy`." in body and "residual stream turned" in body
     assert "**Distilled** from `corrected.nemo` with the loss `kl`, 60 steps of 1,024 tokens." in body
     assert "on `validation_text_document`: 2.8947 nats/token, the teacher's 2.7254." in body
     assert "- Exported as MistralForCausalLM without a window" in body

@@ -67,8 +67,10 @@ def test_groups_go_by_their_ranking_unless_the_loss_is_asked_for():
     for keys, groups in cases:
         plan = make_requested_plan(model, Prune(**base, **keys), scores, half=False)
         assert plan.groups == groups, keys
+        assert plan.selection == ({"groups": "loss"} if "group_selection" in keys else {}), keys
     shallow = make_requested_plan(model, Prune(**base, drop_layers=[2], group_selection="loss"), scores, half=False)
     assert shallow.groups == (by_loss[0], by_loss[2])
+    assert shallow.selection == {"groups": "loss", "layers": "drop_layers"}
 
 
 def test_what_cannot_be_is_refused():

@@ -1,6 +1,7 @@
 """Plans: files byte for byte, damaged ones refused by name."""
 
 import dataclasses
+import re
 import tracemalloc
 
 import pytest
@@ -129,6 +130,31 @@ def test_a_plan_says_the_ranking_that_chose_something(tmp_path):
     for sizes in ({"hidden_size": 8}, {"num_query_groups": 2}, {"num_attention_heads": 3}):
         assert plan_for(sizes, ranking="of_mine").ranking == "of_mine"
     assert dataclasses.replace(plan, ranking=None) == plan_for({"ffn_hidden_size": 7}), "it changes no index"
+
+
+def test_a_plan_says_how_layers_and_groups_were_chosen(tmp_path):
+    fewer = plan_for({"num_layers": 2, "num_query_groups": 2}, ranking="of_mine")
+    plan = fewer.chosen("greedy", "loss")
+    plan.save(tmp_path / "p.yaml")
+    assert "\nselection:\n  layers: greedy\n  groups: loss\n" in plan.to_yaml()
+    assert Plan.load(tmp_path / "p.yaml") == plan and plan.ranking == "of_mine"
+    assert dataclasses.replace(plan, selection={}) == fewer, "it changes no index"
+    assert fewer.chosen("drop_layers", "ranking").selection == {"layers": "drop_layers"}
+    assert plan_for({"ffn_hidden_size": 7}).chosen("greedy", "loss").selection == {}, "neither was removed"
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("greedy", "expected keys below 'selection', found 'greedy'"),
+        ("{ffn: loss}", "plan: selection: expected layers or groups, found 'ffn'"),
+        ("{layers: 7}", "plan: selection.layers: expected up to 64 letters, digits and underscores, found 7"),
+    ],
+)
+def test_a_selection_that_is_none_is_refused(tmp_path, selection, message):
+    (tmp_path / "p.yaml").write_text(f"selection: {selection}\n" + plan_for({"ffn_hidden_size": 7}).to_yaml())
+    with pytest.raises(MinitronError, match=re.escape(message)):
+        Plan.load(tmp_path / "p.yaml")
 
 
 def test_a_plan_of_an_earlier_version_says_no_ranking_and_keeps_its_bytes(tmp_path):
