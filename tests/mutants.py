@@ -42,6 +42,7 @@ _GENERATE = "test_generate.py::"
 _DOCTOR = "test_doctor.py::"
 _CHAT, _DOCUMENTS, _PACKED = "data/test_chat.py::", "nemo/test_documents.py::", "nemo/test_packed_chats.py::"
 _COUNTED = "data/test_blocks.py::test_blocks_without_a_label_that_counts_are_passed_over"
+_ECHOES = "importance/test_reconstruction.py::test_echoes_rank_heads_and_groups_alone"
 _PROMPTS = "importance/test_reconstruction.py::test_prompts_weigh_what_the_answers_need_of_them"
 _IMPORTANCE = "test_prune.py::test_importance_counts_what_the_mask_says"
 _FITTED = "prune/test_layers.py::test_only_what_counts_is_lost_and_prompts_weigh_in_the_fit_what_they_are_worth"
@@ -559,6 +560,14 @@ MUTANTS = [
         "enumerate((seen.middle_gradient, seen.leaving_gradient))",
         "enumerate((seen.leaving_gradient, seen.middle_gradient))",
         "importance/test_reconstruction.py::test_sensitivity_is_the_gradient_of_the_loss",
+    ),
+    Mutant("importance/reconstruction.py", "    hears_echoes = True\n", "", _ECHOES),
+    Mutant("importance/reconstruction.py", "        if seen.echo:\n            return\n", "", _ECHOES),
+    Mutant(
+        "importance/walk.py",
+        "leaves = [] if echo else list(self._leaves.values())",
+        "leaves = list(self._leaves.values())",
+        "importance/test_reconstruction.py::test_echoes_leave_other_metrics_alone",
     ),
     Mutant(
         "importance/walk.py",

@@ -16,6 +16,7 @@ from nemo_minitron import parallel, runtime
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Calibration
 from nemo_minitron.errors import check_choice
+from nemo_minitron.importance.echoes import echoed
 from nemo_minitron.importance.metric import OBSERVES, Job, Metric
 from nemo_minitron.importance.own_text import steps, write_blocks
 from nemo_minitron.importance.reconstruction import Compensation, as_arrays, clipped, measure
@@ -24,6 +25,9 @@ from nemo_minitron.importance.stream import stream_collect
 from nemo_minitron.jobs.progress import Progress, progress_bar
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import METRICS, check_name
+
+ECHOES = 8
+"""Of so many samples that are kept one says itself twice beside them, to rank heads and query groups."""
 
 
 def collect_by_layer(
@@ -122,13 +126,18 @@ def rank_by_walk(
     """Rankings by those of ``metrics`` that observe a walk through the layers.
 
     Where reconstruction is one of them, also what compensation needs, with the sensitivity ``[2L, m, s]`` of all
-    processes' samples, its largest cut.
+    processes' samples, its largest cut; heads and query groups are then ranked on the last samples said twice as well,
+    one for :data:`ECHOES` that are kept, which the model wrote itself where it wrote any.
     """
     world = parallel.world()
     share = slice(runtime.rank(), None, parallel.size(world))
     tokens, counted = kept.tokens[share].to(runtime.device()), _share(kept.counted, share)
+    echoes, _ = echoed(kept.tokens[len(kept.tokens) - len(kept.tokens) // ECHOES :])
+    echoes = echoes[share].to(tokens)
     with _bar(2 * reader.shape.num_layers, "ranks", "layer") as bar:
-        rankings, found = measure(reader, tokens, metrics, counted=counted, group=world, progress=bar.update)
+        rankings, found = measure(
+            reader, tokens, metrics, counted=counted, echoes=echoes, group=world, progress=bar.update
+        )
     if found is None:
         return rankings, None
     whole = torch.zeros(len(found.sensitivity), *kept.tokens.shape, device=runtime.device())

@@ -70,6 +70,8 @@ class SamplePass:
             activations are observed.
         counted: ``[1, s]`` bool, at which positions the loss is counted of the token that follows
             (:class:`nemo_minitron.data.blocks.Drawn`); None: at all.
+        echo: whether the sample says itself twice (:mod:`nemo_minitron.importance.echoes`); ``sample`` then is its
+            number among those that do.
     """
 
     layer: int
@@ -86,6 +88,7 @@ class SamplePass:
     middle_gradient: Tensor | None = None
     leaving_gradient: Tensor | None = None
     counted: Tensor | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,13 @@ class Observer:
     """What a metric sees of one measurement; override the methods whose facts the ranking needs.
 
     Layers come last to first; of each layer this process's samples, then :meth:`layer`.
+
+    Attributes:
+        hears_echoes: whether it is told, after the samples of a layer, of those that say themselves twice as well
+            (``SamplePass.echo``). They are not among the job's tokens, and no weight's gradient has a part of theirs.
     """
+
+    hears_echoes = False
 
     def statistics(self, found: Mapping[str, np.ndarray]) -> None:
         """Statistics of forward passes, float64: those of :func:`nemo_minitron.importance.collect.collect` by name."""

@@ -70,6 +70,7 @@ def measure(
     metrics: Mapping[str, Metric],
     *,
     counted: Tensor | None = None,
+    echoes: Tensor | None = None,
     group: parallel.Group = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> tuple[dict[str, Ranking], Compensation | None]:
@@ -80,6 +81,8 @@ def measure(
         tokens: ``[n, s]`` int64, unpadded, this process's samples; forward and backward run on their device.
         metrics: by name; where :data:`RECONSTRUCTION` is one, what compensation needs is measured as well.
         counted: ``[n, s]`` bool, the positions whose loss counts (:class:`nemo_minitron.data.blocks.Drawn`); None: all.
+        echoes: ``[k, s]`` int64, samples of this process that say themselves twice, by which heads and query groups are
+            ranked beside ``tokens`` (:class:`Elimination`).
         group: the processes that share the samples; all get the same arrays, but for ``sensitivity``.
         progress: told after each layer, of 2L.
 
@@ -91,7 +94,8 @@ def measure(
     found = observers.get(RECONSTRUCTION)
     slopes = Sensitivity(job.shape, tokens) if found is not None else None
     observed = {observer: metrics[name].observes for name, observer in observers.items()}
-    walk(reader, tokens, job, observed | ({} if slopes is None else {slopes: "gradients"}), progress, counted)
+    told = observed | ({} if slopes is None else {slopes: "gradients"})
+    walk(reader, tokens, job, told, progress, counted, echoes if found is not None else None)
     rankings: dict[str, Ranking] = {name: as_arrays(observer) for name, observer in observers.items()}
     if not isinstance(found, Elimination) or slopes is None:
         return rankings, None
@@ -105,7 +109,11 @@ def as_arrays(observer: Observer) -> Ranking:
 
 class Elimination(Observer):
     """Places of units in a backward elimination of their layer, larger is worth more; hidden channels by the diagonal
-    of the stream's moment (better than norm outputs, and than Fisher-weighted energy, in our measurements)."""
+    of the stream's moment (better than norm outputs, and than Fisher-weighted energy, in our measurements).
+
+    Heads and groups are ranked by echoes as well: on short passages those that copy look replaceable."""
+
+    hears_echoes = True
 
     def __init__(self, job: Job) -> None:
         shape = job.shape
@@ -123,12 +131,14 @@ class Elimination(Observer):
             self._gathered = _Moments(self._job)
         gathered = self._gathered
         shape = self._job.shape
-        fc2_input = with_ones(seen.fc2_input) if shape.mlp_bias else seen.fc2_input
         proj_input = with_ones(seen.proj_input) if shape.proj_bias else seen.proj_input
-        gathered.ffn.add(fc2_input * _weights(seen.leaving, seen.leaving_gradient, seen.counted).sqrt()[..., None])
         gathered.proj.add(proj_input * _weights(seen.middle, seen.middle_gradient, seen.counted).sqrt()[..., None])
-        gathered.ffn_metric.add(seen.leaving_gradient)
         gathered.proj_metric.add(seen.middle_gradient)
+        if seen.echo:
+            return
+        fc2_input = with_ones(seen.fc2_input) if shape.mlp_bias else seen.fc2_input
+        gathered.ffn.add(fc2_input * _weights(seen.leaving, seen.leaving_gradient, seen.counted).sqrt()[..., None])
+        gathered.ffn_metric.add(seen.leaving_gradient)
         self.moment.sample(seen)
 
     def layer(self, seen: LayerPass) -> None:

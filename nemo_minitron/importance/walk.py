@@ -47,6 +47,7 @@ def walk(
     observers: Mapping[Observer, Observes],
     progress: Callable[[int], None] = lambda layers: None,
     counted: Tensor | None = None,
+    echoes: Tensor | None = None,
 ) -> None:
     """Tell observers what passes through each layer.
 
@@ -57,11 +58,17 @@ def walk(
         observers: with what each observes; ``statistics`` are not for here.
         progress: told after each layer, of 2L.
         counted: ``[n, s]`` bool, the positions whose loss counts; None: all.
+        echoes: ``[k, s]`` int64, this process's samples beside them for the observers that hear such; the loss of all
+            their positions counts.
 
     Raises:
         MinitronError: a loss whose gradient is not finite.
     """
-    shape, wanted = reader.shape, set(observers.values())
+    shape, wanted, own = reader.shape, set(observers.values()), len(tokens)
+    if echoes is not None:
+        if counted is not None:
+            counted = torch.cat([counted, torch.ones_like(echoes, dtype=torch.bool)])
+        tokens = torch.cat([tokens, echoes])
     rotary = Rotary.of(shape, tokens.shape[1], tokens.device)
     labels = next_labels(tokens, counted)
     of_weights = "weight_gradients" in wanted
@@ -79,7 +86,7 @@ def walk(
             streams.drop(shape.num_layers)
         for number in reversed(range(shape.num_layers)):
             forward.again(number)
-            layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, of_weights)
+            layer = _LayerWalk(number, read_layer(reader, number, tokens.device), rotary, of_weights, own)
             layer.run(streams[number], gradient, list(observers), counted)
             streams.drop(number)
             seen = LayerPass(number, layer.weights, layer.summed(job.group))
@@ -90,7 +97,8 @@ def walk(
             progress(1)
         outside = [observer for observer, what in observers.items() if what == "weight_gradients"]
         if outside and gradient is not None:
-            _Tables(reader, tokens, labels, streams[shape.num_layers], gradient, job.group).tell(outside)
+            final = streams[shape.num_layers][:own]
+            _Tables(reader, tokens[:own], labels[:own], final, gradient[:own], job.group).tell(outside)
 
 
 def workspace(shape: ModelShape, tokens: Tensor, weight_gradients: bool = False) -> int:
@@ -156,10 +164,13 @@ def _head_gradient(reader: LayerReader, final: Tensor, labels: Tensor) -> Tensor
 
 
 class _LayerWalk:
-    """One layer on the way back: its samples, and the sums of its weights' gradients where they are wanted."""
+    """One layer on the way back: its samples, and the sums of its weights' gradients where they are wanted.
 
-    def __init__(self, number: int, weights: Layer, rotary: Rotary, weight_gradients: bool) -> None:
-        self.number, self.weights, self._rotary = number, weights, rotary
+    Samples from ``own`` on are echoes, of which weights' gradients have no part.
+    """
+
+    def __init__(self, number: int, weights: Layer, rotary: Rotary, weight_gradients: bool, own: int) -> None:
+        self.number, self.weights, self._rotary, self._own = number, weights, rotary, own
         self._leaves: dict[str, Tensor] = {}
         if weight_gradients:
             self._leaves = {key: tensor.detach().requires_grad_() for key, tensor in weights.tensors.items()}
@@ -175,13 +186,16 @@ class _LayerWalk:
             sample_slice = slice(sample, sample + 1)
             seen = self._sample(sample, x[sample_slice], None if gradient is None else gradient[sample_slice])
             seen = seen if counted is None else replace(seen, counted=counted[sample_slice])
+            if sample >= self._own:
+                seen = replace(seen, sample=sample - self._own, echo=True)
             for observer in observers:
-                observer.sample(seen)
+                if observer.hears_echoes or not seen.echo:
+                    observer.sample(seen)
             if gradient is not None and seen.entering_gradient is not None:
                 gradient[sample_slice] = seen.entering_gradient
 
     def _sample(self, sample: int, x: Tensor, gradient: Tensor | None) -> SamplePass:
-        weights, device = self._run, self._rotary.cos.device
+        weights, device, echo = self._run, self._rotary.cos.device, sample >= self._own
         with torch.set_grad_enabled(gradient is not None):
             entering = x.to(device, copy=True).requires_grad_(gradient is not None)
             qkv_input = weights.attention_input(entering)
@@ -193,10 +207,10 @@ class _LayerWalk:
         gradients: tuple[Tensor | None, ...] = (None, None, None)
         if gradient is not None:
             after = gradient.to(device, copy=True)  # what observers keep of it is not overwritten
-            leaves = list(self._leaves.values())
+            leaves = [] if echo else list(self._leaves.values())
             at_entering, at_middle, *of_weights = torch.autograd.grad(leaving, [entering, middle, *leaves], after)
             gradients = (at_entering, at_middle, after)
-            for total, part in zip(self._sums.values(), of_weights, strict=True):
+            for total, part in zip(self._sums.values(), of_weights, strict=not echo):
                 total += part
         return SamplePass(
             self.number,

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_minitron.checkpoint import HfReader
+from nemo_minitron.importance.echoes import echoed
 from nemo_minitron.importance.reconstruction import clipped, measure
 from nemo_minitron.moments import elimination_order, metric_root
 from nemo_minitron.registry import METRICS
@@ -15,10 +16,10 @@ from tests.llamas import SHAPES
 from tests.ranks import run_ranks
 
 
-def reconstruct(reader, tokens, counted=None):
+def reconstruct(reader, tokens, counted=None, echoes=None):
     """The ranking by reconstruction, and what compensation needs."""
     metrics = {"reconstruction": METRICS.get("reconstruction")}
-    rankings, compensation = measure(reader, tokens, metrics, counted=counted)
+    rankings, compensation = measure(reader, tokens, metrics, counted=counted, echoes=echoes)
     return rankings["reconstruction"], compensation
 
 
@@ -122,6 +123,53 @@ def test_prompts_weigh_what_the_answers_need_of_them(tmp_path):
                 assert np.abs(every[name][layer] - expected).mean() > 1, "or this test could not tell"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["gqa", "biases"])
+def test_echoes_rank_heads_and_groups_alone(name, masked, tmp_path):
+    """By hand and in float64: moments of both, of the others' tokens for all else."""
+    shape = SHAPES[name]
+    folder = make_llama(tmp_path / "hf", shape)
+    tokens = torch.randint(0, shape.vocab_size, (9, 40), generator=torch.Generator().manual_seed(5))
+    counted = answers(6, 40) if masked else None
+    echoes, _ = echoed(tokens[6:])
+    with HfReader(folder) as reader:
+        ranking, found = reconstruct(reader, tokens[:6], counted, echoes)
+        without, alone = reconstruct(reader, tokens[:6], counted)
+    for axis in ("ffn", "hidden"):
+        assert np.array_equal(ranking[axis], without[axis]), axis
+    assert np.array_equal(found.stream_moment, alone.stream_moment)
+    assert np.array_equal(found.sensitivity, alone.sensitivity)
+    both, every = torch.cat([tokens[:6], echoes]), torch.ones(9, 40, dtype=torch.bool)
+    if masked:
+        every[:6] = counted
+    streams, gradients, inputs, linear = passed(folder, shape, both, every)
+    changed = []
+    for layer in range(shape.num_layers):
+        at = 2 * layer
+        x, stream, metric = inputs[at], streams[1 + at], gradients[1 + at].flatten(0, 1)
+        weights = by_hand(stream, gradients[1 + at], every) if masked else 1 / stream.square().mean(-1)
+        if name == "biases":  # around the mean: a bias takes up what is constant
+            x = x - torch.einsum("bt,bti->i", weights, x) / weights.sum()
+        size = torch.einsum("bt,bti,btj->ij", weights, x, x)
+        output = metric_root(metric.T @ metric) @ linear[at]
+        for axis, unit in (("heads", 1), ("groups", shape.heads_per_group)):
+            expected = elimination_order(size, output, 0.4, unit=unit * shape.kv_channels).numpy()
+            assert np.abs(ranking[axis][layer] - expected).mean() < 0.05, (axis, layer)
+            changed.append(np.abs(without[axis][layer] - expected).max())
+    assert max(changed) >= 1, "or this test could not tell"
+
+
+def test_echoes_leave_other_metrics_alone(tmp_path):
+    folder = make_llama(tmp_path / "hf", SHAPES["tied"])
+    tokens = torch.randint(0, SHAPES["tied"].vocab_size, (5, 40), generator=torch.Generator().manual_seed(5))
+    metrics = {name: METRICS.get(name) for name in ("reconstruction", "taylor")}
+    with HfReader(folder) as reader:
+        with_them, _ = measure(reader, tokens[:3], metrics, echoes=tokens[3:])
+        without, _ = measure(reader, tokens[:3], metrics)
+    for axis, worth in without["taylor"].items():
+        assert np.array_equal(with_them["taylor"][axis], worth), axis
+
+
 def test_all_positions_that_count_are_no_mask(tmp_path):
     folder = make_llama(tmp_path / "hf", SHAPES["gqa"])
     tokens = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(5))
@@ -134,20 +182,21 @@ def test_all_positions_that_count_are_no_mask(tmp_path):
     assert np.array_equal(found.sensitivity, also.sensitivity)
 
 
-def _shares(folder, tokens, counted):
+def _shares(folder, tokens, counted, echoes):
     mine = slice(torch.distributed.get_rank(), None, 2)
     metrics = {name: METRICS.get(name) for name in ("reconstruction", "taylor")}
+    shares = {"counted": counted[mine], "echoes": echoes[mine], "group": torch.distributed.group.WORLD}
     with HfReader(folder) as reader:
-        return measure(reader, tokens[mine], metrics, counted=counted[mine], group=torch.distributed.group.WORLD)
+        return measure(reader, tokens[mine], metrics, **shares)
 
 
 def test_processes_share_the_samples(tmp_path):
     folder = make_llama(tmp_path / "hf", SHAPES["gqa"])
     tokens = torch.randint(0, 300, (5, 40), generator=torch.Generator().manual_seed(5))
-    counted = answers(5, 40)
+    counted, (echoes, _) = answers(5, 40), echoed(tokens[2:])
     with HfReader(folder) as reader:
-        alone, found = reconstruct(reader, tokens, counted)
-    for rank, (rankings, also) in enumerate(run_ranks(_shares, 2, folder, tokens, counted)):
+        alone, found = reconstruct(reader, tokens, counted, echoes)
+    for rank, (rankings, also) in enumerate(run_ranks(_shares, 2, folder, tokens, counted, echoes)):
         assert np.array_equal(also.stream_moment, found.stream_moment)
         assert np.array_equal(also.sensitivity, found.sensitivity[:, rank::2])
         for axis, worth in alone.items():
