@@ -204,7 +204,7 @@ class _LayerWalk:
             fc1_input = weights.ffn_input(middle)
             fc2_input = weights.ffn(fc1_input)
             leaving = middle + weights.ffn_output(fc2_input)
-        gradients: tuple[Tensor | None, ...] = (None, None, None)
+        gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if gradient is not None:
             after = gradient.to(device, copy=True)  # what observers keep of it is not overwritten
             leaves = [] if echo else list(self._leaves.values())
