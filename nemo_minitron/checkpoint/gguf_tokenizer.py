@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_minitron.checkpoint.gguf_pre import PRE, Pre, by_name
 from nemo_minitron.checkpoint.gguf_vocab import CONTROL, NORMAL, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
+from nemo_minitron.checkpoint.tokenizer_files import INPUTS
 from nemo_minitron.checkpoint.tokenizer_open import foreign
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.jobs.processes import notice
@@ -116,7 +117,7 @@ def _byte_level(said: _Said) -> Any:
                 f"found {number} and {found}"
             )
     names = {f"{name}_token": said.tokens[number] for name, number in special.items()}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names, **INPUTS)
 
 
 def _pre(said: _Said) -> Pre:

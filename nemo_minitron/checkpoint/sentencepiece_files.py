@@ -83,7 +83,7 @@ def _convert(model: SentencepieceModel, where: str) -> tuple[Any, dict[str, Any]
     count = len(model.pieces)
     named = {f"{name}_token": model.pieces[i].text for name, i in model.ids.items() if 0 <= i < count}
     fixed = {"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-    return tokenizer, named | fixed | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return tokenizer, named | fixed | tokenizer_files.INPUTS | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _bpe(model: SentencepieceModel) -> Any:

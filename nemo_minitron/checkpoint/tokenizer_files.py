@@ -28,6 +28,9 @@ FILES = (
 )
 """All names that are packed and unpacked: no code, no weights, no path separators."""
 CONFIG = "tokenizer_config.json"
+INPUTS = {"model_input_names": ["input_ids", "attention_mask"]}
+"""What a tokenizer gives to a model, as its config says it. Without it transformers 4's general class adds
+``token_type_ids``, which no Llama takes: ``model.generate(**tokenizer(text))`` is an error then."""
 _LIMIT = 256 << 20
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,100}")
 _PICKLED = ("TransfoXL", "Rag")  # classes of transformers that unpickle a vocabulary, or open other folders
@@ -99,7 +102,7 @@ def for_both(data: bytes, where: str) -> bytes:
     config = parse_json(data, where)
     older = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
-        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+        older = INPUTS | older | {"tokenizer_class": "PreTrainedTokenizerFast"}
     if isinstance(extra := config.get("extra_special_tokens"), list):
         del older["extra_special_tokens"]
         known = config.get("additional_special_tokens")

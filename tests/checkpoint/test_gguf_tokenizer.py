@@ -118,6 +118,7 @@ def test_ids_are_those_of_the_tokenizer_that_went_in(name, writer, merged, tmp_p
     (tmp_path / "back").mkdir()
     found = read_back(path, tmp_path / "back")
     assert found(TEXT).input_ids == theirs(TEXT).input_ids
+    assert found(TEXT).keys() == {"input_ids", "attention_mask"}, "what a model takes"
     assert found("a", TEXT).input_ids == theirs("a", TEXT).input_ids
     assert found.decode(found.encode(TEXT)) == theirs.decode(theirs.encode(TEXT))
     assert len(found) == len(theirs) == 517
@@ -261,6 +262,7 @@ def test_sentencepieces_kind_has_the_ids_of_sentencepiece(prefix, tmp_path):
     found = read_back(path, tmp_path)
     for text in ("they say: 2024", " two  spaces\n\tand \u6771\u4eac", f"a call{USER}"):
         assert found(text).input_ids == theirs.encode(text)
+        assert found(text).keys() == {"input_ids", "attention_mask"}
     qwen2 = write_gguf(
         tmp_path / "q.gguf",
         shape=shape,

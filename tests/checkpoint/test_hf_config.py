@@ -84,6 +84,7 @@ def test_an_export_of_a_newer_folder_has_the_logits_of_the_older_one(tmp_path):
     content |= {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}, "dtype": "float32"}
     (source / "config.json").write_text(json.dumps(content))
     tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    del tokenizer["model_input_names"]
     tokenizer |= {
         "tokenizer_class": "TokenizersBackend",
         "backend": "tokenizers",
@@ -104,6 +105,7 @@ def test_an_export_of_a_newer_folder_has_the_logits_of_the_older_one(tmp_path):
 
     loaded = AutoTokenizer.from_pretrained(back)
     assert loaded("some text").input_ids and "<|endoftext|>" in loaded.additional_special_tokens
+    assert loaded("some text").keys() == {"input_ids", "attention_mask"}, "what a model takes"
 
 
 def test_the_harness_is_not_given_a_folder_that_its_transformers_misreads(tmp_path):

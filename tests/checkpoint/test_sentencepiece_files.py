@@ -41,6 +41,7 @@ def test_ids_are_those_of_sentencepiece(kind, tmp_path):
     for text in (*PROBES, *LINES, "Tokens <of> no\nline, 0123456789 ½ 大阪 " * 3):
         ids = ours(text).input_ids
         assert ids == theirs.encode(text)
+        assert ours(text).keys() == {"input_ids", "attention_mask"}, "what a model takes"
         if theirs.unk_id() not in ids:
             assert ours.decode(ids) == theirs.decode(ids)
     assert len(ours) == theirs.get_piece_size() and (made / "tokenizer.model").is_file()
