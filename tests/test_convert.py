@@ -79,6 +79,14 @@ def test_sharded_both_ways(name, tmp_path):
     same_tensors(model.state_dict(), reloaded.state_dict())
 
 
+@pytest.mark.parametrize("format", ["nemo", "bridge", "megatron", "nemo2"])
+def test_shards_are_of_hf_folders_alone(format, tmp_path):
+    source = make_llama(tmp_path / "hf", SHAPES["gqa"])
+    with pytest.raises(MinitronError, match=f"^max_shard_size must be absent towards {format}, found '100KB'"):
+        convert(source, tmp_path / "out", format=format, max_shard_size="100KB")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["mha", "gqa", "head_dim", "qkv_bias"])
 def test_fused_qkv_is_group_major(name, tmp_path):
     shape = SHAPES[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -21,6 +22,7 @@ from nemo_minitron.checkpoint.formats import open_checkpoint
 from nemo_minitron.cli import main
 from nemo_minitron.config.compose import configure
 from nemo_minitron.convert import convert
+from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.plain import plain
 from nemo_minitron.generate.chat import Chat
 from nemo_minitron.generate.request import Prompt
@@ -230,6 +232,14 @@ def test_add_bos_is_for_texts(home):
         with open_checkpoint(home / "hf") as reader:
             found = Words.of(reader, cfg).ids(Prompt(TEXT, "prompt"))
         assert found == expected + tokenizer(home)(TEXT, add_special_tokens=False)["input_ids"]
+    said = [{"role": "user", "content": "a"}]
+    with open_checkpoint(home / "hf") as reader:
+        words = Words.of(reader, asked(home / "hf", "prompt=a", "inference.add_BOS=false"))
+        words.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+        with pytest.raises(MinitronError, match=r"^p\.jsonl:1: inference\.add_BOS is of texts"):
+            words.ids(Prompt(said, "p.jsonl:1"))
+        unset = dataclasses.replace(words, add_bos=None)
+        assert unset.ids(Prompt(said, "p.jsonl:1")) == tokenizer(home)("a", add_special_tokens=False)["input_ids"]
 
 
 # ------------------------------------------------------------------------------------------------- prompts and stdout
@@ -370,7 +380,7 @@ REFUSED = [
     (["prompts=keys.jsonl"], "prompts: keys.jsonl:1: expected one of text and messages, found ['txt']"),
     (["prompts=content.jsonl"], "prompts: content.jsonl:1: messages[0].content: expected text, found 3"),
     (["prompts=surrogate.jsonl"], "prompts: surrogate.jsonl:1: text: expected Unicode text, found half"),
-    (["prompt=a", "batch_size=0"], "batch_size: expected at least 1, found 0"),
+    (["prompts=[a]", "batch_size=0"], "batch_size: expected at least 1, found 0"),
     (["prompts=[1,2]"], "prompts: expected a file or a list of texts, found [1, 2]"),
     (["prompt=a", "inference.temperature=-1"], "inference.temperature: expected a number of at least 0, found -1.0"),
     (["prompt=a", "inference.temperature=nan"], "inference.temperature: expected a number of at least 0, found nan"),

@@ -63,6 +63,7 @@ class HfReader:
 
     Args:
         untie: use another output head that a tied model's file has: shape and ``hf_config`` are then of an untied one.
+            A model without one is refused.
 
     Raises:
         MinitronError: no such folder, an unsupported architecture or feature, a missing, unknown, truncated or
@@ -76,7 +77,8 @@ class HfReader:
         try:
             self.hf_config, self.generation_config = self._source.config, self._source.generation_config
             self.shape = self._without_zeros(shape_from_hf(self.hf_config, f"{self.path}: config.json"))
-            if untie and self._has_another_head():
+            if untie:
+                self._check_untie()
                 self.hf_config = {**self.hf_config, "tie_word_embeddings": False}
                 self.shape = self.shape.replace(share_embeddings_and_output_weights=False)
             self.dtype = self._check_tensors()
@@ -124,6 +126,18 @@ class HfReader:
             raise has_no_place(f"{self.path}", min(unknown), places)
         assert dtype is not None
         return dtype
+
+    def _check_untie(self) -> None:
+        """Refuse to untie what has no second head that could be used."""
+        if self._has_another_head():
+            return
+        found = "an untied model"
+        if self.shape.share_embeddings_and_output_weights:
+            head = OUTPUT.hf[0]
+            found = f"a '{head}' that equals it" if head in self._source.sizes else f"no '{head}'"
+        raise MinitronError(
+            f"untie=true: expected a tied model with another output head beside its table, found {found} in {self.path}"
+        )
 
     def _has_another_head(self) -> bool:
         """Whether the model is tied, and its file nevertheless has an output head that is not the table."""

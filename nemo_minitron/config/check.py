@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nemo_minitron.config.keys import choices_of, keys, tree_of
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, COMPOSITE, STRAY, key_called
-from nemo_minitron.config.sections import Distill, Recipe, Stage, WithCluster
+from nemo_minitron.config.sections import Recipe, Stage, WithCluster
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 
 _KINDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
@@ -126,21 +126,6 @@ def resolve(cfg: DictConfig) -> None:
             cause = cause.__cause__ or cause.__context__
         name = f"{error.full_key}: " if error.full_key else ""
         raise MinitronError(name + first_lines(error)) from None
-
-
-HEEDED_BY = {"jsd_beta": "jsd", "top_k": "topk", "teacher_samples": "sampled_kl"}
-"""Keys of ``distill`` that one of our losses heeds; a loss of a user's may heed any."""
-_DEAF = ("forward_kl", "reverse_kl", *HEEDED_BY.values())
-
-
-def refuse_unheeded(distill: DictConfig) -> None:
-    """Refuse keys of ``distill`` that would change nothing: someone who sets one believes to train with it."""
-    for name, loss in HEEDED_BY.items():
-        if distill[name] != getattr(Distill, name) and distill.loss in _DEAF and distill.loss != loss:
-            raise MinitronError(f"distill.{name}={distill[name]}: of distill.loss={loss} alone, found {distill.loss}")
-    for name in ("hidden_loss", "hidden_weight"):
-        if distill[name] != getattr(Distill, name) and not distill.hidden_pairs:
-            raise MinitronError(f"distill.{name}={distill[name]}: of distill.hidden_pairs, which are none")
 
 
 def first_lines(error: Exception) -> str:

@@ -25,6 +25,7 @@ from nemo_minitron.config.keys import keys
 from nemo_minitron.config.nemo_keys import Tree
 from nemo_minitron.config.schema import COMMANDS, COMPOSITE, GROUPS, STRAY
 from nemo_minitron.config.sections import WithCluster
+from nemo_minitron.config.unheeded import refuse_unheeded
 from nemo_minitron.config.words import how_to_quote
 from nemo_minitron.errors import MinitronError, check_choice, did_you_mean
 from nemo_minitron.files.text import check_aliases
@@ -142,14 +143,13 @@ def _typed(command: str, cfg: DictConfig) -> DictConfig:
 
 
 def _complete(command: str, plain: DictConfig) -> None:
-    """Require every mandatory key, resolve interpolations in place and check the values of foreign keys."""
+    """Require every mandatory key, resolve interpolations in place, check values, and refuse keys without effect."""
     if missing := check.missing(plain):
         options = "".join(f"; {name} is one of {', '.join(o)}" for name in missing if (o := group_options(name)))
         raise MinitronError(f"minitron {command} needs a value for {', '.join(missing)}{options}")
     check.resolve(plain)
     check_values(command, cast(dict, OmegaConf.to_container(plain)))
-    if "distill" in plain:
-        check.refuse_unheeded(plain.distill)
+    refuse_unheeded(command, plain)
 
 
 def _load_extensions(cfg: DictConfig) -> None:

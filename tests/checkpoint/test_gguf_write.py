@@ -161,6 +161,8 @@ def test_what_cannot_be_said_is_refused_and_leaves_nothing(tmp_path):
         ),
         (llama, {"make_vocab_size_divisible_by": 64}, "must be absent towards gguf"),
         (llama, {"quantization": "q8_0", "format": "hf"}, "quantization must be absent towards hf"),
+        (llama, {"quantization": "q8_0", "precision": "bf16"}, "precision, which must be absent, found bf16"),
+        (llama, {"max_shard_size": "1GB"}, "max_shard_size must be absent towards gguf, found '1GB'"),
         (
             make_llama(tmp_path / "qwen", SHAPES["qkv_bias"].replace(rope_scaling=RopeScaling())),
             {},

@@ -97,14 +97,21 @@ def test_a_tied_config_with_another_head(tmp_path):
     assert torch.equal(model.lm_head.weight, head) and not torch.equal(model.get_input_embeddings().weight, head)
 
 
-def test_a_tied_model_without_another_head_stays_tied(tmp_path):
+def test_what_cannot_be_untied_is_refused(tmp_path):
     source = make_llama(tmp_path / "hf", SHAPES["tied"])
-    assert (
-        convert(source, tmp_path / "a.nemo", untie=True).read_bytes()
-        == convert(source, tmp_path / "b.nemo").read_bytes()
-    )
+    said = "^untie=true: expected a tied model with another output head beside its table, found "
+    with pytest.raises(MinitronError, match=f"{said}no 'lm_head.weight' in .*hf"):
+        convert(source, tmp_path / "m.nemo", untie=True)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    with pytest.raises(MinitronError, match=f"{said}a 'lm_head.weight' that equals it"):
+        convert(source, tmp_path / "m.nemo", untie=True)
+    with pytest.raises(MinitronError, match=f"{said}an untied model in"):
+        convert(make_llama(tmp_path / "untied", SHAPES["gqa"]), tmp_path / "m.nemo", untie=True)
+    assert not (tmp_path / "m.nemo").exists()
+    nemo = convert(source, tmp_path / "m.nemo")
     with pytest.raises(MinitronError, match=r"untie must be absent for a \.nemo"):
-        convert(tmp_path / "a.nemo", tmp_path / "c", untie=True)
+        convert(nemo, tmp_path / "c", untie=True)
 
 
 @pytest.mark.parametrize("name", ["gqa", "tied", "bf16"])
@@ -135,3 +142,7 @@ def test_a_vocabulary_that_fits_does_not_grow(tmp_path):
     )
     with pytest.raises(MinitronError, match="vocab: expected one of refuse, grow"):
         convert(source, tmp_path / "c.nemo", vocab="shrink")
+    for file in source.glob("*token*"):
+        file.unlink()
+    with pytest.raises(MinitronError, match=r"^vocab=grow: expected a tokenizer whose tokens get rows, found none in"):
+        convert(source, tmp_path / "c.nemo", vocab="grow")

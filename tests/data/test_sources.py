@@ -241,6 +241,33 @@ def test_bad_files(tmp_path):
         assert "expected at least one document with text, found none" in refused(tmp_path / empty)
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "said"),
+    [
+        ("FILE", {"config": "x"}, "is one file, without configurations, found 'x'"),
+        ("pydoc_topics", {"config": "x"}, "dataset.config: pydoc_topics has no configurations, found 'x'"),
+        ("pydoc_topics", {"document": "line"}, "document: pydoc_topics has documents of its own, expected article"),
+        ("BROWN", {"config": "x"}, "dataset.config: the Brown corpus has no configurations, found 'x'"),
+        ("BROWN", {"document": "line"}, "document: the Brown corpus has documents of its own"),
+        ("absent.jsonl", {"name": "pydoc_topics"}, "no file or folder 'absent.jsonl'; dataset.name=pydoc_topics needs"),
+        ("absent", {"name": "owner/set"}, "no file or folder 'absent'; without input the data set 'owner/set' is read"),
+    ],
+)
+def test_what_a_source_does_not_heed_is_refused(given, options, said, jsonl, tmp_path):
+    """A key or an input that is passed over in silence would leave other documents than were asked for."""
+    (tmp_path / "brown").mkdir()
+    (tmp_path / "brown" / "ca01").write_text("Hello/uh")
+    assert said in refused({"FILE": jsonl, "BROWN": tmp_path / "brown"}.get(given, given), **options)
+
+
+def test_the_configuration_of_one_file_may_say_that_it_is_of_articles(tmp_path):
+    """A later part of an article has no heading by which it is known; the name of the configuration says it."""
+    lines = ["More of it. \n", " = T = \n", " Text. \n"]
+    (tmp_path / "part.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    assert texts(tmp_path / "part.jsonl", config="wikitext-103-v1") == [lines[0], lines[1] + lines[2]]
+    assert texts(tmp_path / "part.jsonl") == lines
+
+
 def test_bad_splits_and_configurations(wikitext, jsonl, tmp_path):
     assert "no folder 'wikitext-103' in" in refused(wikitext, config="wikitext-103")
     assert "several configurations ['wikitext-103-v1', 'wikitext-2-v1']" in refused(wikitext)
