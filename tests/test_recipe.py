@@ -65,6 +65,7 @@ class Demo:
         self.ran: list[str] = []
         self.fail: set[str] = set()
         self.silent: set[str] = set()
+        self.launch = None
         folder.joinpath("source").mkdir()
         folder.joinpath("source", "weights").write_text("1")
         self.write(FILE.replace('"${run_dir}/*.nemo", ', ""))
@@ -83,6 +84,8 @@ class Demo:
             (self.run_dir / "work" / str(len(self.ran))).touch()
         if stage in self.fail:
             return 2
+        if self.launch is not None:
+            return self.launch(argv)
         if stage not in self.silent:
             source = Path(cfg.input_name_or_path)
             source = source / "weights" if source.is_dir() else source
@@ -181,6 +184,66 @@ def test_force_and_stages(demo):
         demo("stages=[secnd]")
 
 
+def test_chosen_stages_run_in_the_order_of_the_recipe(demo):
+    demo()
+    (demo.folder / "source" / "weights").write_text("2")
+    assert demo("stages=[third,second,first]") == ALL
+    assert (demo.run_dir / "c.nemo").read_text().startswith("2")
+
+
+def test_a_chosen_stage_says_that_what_it_reads_is_of_other_settings(demo, capsys):
+    demo()
+    capsys.readouterr()
+    assert demo("recipe.settings.precision=bf16", "stages=[third]") == []
+    said = "third: reads what stage 'second' wrote, and stage 'second' was another then"
+    assert said in capsys.readouterr().out
+    (demo.folder / "source" / "weights").write_text("2")
+    assert demo("stages=[third]") == []
+    assert "third: reads what stage 'second' wrote, and stage 'first' was another then" in capsys.readouterr().out
+    assert demo() == ALL and demo("stages=[third]") == []
+    assert "was another then" not in capsys.readouterr().out
+
+
+def test_an_evaluation_of_other_settings_is_compared_with_nothing(demo, capsys):
+    """It would say of the new model what was measured of the old one."""
+    text = FILE.replace('"${run_dir}/*.nemo", ', "").replace("c.nemo", "teacher.json")
+    demo.write(text)
+    measured = json.dumps(METRICS | {"val_loss": 3.0})
+    (demo.folder / "source" / "weights").write_text(measured)
+
+    def launch(argv):
+        cfg = OmegaConf.load(Path(argv[2]) / argv[4])
+        Path(cfg.output_path).write_text(measured[:-1] + f', "precision": "{cfg.precision}"' + "}")
+        return 0
+
+    demo.launch = launch
+    demo()
+    first = capsys.readouterr().out
+    assert "\nteacher" in first and "left out" not in first
+    assert json.loads((demo.run_dir / "metrics.json").read_text())["teacher"]["val_loss"] == 3.0
+    demo("recipe.settings.precision=bf16", "stages=[second]")
+    out = capsys.readouterr().out
+    path = demo.run_dir / "teacher.json"
+    assert f"teacher: left out, as {path} is of stage 'third' as it was before" in out and "3.0000" not in out
+    assert not (demo.run_dir / "metrics.json").exists()
+    demo("recipe.settings.precision=bf16")
+    assert "left out" not in (out := capsys.readouterr().out) and "3.0000" in out
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_what_a_configuration_names_decides_as_inputs_do(demo, named):
+    """A text in a setting, a tokenizer of one's own: the recipe's author could not declare them."""
+    given = demo.folder / "own"
+    if named == "folder":
+        given.mkdir()
+    file = given / "tokenizer.json" if named == "folder" else given
+    file.write_text("1")
+    key = f"recipe.stages.second.config.tokenizer.type={given}"
+    assert demo(key) == ALL and demo(key) == []
+    file.write_text("2")
+    assert demo(key) == ["second"] and demo(key) == []
+
+
 def test_a_failed_stage_is_named_and_the_run_resumes_there(demo):
     demo.fail = {"second"}
     with pytest.raises(MinitronError, match=r"stage 'second' failed .*exit status 2"):
@@ -259,6 +322,28 @@ def test_metrics_table_and_gap(tmp_path, capsys):
     assert "closed 75.0% of the loss that pruning cost" in out
     rows = [line.split() for line in out.splitlines() if line.startswith(("teacher", "pruned", "distilled"))]
     assert rows[1][:7] == ["pruned", "2.0M", "4", "64", "192", "8/4", "5.0000"]
+
+
+@pytest.mark.parametrize(
+    "key", ["trainer.max_time", "exp_manager.max_time_per_run", "exp_manager.create_early_stopping_callback"]
+)
+def test_tokens_are_told_of_trainings_that_have_all_their_steps(tmp_path, capsys, key):
+    roles = {}
+    for role, loss in (("teacher", 3.0), ("pruned", 5.0), ("distilled", 3.5)):
+        roles[role] = str(tmp_path / f"{role}.json")
+        Path(roles[role]).write_text(json.dumps(METRICS | {"val_loss": loss}))
+    sizes = {
+        "trainer": {"max_steps": 10},
+        "model": {"global_batch_size": 2, "data": {"seq_length": 8}},
+        "exp_manager": {},
+    }
+    config = OmegaConf.create(sizes)
+    stages = {"distill": SimpleNamespace(command="distill", config=config)}
+    recipe.report(roles, stages, tmp_path)
+    assert "distillation on 160 tokens closed 75.0%" in capsys.readouterr().out
+    OmegaConf.update(config, key, "00:01:00:00", force_add=True)
+    recipe.report(roles, stages, tmp_path)
+    assert "\ndistillation closed 75.0%" in capsys.readouterr().out
 
 
 def test_gap_needs_all_three_and_a_cost():

@@ -25,8 +25,9 @@ def report(roles: Mapping[str, str], stages: Mapping[str, Stage], run_dir: Path)
     print(f"\n{table(metrics)}")
     closed = gap_closed(metrics)
     if closed is not None:
-        tokens = sum(_training_tokens(stage.config) for stage in stages.values() if stage.command == "distill")
-        print(f"distillation on {tokens:,} tokens closed {closed:.1%} of the loss that pruning cost")
+        trainings = [stage.config for stage in stages.values() if stage.command == "distill"]
+        on = "" if any(map(_may_end_early, trainings)) else f" on {sum(map(_training_tokens, trainings)):,} tokens"
+        print(f"distillation{on} closed {closed:.1%} of the loss that pruning cost")
     if not measured_alike(metrics):
         print(unlike(metrics))
     print(f"written: {run_dir / 'metrics.json'}", flush=True)
@@ -60,3 +61,14 @@ def table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _training_tokens(config: DictConfig) -> int:
     return int(config.trainer.max_steps) * int(config.model.global_batch_size) * int(config.model.data.seq_length)
+
+
+def _may_end_early(config: DictConfig) -> bool:
+    """Whether a training may have had fewer steps than it was laid out for."""
+    manager = config.exp_manager
+    limits = (
+        config.trainer.get("max_time"),
+        manager.get("max_time_per_run"),
+        manager.get("create_early_stopping_callback"),
+    )
+    return any(limits)

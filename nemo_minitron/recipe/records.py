@@ -19,6 +19,7 @@ from nemo_minitron import __version__
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import read_json
+from nemo_minitron.recipe.named import named_inputs
 from nemo_minitron.recipe.stage import Stage
 
 PACKAGES = (
@@ -56,7 +57,8 @@ class Records:
         write_file(self.folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
 
     def fingerprint(self, stage: Stage, known: Mapping[str, str] | None = None) -> str:
-        """sha256 over the command, its resolved config, its inputs' content and this package's version.
+        """sha256 over the command, its resolved config, this package's version, and the content of its inputs and of
+        what its config names beside them.
 
         Args:
             known: content of inputs that need not be there any more, by path.
@@ -73,6 +75,7 @@ class Records:
             if not paths or not all(os.path.exists(path) for path in paths):
                 raise MinitronError(f"stage '{stage.name}': input {pattern} does not exist")
             inputs |= {path: self.content(path) for path in paths}
+        inputs |= {path: self.content(path) for path in named_inputs(stage)}
         what = [stage.command, OmegaConf.to_container(stage.config), inputs, __version__]
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -107,6 +110,35 @@ class Records:
                 digest.update(chunk)
         self._digests[name] = [*known, digest.hexdigest()]
         return digest.hexdigest()
+
+
+def outdated(stages: Sequence[Stage], reads: Mapping[str, Sequence[str]], records: Records) -> dict[str, str]:
+    """Stages that have run, and whose outputs are not what the recipe as it is now would make of them.
+
+    A stage that was never run here, whose outputs somebody may have put there, is none of them, and neither is one
+    whose inputs are gone.
+
+    Args:
+        reads: as :func:`nemo_minitron.recipe.order.readers` gives it.
+
+    Returns:
+        The name of each with that of the first stage that is to run again: itself, or one that it reads from.
+    """
+    found: dict[str, str] = {}
+    known: dict[str, str] = {}
+    for stage in stages:
+        record = records.read(stage.name)
+        if not record:
+            continue
+        first = next((found[name] for name in reads[stage.name] if name in found), None)
+        if first is None:
+            with contextlib.suppress(MinitronError):  # an input is gone
+                same = record.get("fingerprint") == records.fingerprint(stage, known)
+                first = None if same and record.get("state") == "done" else stage.name
+        if first is not None:
+            found[stage.name] = first
+        known |= {path: what for path, what in (record.get("outputs") or {}).items() if not os.path.exists(path)}
+    return found
 
 
 def settled(stages: Sequence[Stage], records: Records) -> bool:

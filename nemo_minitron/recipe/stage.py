@@ -67,7 +67,7 @@ def load_stages(cfg: RunConfig, compose: Compose) -> dict[str, Stage]:
 
 
 def chosen(cfg: RunConfig, stages: Mapping[str, Stage]) -> list[Stage]:
-    """Those that ``stages=[…]`` names, or all.
+    """Those that ``stages=[…]`` names, or all; in the recipe's order, in which each finds what it reads.
 
     Raises:
         MinitronError: the recipe has no stage of a name.
@@ -75,7 +75,7 @@ def chosen(cfg: RunConfig, stages: Mapping[str, Stage]) -> list[Stage]:
     for name in cfg.stages or ():
         if name not in stages:
             raise MinitronError(f"stages: the recipe has no stage '{name}'." + did_you_mean(name, stages))
-    return list(stages.values()) if cfg.stages is None else [stages[name] for name in cfg.stages]
+    return [stage for stage in stages.values() if cfg.stages is None or stage.name in cfg.stages]
 
 
 def _stage_config(node: Mapping[str, Any], cfg: RunConfig) -> dict[str, Any]:

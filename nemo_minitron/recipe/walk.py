@@ -28,7 +28,7 @@ from nemo_minitron.jobs.terminal import clear_line
 from nemo_minitron.recipe.comparison import report
 from nemo_minitron.recipe.estimate import run_place
 from nemo_minitron.recipe.order import readers
-from nemo_minitron.recipe.records import Records
+from nemo_minitron.recipe.records import Records, outdated
 from nemo_minitron.recipe.stage import Compose, Stage, chosen, load_stages
 from nemo_minitron.recipe.turn import begin, finish
 from nemo_minitron.report.measures import duration
@@ -51,6 +51,8 @@ def run(cfg: RunConfig, compose: Compose) -> None:
     print(f"recipe {cfg.recipe['name']}: {len(walked)} stages in {Path(cfg.run_dir)}", flush=True)
     started = time.monotonic()
     reads, ran = readers(walked), set[str]()
+    if cfg.stages is not None:
+        _say_what_is_outdated(walked, stages, records)
     try:
         for number, stage in enumerate(walked):
             run_place(number, walked, reads, records, ran, cfg.force).hand_over()
@@ -71,11 +73,38 @@ def open_records(cfg: RunConfig) -> Records:
 
 
 def conclude(cfg: RunConfig, stages: Mapping[str, Stage]) -> None:
-    """Compare the models that there are by now, and say where the report is."""
-    report(cfg.recipe.get("roles") or {}, stages, Path(cfg.run_dir))
+    """Compare the models that there are by now, and say where the report is.
+
+    An evaluation of what the recipe as it is now would make anew is left out, and that is said.
+    """
+    roles = dict(cfg.recipe.get("roles") or {})
+    every = list(stages.values())
+    old = outdated(every, readers(every), Records(Path(cfg.run_dir) / ".stages"))
+    for role, path in list(roles.items()):
+        writer = next((stage.name for stage in every if path in stage.outputs), None)
+        if writer in old and os.path.isfile(path):
+            del roles[role]
+            print(f"{role}: left out, as {path} is of stage '{old[writer]}' as it was before; it is to run again")
+    if not any(map(os.path.isfile, roles.values())):
+        Path(cfg.run_dir, "metrics.json").unlink(missing_ok=True)  # of what is left out
+    report(roles, stages, Path(cfg.run_dir))
     for stage in stages.values():
         if stage.command == "report" and stage.outputs and os.path.isfile(stage.outputs[0]):
             print(f"report: {Path(stage.outputs[0]).absolute().as_uri()}", flush=True)
+
+
+def _say_what_is_outdated(walked: list[Stage], stages: Mapping[str, Stage], records: Records) -> None:
+    """Say of stages that are not walked, and whose outputs some that are will read, which would run again."""
+    every = list(stages.values())
+    reads = readers(every)
+    old, here = outdated(every, reads, records), {stage.name for stage in walked}
+    for stage in walked:
+        for name in (name for name in reads[stage.name] if name in old and name not in here):
+            print(
+                f"{stage.name}: reads what stage '{name}' wrote, and stage '{old[name]}' was another then: it would "
+                "run again, and is not among stages",
+                flush=True,
+            )
 
 
 def run_stage(stage: Stage, records: Records, title: str, *, force: bool = False, quiet: bool = False) -> bool:
