@@ -960,6 +960,48 @@ MUTANTS = [
         "return _is_free(held, unknown=False)",
         _DOCTOR + "test_locks",
     ),
+    Mutant(
+        "recipe/records.py",
+        "inputs |= {path: self.content(path) for path in named_inputs(stage)}",
+        "pass",
+        "test_recipe.py::test_what_a_configuration_names_decides_as_inputs_do",
+    ),
+    Mutant(
+        "recipe/stage.py",
+        "return [stage for stage in stages.values() if cfg.stages is None or stage.name in cfg.stages]",
+        "return list(stages.values()) if cfg.stages is None else [stages[name] for name in cfg.stages]",
+        "test_recipe.py::test_chosen_stages_run_in_the_order_of_the_recipe",
+    ),
+    Mutant(
+        "recipe/walk.py",
+        "if writer in old and os.path.isfile(path):",
+        "if writer is None:",
+        "test_recipe.py::test_an_evaluation_of_other_settings_is_compared_with_nothing",
+    ),
+    Mutant(
+        "nemo/run_record.py",
+        "return bool(one != other)",
+        "return False",
+        "nemo/test_run_record.py::test_a_cache_stands_for_its_own_teacher_alone",
+    ),
+    Mutant(
+        "distill/cache.py",
+        'or (name == "architecture" and found[name] is None)',
+        'or name == "architecture"',
+        "distill/test_cache.py::test_the_same_weights_in_another_architecture_are_another_teacher",
+    ),
+    Mutant(
+        "checkpoint/canonical.py",
+        "found = None if table or known is None else known.get(name)",
+        "found = None if known is None else known.get(name)",
+        "nemo/test_run_record.py::test_the_trusted_fingerprint_is_that_of_all_tensors",
+    ),
+    Mutant(
+        "config/unheeded.py",
+        "if one.holds(cfg):",
+        "if True:",
+        "config/test_unheeded.py::test_a_key_at_its_default_says_nothing",
+    ),
 ]
 
 

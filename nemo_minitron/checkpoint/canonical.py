@@ -45,13 +45,21 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(reader: Any) -> str:
-    """sha256 of a model's canonical tensors, for any reader with ``shape`` and ``tensor``; see NemoReader."""
+def fingerprint(reader: Any, known: Mapping[str, str] | None = None) -> str:
+    """sha256 of a model's canonical tensors, for any reader with ``shape`` and ``tensor``; see NemoReader.
+
+    Args:
+        known: digests of tensors that need not be read, by name; tables are read in any case, without their padding.
+    """
     digest = hashlib.sha256()
     for parameter, layer in each_tensor(reader.shape):
-        rows = slice(0, reader.shape.vocab_size) if parameter.axes[0] == VOCAB else None
-        digest.update(f"{tensor_name(parameter, layer)} ".encode())
-        digest.update(tensor_digest(reader.tensor(parameter, layer, rows)).encode())
+        name, table = tensor_name(parameter, layer), parameter.axes[0] == VOCAB
+        found = None if table or known is None else known.get(name)
+        if found is None:
+            rows = slice(0, reader.shape.vocab_size) if table else None
+            found = tensor_digest(reader.tensor(parameter, layer, rows))
+        digest.update(f"{name} ".encode())
+        digest.update(found.encode())
     return digest.hexdigest()
 
 

@@ -85,14 +85,21 @@ class NemoReader:
         """
         return self._model.tensor(parameter, layer, rows)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, trust: bool = False) -> str:
         """sha256 over names, sizes, dtypes and bytes of the canonical tensors.
 
         The same for any archive kind, sharding and vocabulary padding (only the V true rows count). Reads every
         tensor once; kept for the life of the reader.
+
+        Args:
+            trust: take the sidecar's digests for all but the vocabulary tables, whose padding they count; not kept.
         """
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self)
+            sums = self.checksums() if trust else None
+            found = fingerprint(self, sums)
+            if sums is not None:
+                return found
+            self._fingerprint = found
         return self._fingerprint
 
     def checksums(self) -> dict[str, str] | None:

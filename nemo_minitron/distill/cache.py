@@ -30,12 +30,19 @@ from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.arrays import ArrayFile
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.files.text import read_json
+from nemo_minitron.model.shape import ModelShape
 
 SHARD = 64
 """Samples in a file: what a killed run loses at most per data-parallel rank."""
 
 _MOST_METADATA = 1 << 16
-_ABSENT: dict[str, Any] = {"top_k": 0, "samples": 0, "reset_attention_mask": False, "reset_position_ids": False}
+_ABSENT: dict[str, Any] = {
+    "top_k": 0,
+    "samples": 0,
+    "reset_attention_mask": False,
+    "reset_position_ids": False,
+    "architecture": None,
+}
 """What a ``cache.json`` means that does not say it, as earlier versions' do not."""
 _ROUNDING = 0.05
 """Most that float16 may take the logarithm of a sum of probabilities from 0."""
@@ -58,6 +65,8 @@ class Identity:
     """Tokens drawn at each position; 0 where the likeliest are kept."""
     reset_attention_mask: bool = False
     reset_position_ids: bool = False
+    architecture: str | None = None
+    """What the teacher computes with its weights, see :func:`architecture_of`; None accepts any, and any accepts it."""
 
     def facts(self) -> dict[str, str | int | float | None]:
         """What ``cache.json`` says: all but what is not so."""
@@ -104,9 +113,11 @@ class TeacherCache:
     def _check(self, found: Mapping[str, object]) -> None:
         found = _ABSENT | dict(found)
         for name, expected in asdict(self.identity).items():
-            if found.get(name) != expected and not (name == "teacher" and expected is None):
+            if expected is None or (name == "architecture" and found[name] is None):
+                continue
+            if found.get(name) != expected:
                 raise MinitronError(
-                    f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)!s:.80}, this "
+                    f"distill.teacher_cache={self.folder} is of another {name}: it has {found.get(name)!s:.200}, this "
                     f"run {expected}; name another folder, or remove it"
                 )
 
@@ -211,6 +222,22 @@ class TeacherCache:
 
     def _path(self, split: str, number: int) -> Path:
         return self.folder / split / f"{number:08d}.npy"
+
+
+def architecture_of(shape: ModelShape) -> str:
+    """What a model of this shape computes with its weights, as far as their sizes do not say it, in a line."""
+    heads = f"{shape.num_attention_heads}/{shape.num_query_groups} heads of {shape.kv_channels}"
+    rope = f"RoPE {shape.rotary_base:g} {shape.rope_scaling}"
+    return f"{shape.family}, {heads}, {rope}, epsilon {shape.layernorm_epsilon:g}, window {shape.sliding_window}"
+
+
+def teacher_of(folder: str | Path) -> str | None:
+    """Fingerprint of the weights whose answers a cache folder holds; None where it holds none yet."""
+    manifest = Path(folder) / "cache.json"
+    if not manifest.is_file():
+        return None
+    found = read_json(manifest, _MOST_METADATA).get("teacher")
+    return None if found is None else str(found)
 
 
 def keys_of(tokens: Tensor) -> np.ndarray:

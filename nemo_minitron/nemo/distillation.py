@@ -19,7 +19,7 @@ from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
 from nemo_minitron.config.sections import Distill
 from nemo_minitron.data.tokenizer import vocabulary_fingerprint
-from nemo_minitron.distill.cache import Identity, TeacherCache
+from nemo_minitron.distill.cache import Identity, TeacherCache, architecture_of
 from nemo_minitron.distill.fused import Head, TokenLosses, head_losses
 from nemo_minitron.distill.hidden import HiddenTerm, Projection, distance, outputs_of
 from nemo_minitron.distill.loss import Mix
@@ -122,10 +122,10 @@ class MinitronDistillModel(MinitronGPTModel):
     # ---- the cache --------------------------------------------------------------------------------------------------
 
     def _identity(self, path: str | Path | None) -> Identity:
-        teacher = None
+        teacher = architecture = None
         if path is not None:
             with NemoReader(path) as reader:
-                teacher = reader.fingerprint()
+                teacher, architecture = reader.fingerprint(), architecture_of(reader.shape)
         tokenizer = vocabulary.of_transformers(self.tokenizer)
         data = self.cfg.data
         lists = data.data_prefix
@@ -146,6 +146,7 @@ class MinitronDistillModel(MinitronGPTModel):
             samples=self.mix.teacher_samples if drawn else 0,
             reset_attention_mask=self.documents_apart,
             reset_position_ids=self.positions_restart,
+            architecture=architecture,
         )
 
     def build_train_valid_test_datasets(self) -> Any:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron import parallel
 from nemo_minitron.checkpoint import NemoReader
-from nemo_minitron.distill.cache import keys_of
+from nemo_minitron.distill.cache import keys_of, teacher_of
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import write_file
 from nemo_minitron.registry import LOSSES
@@ -24,6 +24,8 @@ _NO_MATTER = {  # keys of model.data and distill that change speed and places, n
     "data_prefix", "index_mapping_dir", "num_workers", "pin_memory", "persistent_workers", "mmap_bin_files",
     "skip_warmup", "num_dataset_builder_threads", "loss_memory_mib", "teacher_cache", "monitor",
 }  # fmt: skip
+_LATER = ("trainer.gradient_clip_val", "model.hidden_dropout", "model.attention_dropout")
+"""Keys that records of earlier versions do not have."""
 MODELS = ("model.restore_from_path", "model.kd_teacher_restore_from_path")
 DATA = "model.data.data_prefix"
 
@@ -50,6 +52,9 @@ def identity(
     paths = dict(zip(MODELS, (cfg.model.restore_from_path, teacher), strict=True))
     for key, path in paths.items():
         found[key] = None if path is None else {"is": str(path), "content": content_of(path)}
+    cache = (cfg.get("distill") or {}).get("teacher_cache")
+    if (weights := _weights_of(teacher, cache)) is not None:  # a cache may stand for the teacher
+        found[MODELS[1]] = {**(found[MODELS[1]] or {"is": f"the teacher of {cache}"}), "weights": weights}
     lists: Any = job.data.data_prefix
     lists = OmegaConf.to_container(lists, resolve=True)
     for split in ("train", "validation") if isinstance(lists, dict) else (None,):
@@ -59,12 +64,34 @@ def identity(
         found[DATA if split is None else f"{DATA}.{split}"] = {"is": str(items), "content": digest}
     found["model.data.seq_length"] = job.data.seq_length
     found["model.global_batch_size"], found["seed"] = job.global_batch_size, job.seed
+    found["trainer.gradient_clip_val"] = cfg.trainer.get("gradient_clip_val") or None
+    found |= {f"model.{name}": job.get(name) or 0.0 for name in ("hidden_dropout", "attention_dropout")}
     sections = {"model.data": job.data, "model.optim": job.get("optim"), "distill": cfg.get("distill")}
     for name, section in sections.items():
         found |= _flat(name, None if section is None else OmegaConf.to_container(section, resolve=True))
     if "distill.loss" in found:
         found["distill.loss"] = loss_identity(found["distill.loss"])
     return json.loads(json.dumps(found, default=str))
+
+
+def _weights_of(teacher: str | None, cache: str | None) -> str | None:
+    """Fingerprint of the weights that teach, by which a cache of their answers is known; None where nobody does.
+
+    Digests that the file carries of its tensors are taken as they are, as in :func:`content_of`.
+    """
+    if teacher is None:
+        return None if cache is None else teacher_of(cache)
+    with NemoReader(teacher) as reader:
+        return reader.fingerprint(trust=True)
+
+
+def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether two records of a teacher, of which one may be known by a cache alone, are of two teachers."""
+    for name in ("content", "weights"):
+        one, other = (record and record.get(name) for record in (before, now))
+        if one is not None and other is not None:
+            return bool(one != other)
+    return False
 
 
 def loss_identity(name: str) -> str | dict[str, str]:
@@ -133,10 +160,12 @@ class RunRecord:
         recorded: dict[str, Any] = self.content["identity"]
         for key in [*asked, *(key for key in recorded if key not in asked)]:
             before, now = recorded.get(key), asked.get(key)
-            if before == now or (key == MODELS[1] and None in (before, now)):  # a cache may stand for the teacher
+            if before == now or (key in _LATER and key not in recorded):
+                continue
+            if key == MODELS[1] and not _differ(before, now):
                 continue
             if isinstance(before, dict) and isinstance(now, dict):
-                if before.get("content") == now.get("content"):
+                if before.get("content") == now.get("content") is not None:
                     continue
                 same_name = before.get("is") == now.get("is")
                 found = f"{now.get('is')} {'has other content now' if same_name else 'is not ' + str(before.get('is'))}"

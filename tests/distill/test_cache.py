@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.distill.cache import SHARD, Identity, TeacherCache
+from nemo_minitron.checkpoint import each_tensor
+from nemo_minitron.distill.cache import SHARD, Identity, TeacherCache, architecture_of, teacher_of
 from nemo_minitron.distill.loss import Mix
 from nemo_minitron.distill.sampled import Sampled, teacher_samples
 from nemo_minitron.distill.shard import Shard
 from nemo_minitron.distill.top_k import TopK
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.model.shape import LinearScaling, RopeScaling
+from tests.llamas import GQA
 
 LENGTH, K = 5, 4
 
@@ -34,6 +37,37 @@ def _answers(samples: int, vocab_size: int) -> tuple[torch.Tensor, TopK]:
 
 def _rows(answers: TopK, rows: slice) -> TopK:
     return TopK(*(x[rows] for x in answers))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rotary_base": 500000.0},
+        {"rope_scaling": RopeScaling()},
+        {"rope_scaling": LinearScaling(2.0)},
+        {"layernorm_epsilon": 1e-6},
+        {"num_attention_heads": 2, "num_query_groups": 1, "kv_channels": 32},
+        {"sliding_window": 64},
+    ],
+)
+def test_the_same_weights_in_another_architecture_are_another_teacher(tmp_path, change):
+    """Their sizes and values are equal, and their answers are not."""
+    other = GQA.replace(**change)
+    assert [p.size(GQA) for p, _ in each_tensor(GQA)] == [p.size(other) for p, _ in each_tensor(other)]
+    ours, theirs = (architecture_of(shape) for shape in (GQA, other))
+    assert architecture_of(GQA.replace(padded_vocab_size=GQA.vocab_size + 64)) == ours != theirs
+    TeacherCache(tmp_path, _identity(architecture=ours)).create()
+    TeacherCache(tmp_path, _identity(architecture=ours))
+    TeacherCache(tmp_path, _identity(teacher=None))
+    with pytest.raises(MinitronError, match=r"is of another architecture: it has llama, .*, this run llama, "):
+        TeacherCache(tmp_path, _identity(architecture=theirs))
+
+
+def test_a_cache_of_before_says_no_architecture(tmp_path):
+    TeacherCache(tmp_path, _identity()).create()
+    assert "architecture" not in json.loads((tmp_path / "cache.json").read_text())
+    TeacherCache(tmp_path, _identity(architecture=architecture_of(GQA)))
+    assert teacher_of(tmp_path) == "t" and teacher_of(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("vocab_size", [300, 65536, 128256, 1 << 20])
