@@ -27,7 +27,7 @@ from nemo_minitron.prune.measured import Measured
 from nemo_minitron.prune.plan import Compensation
 from nemo_minitron.report.curves import Curve, read_training, thinned
 from nemo_minitron.report.maps import binned
-from nemo_minitron.report.measures import duration, gap_closed, numbers, size
+from nemo_minitron.report.measures import duration, gap_closed, numbers, size, unlike
 from nemo_minitron.report.page import code_block, markdown_escape, render
 from nemo_minitron.report.removal import axes
 from nemo_minitron.report.run_folder import read_run
@@ -592,6 +592,22 @@ def test_gap_needs_all_three_and_a_cost():
     counted = {role: {**found, "tokens": 512} for role, found in metrics.items()}
     assert gap_closed(counted) == 0.75
     assert gap_closed(counted | {"pruned": {**PRUNED, "tokens": 256}}) is None, "measured on other text"
+
+
+@pytest.mark.parametrize("name", ["a" * 12, "A" * 12, "a" * 11, 5])
+def test_losses_of_as_many_tokens_of_another_text_are_not_compared(folder, name):
+    """What is no name of a text, as no evaluation writes it, says nothing."""
+    metrics = {"teacher": TEACHER, "pruned": PRUNED, "distilled": DISTILLED}
+    metrics = {role: {**found, "tokens": 512, "text": "b" * 12} for role, found in metrics.items()}
+    assert gap_closed(metrics) == 0.75
+    metrics["distilled"]["text"] = name
+    for role, found in metrics.items():
+        (folder / "evaluation" / f"{role}.json").write_text(json.dumps(found))
+    said = "The evaluations are of different texts: their losses cannot be compared"
+    differ = name == "a" * 12
+    assert (said in pages(folder)[0].text) == differ
+    if differ:
+        assert gap_closed(metrics) is None and unlike(metrics) == said
 
 
 def test_losses_that_were_not_measured_alike_are_not_compared(folder):

@@ -203,7 +203,7 @@ class DistillConfig:
 class EvaluateConfig:
     """Loss, size, speed and energy of a model and its accuracy on lm-evaluation-harness tasks, as JSON.
 
-    Of itself it writes val_loss (nats per token), perplexity, sizes and peak_memory_bytes. Sections
+    Of itself it writes val_loss (nats per token), perplexity, sizes, tokens, text and peak_memory_bytes. Sections
     `throughput`, `energy` and `lm_eval` are added where they are asked for. The harness (pip install
     'nemo_minitron[lm-eval]') runs in one process on the HF folder that `minitron convert` would make, or on one that
     model.restore_from_path names; a path of data in a task's YAML is from the folder where the command runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean next-token loss over ``blocks`` ``[n, s+1]`` (nats/token, true vocabulary) and the model's size.
 
-    Every token counts alike, or those where ``counts [n, s+1]`` is 1, not 0; ``tokens`` says how many did. Blocks are
-    unpadded. Runs at any TP and PP, data-parallel ranks take every n-th micro-batch. ``peak_memory_bytes`` is this
-    rank's. How long it took is not kept: a pass that nothing warmed or repeated says little of speed, which
+    Every token counts alike, or those where ``counts [n, s+1]`` is 1, not 0; ``tokens`` says how many did, and ``text``
+    is the same for the same blocks and counts, in hex. Blocks are unpadded. Runs at any TP and PP, data-parallel ranks
+    take every n-th micro-batch. ``peak_memory_bytes`` is this rank's. How long it took is not kept: a pass that nothing
+    warmed or repeated says little of speed, which
     :mod:`nemo_minitron.evaluate.throughput` measures.
 
     Returns the keys of a ``metrics.json`` entry.
@@ -78,5 +80,14 @@ def evaluate(
         "perplexity": math.exp(loss),
         **facts(model.shape),
         "tokens": int(total[1]),
+        "text": _digest(blocks, counts),
         "peak_memory_bytes": runtime.peak_memory_bytes(),
     }
+
+
+def _digest(blocks: Tensor, counts: Tensor | None) -> str:
+    """48 bits of a hash of what is read and what counts, in hex."""
+    digest = hashlib.sha256(blocks.cpu().contiguous().numpy().data)
+    if counts is not None and not bool(counts[:, 1:].all()):
+        digest.update(counts.cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:12]

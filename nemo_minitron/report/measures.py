@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ COUNTS = (
     "num_query_groups",
 )
 MEASURED = ("val_loss", "perplexity", "peak_memory_bytes")
+_TEXT = re.compile("[0-9a-f]{12}")
+"""What names the tokens that were read."""
 SMALLEST, LARGEST = 1e-9, 1e18
 """Bounds of the numbers that a page takes from a file; a quotient of two of them fits a float."""
 
@@ -30,14 +33,19 @@ def gap_closed(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def measured_alike(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether the losses of several models are of as many tokens each, as far as they say: those of other lengths,
-    samples or texts are no measure of what was done to a model."""
-    return len({found["tokens"] for found in metrics.values() if "tokens" in found and "val_loss" in found}) <= 1
+    """Whether the losses of several models are of as many tokens each and of the same ones, as far as they say.
+
+    Those of other lengths, samples or texts are no measure of what was done to a model.
+    """
+    measured = [found for found in metrics.values() if "val_loss" in found]
+    return all(len({found[name] for found in measured if name in found}) <= 1 for name in ("tokens", "text"))
 
 
 def unlike(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Words for losses that were not :func:`measured_alike`."""
     counts = ", ".join(f"{role} {found['tokens']:,.0f}" for role, found in metrics.items() if "tokens" in found)
+    if len({found["tokens"] for found in metrics.values() if "tokens" in found and "val_loss" in found}) <= 1:
+        return "The evaluations are of different texts: their losses cannot be compared"
     return f"The evaluations are of different numbers of tokens ({counts}): their losses cannot be compared"
 
 
@@ -49,7 +57,10 @@ def number(value: object) -> float | None:
 
 
 def numbers(evaluation: object) -> dict[str, float]:
-    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are whole."""
+    """What of an evaluation's JSON is a number that the page knows, of a size that can be; counts are whole.
+
+    What names the text becomes a number as well.
+    """
     if not isinstance(evaluation, Mapping):
         return {}
     found: dict[str, float] = {}
@@ -59,6 +70,9 @@ def numbers(evaluation: object) -> dict[str, float]:
             continue
         if name == "val_loss" or value > SMALLEST:
             found[name] = value
+    text = evaluation.get("text")
+    if isinstance(text, str) and _TEXT.fullmatch(text):
+        found["text"] = int(text, 16)
     if "val_loss" in found:
         found.setdefault("perplexity", math.exp(min(found["val_loss"], 40.0)))
     return found

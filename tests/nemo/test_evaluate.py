@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nemo_minitron.cli import main
+from nemo_minitron.evaluate.loss import _digest
 from tests.llamas import GQA
 from tests.nemo.conftest import hf_logits
 
@@ -49,6 +50,31 @@ def test_bad_input_leaves_the_destination_untouched(case, models, tmp_path, caps
     assert message in line
     found = {p.name: p.read_text() for p in tmp_path.iterdir()}
     assert found == {"out.json": "an earlier result", "file": "in the way"}
+
+
+def test_the_text_that_was_read_is_named(models, tmp_path):
+    """Four samples of other places are as many tokens, and another loss."""
+
+    def text(*changes: str) -> str:
+        keys = [f"model.restore_from_path={models}/model.nemo", f"evaluate.data_prefix={models}/own_text_document"]
+        keys += ["evaluate.seq_length=32", "evaluate.num_samples=4", f"output_path={tmp_path}/out.json", *changes]
+        assert main(["evaluate", *keys]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert found["tokens"] == 128
+        return found["text"]
+
+    first = text()
+    assert text("evaluate.micro_batch_size=2") == first != text("seed=7")
+
+
+def test_the_name_of_a_text_is_of_its_tokens_and_of_those_that_count():
+    blocks = torch.arange(12).view(2, 6)
+    name, ones = _digest(blocks, None), torch.ones_like(blocks)
+    assert len(name) == 12 and int(name, 16) >= 0
+    assert _digest(blocks.clone(), ones) == name, "all of them count in either"
+    some = ones.clone()
+    some[0, 3] = 0
+    assert len({name, _digest(blocks, some), _digest(blocks + 1, None), _digest(blocks[:, :5], None)}) == 4
 
 
 GRIDS = [(1, (1, 1)), (2, (2, 1)), (2, (1, 2))]
