@@ -19,6 +19,7 @@
 #
 # | `MODEL` | time on one of 2 CPU cores | peak memory |
 # |---|--:|--:|
+# | `"smollm2"` | 4 min | 1.5 GiB |
 # | `"tiny"` | 30 s | 0.7 GiB |
 #
 # It needs the teacher of [02](02_teacher_finetuning.ipynb) and the token files of [01](01_model_and_data.ipynb), and
@@ -43,7 +44,7 @@ from nemo_minitron import plots
 from nemo_minitron.api import Evaluation
 from nemo_minitron.prune.plan import Plan
 
-MODEL = "tiny"  # "tiny" or "smollm2"
+MODEL = "smollm2"  # "tiny" or "smollm2"
 RUN = Path(os.environ.get("MINITRON_TUTORIALS", "runs/tutorial")) / MODEL
 ORIGINAL, TEACHER, SCORES = RUN / "converted.nemo", RUN / "corrected.nemo", RUN / "scores"
 TRAIN, HELD_OUT = RUN / "data/train_text_document", RUN / "data/validation_text_document"
