@@ -109,6 +109,12 @@ class SearchResult(_File):
         found = [candidate for candidate in self.candidates if candidate["name"] == name and "plan" in candidate]
         return self.path / found[0]["plan"] if found else None
 
+    @property
+    def scores(self) -> Path | None:
+        """Scores that the plan is for, of the fewer tokens of ``search.tokens``; None: those that were given."""
+        found = self.path / "scores"
+        return found if found.is_dir() else None
+
     @cached_property
     def _file(self) -> dict[str, Any]:
         import yaml

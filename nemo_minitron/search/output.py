@@ -108,8 +108,12 @@ def _round(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-def summary(outcome: Outcome, rows: int = 8) -> str:
-    """The best candidates as a table; beside the role, why one is refused or run badly where it is to be served."""
+def summary(outcome: Outcome, scores: Path | None = None, rows: int = 8) -> str:
+    """The best candidates as a table; beside the role, why one is refused or run badly where it is to be served.
+
+    Args:
+        scores: those that plans are for, where they are not the ones that were given.
+    """
     lines = [f"\n{'':<26}{'size':>9}{'GiB':>8}{'ms':>8}{'predicted':>11}{'zero-shot':>11}{'distilled':>11}  role"]
     for candidate in ordered(outcome)[:rows]:
         cells = [
@@ -124,7 +128,8 @@ def summary(outcome: Outcome, rows: int = 8) -> str:
         why = [reason.name for reason in outcome.reasons(candidate)]
         lines.append(f"{candidate.key:<26}{text}  {candidate.role}" + (f" ({', '.join(why)})" if why else ""))
     if outcome.winner is not None:
-        lines.append(f"best: {describe(outcome.winner.shape)}; prune.plan={outcome.winner.plan}")
+        beside = "" if scores is None else f" prune.scores={scores}"
+        lines.append(f"best: {describe(outcome.winner.shape)}; prune.plan={outcome.winner.plan}{beside}")
     return "\n".join(lines)
 
 

@@ -248,6 +248,6 @@ def _finish(
         write_plan(plan_of(cfg, scores, candidate.shape, removed), candidate.plan)
     write_file(folder / "candidates.yaml", output.document(outcome, folder))
     output.plots(outcome, folder)
-    print(output.summary(outcome))
+    print(output.summary(outcome, None if cfg.search.tokens is None else folder / "scores"))
     print(f"written: {folder / 'candidates.yaml'}", flush=True)
     return outcome

@@ -201,7 +201,9 @@ def test_search(composed, tmp_path):
         "candidates: [{name: b, zero_shot: 3.0, plan: plans/b.yaml}, {name: a, predicted: 3.1}]\n"
     )
     assert [one["name"] for one in found.candidates] == ["b", "a"] and found.teacher_loss == 2.5
-    assert found.plan == tmp_path / "plans" / "b.yaml"
+    assert found.plan == tmp_path / "plans" / "b.yaml" and found.scores is None
+    (tmp_path / "scores").mkdir()
+    assert found.scores == tmp_path / "scores"
 
 
 def test_a_search_without_a_winner_has_no_plan(tmp_path):

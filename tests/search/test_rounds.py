@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron import recipe
 from nemo_minitron.config.compose import compose, configure
 from nemo_minitron.errors import MinitronError
+from nemo_minitron.importance.scores import Scores
 from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.search import latency, measure
@@ -124,6 +126,23 @@ def refused(source: Path, output: Path, *overrides: str, weights: bool = True) -
     with pytest.raises(MinitronError) as caught:
         run(source, output, *overrides, weights=weights)
     return str(caught.value)
+
+
+def test_a_search_on_fewer_tokens_names_the_scores_that_its_plans_are_for(source, tmp_path, stages, capsys):
+    held = dataclasses.replace(
+        make_scores(ranks=True, seed=5),
+        tokens=np.arange(12, dtype=np.int32).reshape(4, 3),
+        sensitivity=np.ones((6, 4, 3)),
+    )
+    (tmp_path / "given").mkdir()
+    held.write(tmp_path / "given")
+    for name, keys, scores in (("all", [], ""), ("some", ["search.tokens=6"], f" prune.scores={tmp_path}/some/scores")):
+        outcome = run(source, tmp_path / name, f"scores={tmp_path}/given", *keys)
+        said = capsys.readouterr().out
+        assert f"prune.plan={outcome.winner.plan}{scores}\n" in said
+        used = Scores.load(tmp_path / "some" / "scores") if scores else held
+        plan = Plan.load(outcome.winner.plan)
+        assert plan.compensation.tokens == used.tokens_fingerprint() and len(used.tokens) == (2 if scores else 4)
 
 
 def test_the_winner_has_the_lowest_loss_after_the_last_round(source, tmp_path, stages, capsys, plots):
