@@ -128,14 +128,18 @@ def copying() -> Iterator[str]:
     yield f"one group of layer {most['layer'] + 1}"
     yield f"loses {most['above']['given']:.2f} nats on Brown and {most['above']['repeated']:.2f} on text"
     chosen = load("zero_shot_group_choices_smollm2_135m")["rows"]["groups 3→2"]
-    chosen["ranking"] = load("zero_shot_draws_smollm2_135m")["rows"]["groups 3→2"]["ours"]
-    for way, of in (
-        ("by their ranking", "ranking"),
-        ("by loss, nothing said twice", "loss_without_repeats"),
-        ("by loss", "loss"),
-    ):
-        above = chosen[of]["above"]
-        yield f"| {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
+    for draw, name in (("first", "draws"), ("second", "second_draw")):
+        number = "0" if draw == "first" else "1"
+        ranked = load(f"zero_shot_{name}_smollm2_135m")["rows"]["groups 3→2"]["ours"]
+        for way, row in (
+            ("by their ranking", ranked),
+            ("by their ranking, nothing repeated", chosen["ranking_without_repeats"]),
+            ("by loss", chosen["loss"]),
+            ("by loss, nothing repeated", chosen["loss_without_repeats"]),
+        ):
+            if number in row["draws"]:
+                above = row["draws"][number]["above"]
+                yield f"| {draw} | {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
 
 
 def paper_search() -> Iterator[str]:
