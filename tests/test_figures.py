@@ -140,6 +140,12 @@ def copying() -> Iterator[str]:
             if number in row["draws"]:
                 above = row["draws"][number]["above"]
                 yield f"| {draw} | {way} | {' | '.join(f'{above[text]:.2f}' for text in TEXTS)} |"
+    both = [load(f"zero_shot_{name}_smollm2_135m")["rows"]["groups 3→2"]["ours"] for name in ("draws", "second_draw")]
+    before = chosen["ranking_without_repeats"]["above"]
+    won = {text: before[text] - sum(row["above"][text] for row in both) / 2 for text in TEXTS}
+    assert abs(won["brown"]) < 0.01 and abs(won["pydoc"]) < 0.01, "nothing"
+    yield f"it wins {won['python']:.2f} on Python, nothing on Brown and the documentation"
+    yield f"and loses {-won['chat']:.2f} on dialogue"
 
 
 def paper_search() -> Iterator[str]:
