@@ -22,7 +22,6 @@ from nemo_minitron.checkpoint.safetensors_folder import CODES
 from nemo_minitron.config.schema import ConvertConfig
 from nemo_minitron.errors import MinitronError
 from nemo_minitron.files.staging import AllOrNothing, Staging
-from nemo_minitron.jobs.processes import notice
 from nemo_minitron.model.layout import PROJ_BIAS, PROJ_WEIGHT, VOCAB, Parameter
 from nemo_minitron.model.shape import ModelShape
 
@@ -93,8 +92,6 @@ class HfWriter(AllOrNothing):
         self._staging = Staging(folder, folder=True, replaceable=(*self._PATTERNS, *own), room=room)
         self._stack = ExitStack()
         self._places: dict[str, tuple[IO[bytes], int]] = {}
-        if self.dress.note:
-            notice(f"{self.destination}: {self.dress.note}")
         try:
             for number, names in enumerate(self._shards, start=1):
                 self._start_shard(self._file_name(number), names)

@@ -30,6 +30,7 @@ class Request:
         check: called with the path of the finished output before it appears at its place.
         format: a key of the table of what is written.
         transformer_engine: whether Megatron's formats get the empty states of its modules as well.
+        temporary: whether the output is removed again, and nothing is to be said of its architecture.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Request:
     check: Callable[[Path], None] | None = None
     format: str = "hf"
     transformer_engine: bool = False
+    temporary: bool = False
 
 
 _MEGATRON = ("bridge", "megatron", "nemo2")

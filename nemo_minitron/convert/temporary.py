@@ -26,6 +26,6 @@ def exported(source: Path, beside: Path, tokenizer: Mapping[str, Any] | None = N
     staging = Staging(beside.with_name(f"{beside.name}.hf"), folder=True)
     try:
         staging.path.chmod(0o700)  # it may lie among other users' files
-        yield convert(source, staging.path / "hf", format="hf", tokenizer=tokenizer)
+        yield convert(source, staging.path / "hf", format="hf", tokenizer=tokenizer, temporary=True)
     finally:
         staging.abort()

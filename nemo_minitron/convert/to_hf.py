@@ -14,12 +14,13 @@ from nemo_minitron.checkpoint.nemo_config import SECTION
 from nemo_minitron.checkpoint.run_records import records_of
 from nemo_minitron.convert.target import Request
 from nemo_minitron.convert.tokenizer import for_export, loadable
+from nemo_minitron.jobs.processes import notice
 
 
 def writer(reader: Reader, request: Request, stack: ExitStack) -> HfWriter:
     """A writer of ``request.path``."""
     tokenizer, ids, why_none = for_export(reader, request.tokenizer, stack)
-    return HfWriter(
+    made = HfWriter(
         request.path,
         reader.hf_config,
         reader.shape,
@@ -39,3 +40,6 @@ def writer(reader: Reader, request: Request, stack: ExitStack) -> HfWriter:
         ),
         check=request.check,
     )
+    if made.dress.note and not request.temporary:
+        notice(f"{request.path}: {made.dress.note}")
+    return made

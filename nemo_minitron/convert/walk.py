@@ -41,6 +41,7 @@ def convert(
     tokenizer: Mapping[str, Any] | None = None,
     quantization: str | None = None,
     model: Mapping[str, Any] | None = None,
+    temporary: bool = False,
 ) -> Path:
     """Convert a checkpoint of any format that is read to any that is written. Return the output's path.
 
@@ -61,6 +62,7 @@ def convert(
         quantization: ``q8_0`` for the matrices of a GGUF, in place of ``precision``.
         model: NeMo's keys of the shape of an input which does not say all of it, see
             :class:`nemo_minitron.checkpoint.megatron_folder.MegatronReader`.
+        temporary: whether the output is removed again, and nothing is to be said of its architecture.
 
     Raises:
         MinitronError: bad input or destination; the destination is then as it was.
@@ -82,6 +84,7 @@ def convert(
             _comparison(reader, name, found.name, verify),
             format=name,
             transformer_engine=transformer_engine,
+            temporary=temporary,
         )
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)

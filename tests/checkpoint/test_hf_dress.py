@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from nemo_minitron.checkpoint import HfReader, HfWriter, NemoReader, each_tensor
 from nemo_minitron.checkpoint.hf_config import dressed_config, hf_config_from_shape
 from nemo_minitron.convert import convert
+from nemo_minitron.convert.temporary import exported
 from nemo_minitron.synthetic import make_llama
 from tests.compat.models import logits, prune
 from tests.llamas import GQA
@@ -74,6 +75,9 @@ def test_logits_are_those_of_the_student(hidden, bias, tmp_path, capsys):
     student = prune(convert(source, tmp_path / "m.nemo"), {"hidden_size": hidden}, tmp_path / "s.nemo")
     folder = convert(student, tmp_path / "out", verify=True)
     assert f"minitron: {folder}: exported as " in capsys.readouterr().err
+    with exported(student, tmp_path / "answers.jsonl") as temporary:
+        assert (temporary / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert capsys.readouterr().err == "", "nobody keeps that folder"
     tokens = list(range(90))
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
