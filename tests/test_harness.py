@@ -114,7 +114,7 @@ def test_options_reach_the_harness(harness, evaluate):
         (["evaluate.lm_eval.tasks=[tests/fuzz/seeds]"], "no task in the YAML files of tests/fuzz/seeds"),
         (["evaluate.lm_eval.tasks=[broken.yaml]"], "broken.yaml"),
         (["evaluate.perplexity=true"], "expected a .nemo, found the HF folder"),
-        (["evaluate.lm_eval.tasks=[]"], "nothing is asked for"),
+        (["evaluate.lm_eval.tasks=[]"], "of evaluate.lm_eval.tasks, which are none"),
     ],
 )
 def test_mistakes_are_named_before_any_work(harness, models, tmp_path, monkeypatch, keys, message, capsys):

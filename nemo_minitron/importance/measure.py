@@ -27,7 +27,7 @@ from nemo_minitron.model.shape import ModelShape
 from nemo_minitron.registry import METRICS, check_name
 
 ECHOES = 8
-"""Of so many samples that are kept one says itself twice beside them, to rank heads and query groups."""
+"""Samples that are kept for each one that says itself twice beside them, to rank heads and query groups."""
 
 
 def collect_by_layer(
