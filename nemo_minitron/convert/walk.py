@@ -74,18 +74,10 @@ def convert(
         found = format_of(source)
         name = format_for(target, format, found.name)
         reader = stack.enter_context(_asked(found, source, model, untie, vocab, tokenizer))
-        request = Request(
-            target,
-            reader.dtype if precision is None else _dtype(precision, quantization),
-            make_vocab_size_divisible_by,
-            max_shard_size,
-            tokenizer,
-            quantization,
-            _comparison(reader, name, found.name, verify),
-            format=name,
-            transformer_engine=transformer_engine,
-            temporary=temporary,
-        )
+        dtype = reader.dtype if precision is None else _dtype(precision, quantization)
+        check = _comparison(reader, name, found.name, verify)
+        sizes = (make_vocab_size_divisible_by, max_shard_size)
+        request = Request(target, dtype, *sizes, tokenizer, quantization, check, name, transformer_engine, temporary)
         with open_writer(name, reader, request, stack) as writer:
             _copy(reader, writer)
     return target
