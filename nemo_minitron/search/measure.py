@@ -25,6 +25,7 @@ from nemo_minitron.prune.choose import plan_from_scores
 from nemo_minitron.prune.plan import TARGETS, Plan
 from nemo_minitron.recipe import Compose, Records, Stage, run_stage, settled
 from nemo_minitron.report.measures import duration
+from nemo_minitron.search.request import last_stage
 from nemo_minitron.search.space import count, key_of
 
 RUNNING = ("devices", "num_nodes", "accelerator", "precision")
@@ -245,7 +246,8 @@ def plan_of(cfg: SearchConfig, scores: Scores, shape: ModelShape, removed: Seque
     else:
         prune.layer_selection = cfg.search.layer_selection
     plan = plan_from_scores(source, scores.source_fingerprint, prune, scores)
-    return plan.chosen(cfg.search.layer_selection, cfg.search.group_selection)
+    predicted = last_stage(cfg) == "predict"  # which runs no model: groups go by their ranking then
+    return plan.chosen(cfg.search.layer_selection, "ranking" if predicted else cfg.search.group_selection)
 
 
 def write_plan(plan: Plan, path: Path) -> None:

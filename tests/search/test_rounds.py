@@ -145,6 +145,14 @@ def test_a_search_on_fewer_tokens_names_the_scores_that_its_plans_are_for(source
         assert plan.compensation.tokens == used.tokens_fingerprint() and len(used.tokens) == (2 if scores else 4)
 
 
+def test_a_predicted_plan_does_not_say_that_groups_went_by_loss(source, tmp_path, stages):
+    keys = ("search.group_selection=loss", "search.until=predict")
+    outcome = run(source, tmp_path / "out", *keys, weights=False)
+    plans = [Plan.load(candidate.plan) for candidate in outcome.candidates]
+    assert any(plan.target.num_query_groups < GQA.num_query_groups for plan in plans)
+    assert not any("groups" in plan.selection for plan in plans)
+
+
 def test_the_winner_has_the_lowest_loss_after_the_last_round(source, tmp_path, stages, capsys, plots):
     outcome = run(source, tmp_path / "out", stage_compose=compose)
     document = yaml.safe_load((tmp_path / "out" / "candidates.yaml").read_text())
