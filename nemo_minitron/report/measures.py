@@ -37,14 +37,17 @@ def measured_alike(metrics: Mapping[str, Mapping[str, Any]]) -> bool:
 
     Those of other lengths, samples or texts are no measure of what was done to a model.
     """
-    measured = [found for found in metrics.values() if "val_loss" in found]
-    return all(len({found[name] for found in measured if name in found}) <= 1 for name in ("tokens", "text"))
+    return _alike(metrics, "tokens") and _alike(metrics, "text")
+
+
+def _alike(metrics: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    return len({found[name] for found in metrics.values() if name in found and "val_loss" in found}) <= 1
 
 
 def unlike(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Words for losses that were not :func:`measured_alike`."""
     counts = ", ".join(f"{role} {found['tokens']:,.0f}" for role, found in metrics.items() if "tokens" in found)
-    if len({found["tokens"] for found in metrics.values() if "tokens" in found and "val_loss" in found}) <= 1:
+    if _alike(metrics, "tokens"):
         return "The evaluations are of different texts: their losses cannot be compared"
     return f"The evaluations are of different numbers of tokens ({counts}): their losses cannot be compared"
 
